@@ -1,0 +1,95 @@
+"""Loading a split checkpoint for the ranks held here, as views of memory-mapped files.
+
+A column-parallel shard is a block of rows and a row-parallel one strided columns of the stored matrix, so neither is
+copied; pages are read when they are first used, and all ranks and processes of a host share them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import OPTConfig
+
+from ..configuration_opt import OPTNeuronConfig
+from ..parallel import RankGroup, Weights, shard_dim, shard_range
+from .layout import INDEX_NAME, OUTER_FILE, TensorSpec, checkpoint_files, layer_file, layer_prefix
+from .source import CheckpointError
+
+
+EMBED_WEIGHTS = ("embed_tokens.weight", "embed_positions.weight", "project_in.weight", "ranks")
+HEAD_WEIGHTS = ("final_layer_norm.weight", "final_layer_norm.bias", "project_out.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of the rank program's parts, for the local ranks."""
+
+    embed: Weights
+    layers: list[Weights]
+    head: Weights
+
+
+def load_weights(directory: Path, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup) -> ModelWeights:
+    """The local ranks' shards of the split checkpoint in `directory`.
+
+    Raises:
+        CheckpointError: if a file or tensor is missing, too many, broken, or of another shape or dtype than `config`
+            and `neuron_config` say.
+    """
+    if not (directory / INDEX_NAME).is_file():
+        raise CheckpointError(f"{directory} lacks {INDEX_NAME}: it is not a split checkpoint, or not a whole one.")
+    amp = neuron_config.amp_dtype
+    files = {file: _load_file(directory / file, specs, amp, group) for file, specs in checkpoint_files(config).items()}
+    outer = {name.removeprefix("model.decoder."): shards for name, shards in files[OUTER_FILE].items()}
+    layers = []
+    for index in range(config.num_hidden_layers):
+        prefix = layer_prefix(index)
+        layers.append({name.removeprefix(prefix): shards for name, shards in files[layer_file(index)].items()})
+    outer.setdefault("lm_head.weight", outer["embed_tokens.weight"])
+    outer["ranks"] = [torch.tensor(list(group.ranks), dtype=torch.int32)]
+    return ModelWeights(_pick(outer, EMBED_WEIGHTS), layers, _pick(outer, HEAD_WEIGHTS))
+
+
+def _pick(weights: Weights, names: tuple[str, ...]) -> Weights:
+    return {name: weights[name] for name in names if name in weights}
+
+
+def _load_file(file: Path, specs: dict[str, TensorSpec], amp: torch.dtype, group: RankGroup) -> Weights:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} lacks {file.name}: the checkpoint is not whole. Export the model again.")
+    try:
+        opened = safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is truncated or broken ({error}). Export the model again.") from error
+    found = set(opened.keys())
+    if found != set(specs):
+        what = (
+            f"lacks {sorted(set(specs) - found)[0]}" if set(specs) - found else f"also holds {min(found - set(specs))}"
+        )
+        raise CheckpointError(f"{file} {what}: it is not of the model that config.json describes.")
+    return {name: _shards(file, opened.get_tensor(name), name, spec, amp, group) for name, spec in specs.items()}
+
+
+def _shards(
+    file: Path, tensor: Tensor, name: str, spec: TensorSpec, amp: torch.dtype, group: RankGroup
+) -> list[Tensor]:
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype(amp):
+        raise CheckpointError(
+            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration makes it "
+            f"{spec.dtype(amp)} {spec.shape}. Export the model again."
+        )
+    dim = shard_dim(name)
+    if dim is None or group.world_size == 1:
+        return [tensor]
+    shards = []
+    for rank in group.ranks:
+        start, stop, padding = shard_range(spec.shape[dim], rank, group.world_size)
+        shard = tensor.narrow(dim, start, stop - start)
+        # Only a vocabulary that does not divide is padded (OPTNeuronConfig.check_model), in dimension 0, by a copy.
+        shards.append(F.pad(shard, (0, 0, 0, padding)) if padding else shard)
+    return shards

@@ -1,0 +1,194 @@
+"""Export: a checkpoint becomes a split checkpoint, compiled artifacts and configurations, in one directory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
+from transformers.utils import cached_file, logging
+
+from .checkpoint.source import open_directory
+from .checkpoint.split import check_has_config, fetch, write_split
+from .configuration_opt import OPTNeuronConfig
+from .targets import get_target
+from .targets.base import CHECKPOINT_DIR
+
+
+logger = logging.get_logger(__name__)
+
+
+def export_opt(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    neuron_config: OPTNeuronConfig,
+    *,
+    config: PretrainedConfig | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    eager: bool = False,
+) -> Path:
+    """Exports an OPT checkpoint.
+
+    `output` gets config.json, generation_config.json, neuron_config.json, the tokenizer, `checkpoint/` (an ordinary
+    Hugging Face checkpoint, one file a layer) and `compiled/`. It is written beside and renamed when it is whole: an
+    interrupted export leaves what was there before.
+
+    Args:
+        source: a local directory or an id on the hub.
+        output: a directory that is not there, is empty, or holds an earlier export, which is replaced.
+        neuron_config: what to export for.
+        config: the model's configuration, if it is at hand.
+        revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
+        eager: skips compilation; the export runs eagerly.
+
+    Returns:
+        The output directory.
+
+    Raises:
+        ValueError: if the source is not an OPT, or does not fit `neuron_config`; CheckpointError if its weights do not
+            fit its config.json.
+        FileExistsError: if `output` holds anything but an export.
+        OSError: if the source is not there.
+        RuntimeError: if the target is not to be had on this host.
+    """
+    output = Path(output)
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+        "local_files_only": local_files_only,
+    }
+    check_has_config(source)
+    opt_config = check_opt(config or AutoConfig.from_pretrained(source, **hub), source)
+    neuron_config.check_model(opt_config)
+    target = get_target(neuron_config)
+    _check_output(output, source)
+
+    path = fetch(source, **hub)
+    with _staged(output) as staging:
+        write_split(open_directory(path), opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
+        saved = OPTConfig.from_dict(opt_config.to_dict())
+        saved.architectures, saved.dtype = ["OPTForCausalLM"], neuron_config.amp_dtype
+        saved.save_pretrained(staging)
+        _generation_config(path, opt_config).save_pretrained(staging)
+        _save_tokenizer(path, staging)
+        neuron_config.save_pretrained(staging)
+        target.compile(opt_config, neuron_config, staging, eager)
+    return output
+
+
+def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
+    """`config`, if it is an OPT's; ValueError else."""
+    if config.model_type != "opt":
+        raise ValueError(
+            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves 'opt' alone. For other "
+            "models see optimum-neuron."
+        )
+    return config
+
+
+def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None:
+    """The local directory of the export `model_id`, downloaded if need be; None if that is not an export.
+
+    `hub` has the options of an id on the hub: revision, token, cache_dir, force_download, local_files_only.
+    """
+    path = Path(model_id)
+    if path.is_dir():
+        return path if _is_export(path) else None
+    if cached_file(str(model_id), NEURON_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is None:
+        return None
+    return Path(snapshot_download(str(model_id), **hub))
+
+
+def copy_export(source: Path, output: Path) -> None:
+    """Copies an export, by hard links where the file system allows; `output` is then whole, or as it was.
+
+    Raises:
+        FileExistsError: if `output` holds anything but an export.
+    """
+    _check_output(output, source)
+    with _staged(output) as staging:
+        shutil.copytree(source, staging, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def _is_export(directory: Path) -> bool:
+    return (directory / NEURON_CONFIG_NAME).is_file()
+
+
+def _check_output(output: Path, source: str | os.PathLike) -> None:
+    if output.exists() and Path(source).is_dir() and output.resolve() == Path(source).resolve():
+        raise FileExistsError(f"{output} is the source itself: choose another output directory.")
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not _is_export(output)):
+        raise FileExistsError(f"{output} exists and is not an export: choose another output directory, or remove it.")
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A directory beside `output` that takes its place when the block ends well, and is removed when it does not.
+
+    At every moment either what was at `output` before is whole there, or what was written is.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        if output.exists():
+            _exchange(staging, output)
+        else:
+            os.rename(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(staging: Path, output: Path) -> None:
+    """Swaps two directories, atomically where the system can (Linux: renameat2 with RENAME_EXCHANGE)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    if renameat2 and renameat2(at_cwd, os.fsencode(staging), at_cwd, os.fsencode(output), exchange) == 0:
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    os.rename(output, old / output.name)
+    os.rename(staging, output)
+    shutil.rmtree(old)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _generation_config(path: Path, config: OPTConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def _save_tokenizer(path: Path, directory: Path) -> None:
+    try:
+        AutoTokenizer.from_pretrained(path).save_pretrained(directory)
+    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
+        cause = str(error).strip().partition("\n")[0]
+        logger.warning(f"{path} has no tokenizer that can be loaded, so the export has none ({cause}).")

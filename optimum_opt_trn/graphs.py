@@ -1,0 +1,69 @@
+"""Which graphs exist, and which one serves a call.
+
+A graph is the rank program at one static shape. `context_encoding` computes whole prompts, padded to a prompt bucket;
+`token_generation` one new token a row, attending to the first positions of the cache, a cache bucket. A call is
+routed to the smallest bucket that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+# A length of 1 is another shape to a compiler (it broadcasts), and lengths below the longest must leave it a choice.
+SHORTEST_BUCKET = 2
+SHORTEST_SEQUENCE = 4
+
+# Of the two targets, Neuron compiles each bucket apart, so that few and doubling ones are best. On a CPU a bucket
+# costs nothing but its padding: one compiled graph with a dynamic length serves them all.
+NEURON_SMALLEST_BUCKET = 128
+CPU_BUCKET_STEP = 64
+
+
+def _doubling(longest: int, first: int) -> tuple[int, ...]:
+    sizes = []
+    while first < longest:
+        sizes.append(first)
+        first *= 2
+    return (*sizes, longest)
+
+
+def _even(longest: int, step: int) -> tuple[int, ...]:
+    return (*range(step, longest, step), longest)
+
+
+def default_prompt_buckets(sequence_length: int, target: str) -> tuple[int, ...]:
+    """Prompt lengths (tokens), ascending, the last `sequence_length`."""
+    if target == "cpu":
+        return _even(sequence_length, CPU_BUCKET_STEP)
+    return _doubling(sequence_length, NEURON_SMALLEST_BUCKET)
+
+
+def default_cache_buckets(sequence_length: int, target: str) -> tuple[int, ...]:
+    """Cache lengths (positions), ascending, the last `sequence_length`."""
+    return default_prompt_buckets(sequence_length, target)
+
+
+def check_buckets(option: str, buckets: Sequence[int], sequence_length: int) -> tuple[int, ...]:
+    """`buckets` as a tuple.
+
+    Raises:
+        ValueError: unless they are whole numbers of at least 2, strictly ascending, and end with `sequence_length`.
+    """
+    sizes = tuple(buckets)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < SHORTEST_BUCKET for n in sizes):
+        raise ValueError(f"{option}={list(sizes)} must be whole numbers of at least {SHORTEST_BUCKET}.")
+    if not sizes or list(sizes) != sorted(set(sizes)) or sizes[-1] != sequence_length:
+        raise ValueError(
+            f"{option}={list(sizes)} must ascend and end with sequence_length={sequence_length}, "
+            f"for example {[*(n for n in sorted(set(sizes)) if n < sequence_length), sequence_length]}."
+        )
+    return sizes
+
+
+def smallest_bucket(buckets: Sequence[int], length: int) -> int:
+    """The smallest of `buckets` that holds `length`; ValueError if none does."""
+    for bucket in buckets:
+        if length <= bucket:
+            return bucket
+    raise ValueError(f"{length} positions do not fit the largest bucket, {buckets[-1]}.")

@@ -1,0 +1,45 @@
+"""The key/value cache: tensors of a fixed size, one slot a row of the batch.
+
+A sequence lives in one slot from position 0. Which positions are valid is known to the caller alone, who passes each
+new token's position to the rank program; nothing is cleared between calls, since a prompt overwrites what it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import OPTConfig
+
+from .configuration_opt import OPTNeuronConfig
+from .parallel import RankGroup
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache: for each local rank, keys and values `(batch_size, heads, sequence_length, head_size)`."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def first(self, length: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the first `length` positions; what is written to them is written to the cache."""
+        return [k[:, :, :length] for k in self.keys], [v[:, :, :length] for v in self.values]
+
+
+def cache_shape(config: OPTConfig, neuron_config: OPTNeuronConfig) -> tuple[int, int, int, int]:
+    """Shape of the keys (or values) that one rank holds of one layer."""
+    head_size = config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads // neuron_config.tp_degree
+    return neuron_config.batch_size, heads, neuron_config.sequence_length, head_size
+
+
+def allocate_cache(config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup) -> list[LayerCache]:
+    """Zeroed caches of all layers, in `kv_cache_dtype`."""
+    shape = cache_shape(config, neuron_config)
+
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(shape, dtype=neuron_config.cache_dtype) for _ in group.ranks]
+
+    return [LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)]

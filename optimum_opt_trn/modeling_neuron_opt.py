@@ -1,0 +1,343 @@
+"""NeuronOPTForCausalLM: the class that users hold."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from optimum.neuron import NeuronModelForCausalLM
+from optimum.neuron.utils.instance import current_instance_type
+from optimum.neuron.utils.system import get_available_cores, get_neuron_major
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .configuration_opt import OPTNeuronConfig, normalize_dtype, reject_unknown
+from .export import check_opt, copy_export, export_opt, find_export
+from .generation import OPTGenerationMixin
+from .targets import Runtime, get_target
+
+
+# transformers' pipelines log an error for a class that is not in this table; under a private key it changes nothing
+# else, since Auto classes look up model types.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("_neuron_opt", "NeuronOPTForCausalLM")
+
+# No call of from_pretrained without a length should reserve more than this many positions; optimum-neuron's limit.
+LONGEST_DEFAULT_SEQUENCE = 4096
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+# Accepted and without effect: an OPT has no code of its own, and pipelines pass them to every model.
+_IGNORED_OPTIONS = ("trust_remote_code", "_commit_hash")
+_ALIASES = {"tp_degree": "tensor_parallel_size"}
+
+
+class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
+    """An exported OPT, with `generate()` as in transformers.
+
+    Made by `from_pretrained` or `export`.
+
+    Args:
+        config: the model's configuration.
+        neuron_config: what the model was exported for.
+        directory: the export directory.
+        runtime: the loaded graphs and weights; None for an export that was not loaded.
+    """
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        neuron_config: OPTNeuronConfig,
+        directory: Path,
+        runtime: Runtime | None = None,
+    ):
+        self.config = config
+        self.neuron_config = neuron_config
+        self.generation_config = GenerationConfig.from_pretrained(directory)
+        self.directory = directory
+        self._loaded = runtime
+        # Keeps an export that was made on the fly for as long as it is used.
+        self._temporary: tempfile.TemporaryDirectory | None = None
+
+    # NeuronModel is a dataclass whose instances are all equal, and cannot be hashed.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def runtime(self) -> Runtime:
+        """The loaded graphs. RuntimeError if the model was exported without `load_weights=True`."""
+        if self._loaded is None:
+            raise RuntimeError(
+                "This model was exported, not loaded: save it and use from_pretrained, or export with "
+                "load_weights=True."
+            )
+        return self._loaded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights of attention, MLP and embeddings."""
+        return self.neuron_config.amp_dtype
+
+    @property
+    def name_or_path(self) -> str:
+        return str(self.directory)
+
+    @property
+    def preprocessors(self) -> list[Any]:
+        """The tokenizer that was exported with the model, if there was one."""
+        try:
+            return [AutoTokenizer.from_pretrained(self.directory)]
+        except (OSError, ValueError, TypeError, ImportError):  # the last two for want of any of its files
+            return []
+
+    def eval(self) -> NeuronOPTForCausalLM:
+        return self
+
+    def to(self, device: str | torch.device) -> NeuronOPTForCausalLM:
+        """The model; ValueError for any device but the host's, from where calls go to the NeuronCores."""
+        super().to(device)
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
+        """Logits of every position of prompts, for scoring.
+
+        Args:
+            input_ids: integers `(rows, width)`.
+            attention_mask: `(rows, width)`, 1 for tokens that count; None for all.
+
+        Returns:
+            `logits`, float32 `(rows, width, vocabulary)`; 0 where masked.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        tokens, lengths = self.compact(input_ids, attention_mask)
+        longest = int(lengths.max())
+        compacted = self.runtime.prompt_logits(tokens)[:, :longest]
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for row, real in enumerate(mask.bool()):
+            logits[row, real] = compacted[row, : int(real.sum())]
+        return CausalLMOutput(logits=logits)
+
+    @classmethod
+    def get_neuron_config(
+        cls,
+        model_name_or_path: str | Path,
+        config: PretrainedConfig | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        instance_type: str | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        tensor_parallel_size: int | None = None,
+        amp: str | torch.dtype | None = None,
+        kv_cache_dtype: str | torch.dtype | None = None,
+        max_topk: int | None = None,
+        prompt_buckets: tuple[int, ...] | None = None,
+        cache_buckets: tuple[int, ...] | None = None,
+    ) -> OPTNeuronConfig:
+        """The configuration to export a model with; what is not given gets a default that suits this host.
+
+        Args:
+            model_name_or_path: a local directory or an id on the hub.
+            config: its configuration, if it is at hand.
+            token, revision: for an id on the hub.
+            instance_type: by default the Neuron instance that this is, else `cpu`.
+            batch_size: by default 1.
+            sequence_length: by default the model's positions, at most 4096.
+            tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
+            amp: by default `f16`.
+            kv_cache_dtype, max_topk, prompt_buckets, cache_buckets: see `OPTNeuronConfig`.
+
+        Raises:
+            ValueError: if the model is not an OPT, or an option does not suit it.
+        """
+        if config is None:
+            config = AutoConfig.from_pretrained(model_name_or_path, token=token, revision=revision)
+        opt_config = check_opt(config, model_name_or_path)
+        if instance_type is None:
+            instance_type = "cpu" if get_neuron_major() == -1 else current_instance_type()
+        if tensor_parallel_size is None:
+            tensor_parallel_size = 1 if instance_type == "cpu" else get_available_cores()
+        if sequence_length is None:
+            sequence_length = min(opt_config.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
+        local = Path(model_name_or_path).is_dir()
+        given: dict[str, Any] = {
+            "batch_size": batch_size,
+            "amp": None if amp is None else normalize_dtype(amp),
+            "kv_cache_dtype": None if kv_cache_dtype is None else normalize_dtype(kv_cache_dtype, "kv_cache_dtype"),
+            "max_topk": max_topk,
+            "prompt_buckets": prompt_buckets,
+            "cache_buckets": cache_buckets,
+            "checkpoint_id": None if local else str(model_name_or_path),
+            "checkpoint_revision": None if local else opt_config._commit_hash,
+        }
+        neuron_config = OPTNeuronConfig(
+            instance_type=instance_type,
+            sequence_length=sequence_length,
+            tp_degree=tensor_parallel_size,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        neuron_config.check_model(opt_config)
+        return neuron_config
+
+    @classmethod
+    def _export(
+        cls,
+        model_id: str | Path,
+        config: PretrainedConfig,
+        neuron_config: OPTNeuronConfig,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        load_weights: bool | None = False,
+        eager: bool = False,
+        **hub_options: Any,
+    ) -> NeuronOPTForCausalLM:
+        """What `export` calls: exports to a temporary directory, which lives as long as the model.
+
+        Keep the export with `save_pretrained`. For arguments and errors see `optimum_opt_trn.export.export_opt`; with
+        `load_weights` the model can generate at once.
+        """
+        reject_unknown(hub_options, (*_HUB_OPTIONS, *_IGNORED_OPTIONS), f"{cls.__name__}.export")
+        hub = {name: value for name, value in hub_options.items() if name in _HUB_OPTIONS}
+        temporary = tempfile.TemporaryDirectory(prefix="optimum_opt_trn-")
+        directory = Path(temporary.name) / "export"
+        export_opt(
+            model_id, directory, neuron_config, config=config, token=token, revision=revision, eager=eager, **hub
+        )
+        model = cls._open(directory, load=bool(load_weights), eager=eager)
+        model._temporary = temporary
+        return model
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | Path, **options: Any) -> NeuronOPTForCausalLM:
+        """Loads an export; or exports an ordinary OPT checkpoint on the fly, and loads that.
+
+        Args:
+            model_id: a local directory or an id on the hub.
+            options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
+                `eager=True` to run the graphs uncompiled; and for a checkpoint that is not exported yet, what
+                `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`).
+
+        Raises:
+            TypeError: for an unknown option, naming the nearest.
+            ValueError: if the model is not an OPT; if an option does not suit it, or differs from what the export was
+                made with; CheckpointError if files are missing or broken.
+            OSError: if there is no such model.
+        """
+        cls._check_options(options)
+        return super().from_pretrained(model_id, **options)
+
+    @classmethod
+    def _from_pretrained(cls, model_id: str | Path, config: PretrainedConfig, **options: Any) -> NeuronOPTForCausalLM:
+        cls._check_options(options)
+        check_opt(config, model_id)
+        hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in _export_options() and v is not None}
+        eager = bool(options.get("eager"))
+        directory = find_export(model_id, hub)
+        if directory is not None:
+            return cls._open(directory, load=True, eager=eager, expected=chosen)
+        where = {name: hub[name] for name in ("token", "revision") if name in hub}
+        neuron_config = cls.get_neuron_config(model_id, config=config, **where, **chosen)
+        return cls._export(model_id, config, neuron_config, load_weights=True, eager=eager, **hub)
+
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> None:
+        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", *_export_options())
+        reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
+
+    @classmethod
+    def _open(
+        cls, directory: Path, load: bool, eager: bool, expected: dict[str, Any] | None = None
+    ) -> NeuronOPTForCausalLM:
+        """The export in `directory`; `expected` are options that it must have been made with."""
+        neuron_config = OPTNeuronConfig.from_pretrained(directory)
+        for name, value in (expected or {}).items():
+            field = "tp_degree" if name == "tensor_parallel_size" else name
+            made = getattr(neuron_config, field)
+            if field in ("amp", "kv_cache_dtype"):
+                value = normalize_dtype(value, field)
+            elif isinstance(made, tuple):
+                value = tuple(value)
+            if value != made:
+                raise ValueError(
+                    f"{directory} was exported with {field}={made!r}, which cannot be changed to {value!r} on "
+                    "loading: leave the option out, or export the model again."
+                )
+        config = OPTConfig.from_pretrained(directory)
+        neuron_config.check_model(config)
+        runtime = get_target(neuron_config).load(config, neuron_config, directory, eager) if load else None
+        return cls(config, neuron_config, directory, runtime)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes the whole export to `save_directory`, whole or not at all.
+
+        Args:
+            save_directory: a directory that is not there, is empty, or holds an earlier export.
+            push_to_hub: whether to upload it then; `kwargs` are those of `push_to_hub`, with `repository_id`.
+
+        Raises:
+            FileExistsError: if `save_directory` holds anything but an export.
+        """
+        target = Path(save_directory)
+        if not push_to_hub and kwargs:
+            reject_unknown(kwargs, ("push_to_hub",), "save_pretrained")
+        if target.resolve() != self.directory.resolve():
+            copy_export(self.directory, target)
+        if push_to_hub:
+            self.push_to_hub(str(target), kwargs.pop("repository_id", target.name), **kwargs)
+
+    def _save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        self.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(
+        self,
+        save_directory: str,
+        repository_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: bool | str = True,
+        endpoint: str | None = None,
+    ) -> str:
+        """Uploads the export in `save_directory`; the address of the commit."""
+        api = HfApi(endpoint=endpoint)
+        api.create_repo(repository_id, token=token, private=private, exist_ok=True)
+        return str(
+            api.upload_folder(repo_id=repository_id, folder_path=save_directory, token=token, revision=revision)
+        )
+
+    @classmethod
+    def _get_neuron_config(
+        cls,
+        checkpoint_id: str | None,
+        checkpoint_revision: str | None,
+        instance_type: str,
+        batch_size: int,
+        sequence_length: int,
+        tensor_parallel_size: int,
+        dtype: torch.dtype,
+    ) -> OPTNeuronConfig:
+        """What the auto class calls, which knows Neuron devices alone."""
+        return OPTNeuronConfig(
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            tp_degree=tensor_parallel_size,
+            amp="f16" if dtype == torch.float32 else normalize_dtype(dtype),
+            instance_type=instance_type,
+            checkpoint_id=checkpoint_id,
+            checkpoint_revision=checkpoint_revision,
+        )
+
+
+def _export_options() -> tuple[str, ...]:
+    """The options of `from_pretrained` that go to `get_neuron_config`."""
+    parameters = inspect.signature(NeuronOPTForCausalLM.get_neuron_config).parameters
+    own = (name for name in parameters if name not in ("model_name_or_path", "config", "token", "revision"))
+    return (*own, *_ALIASES)

@@ -1,0 +1,112 @@
+"""Tensor parallelism: how tensors are cut over ranks, and what ranks exchange. Nothing else knows of ranks.
+
+A column-parallel weight is cut by rows of the `(out, in)` matrix, so that each rank computes some of the outputs
+(attention heads, MLP units, words of the vocabulary); a row-parallel one by columns, so that each rank computes a
+summand of every output. The scheme is that of Megatron-LM (Shoeybi et al., 2019, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .products import Products
+
+
+# One entry per stage weight: its shards, one for each local rank, or a single tensor that all ranks share.
+Weights = dict[str, list[Tensor]]
+
+# The end of a tensor's name -> the dimension that is cut. Whatever is not here is copied to every rank: layernorms,
+# positions, project_in and project_out, and the biases of row-parallel products, which are added once, after the sum.
+SHARD_DIMS = {
+    "embed_tokens.weight": 0,
+    "lm_head.weight": 0,
+    "self_attn.q_proj.weight": 0,
+    "self_attn.q_proj.bias": 0,
+    "self_attn.k_proj.weight": 0,
+    "self_attn.k_proj.bias": 0,
+    "self_attn.v_proj.weight": 0,
+    "self_attn.v_proj.bias": 0,
+    "self_attn.out_proj.weight": 1,
+    "fc1.weight": 0,
+    "fc1.bias": 0,
+    "fc2.weight": 1,
+}
+
+
+def shard_dim(name: str) -> int | None:
+    """The dimension in which the tensor `name` is cut over ranks; None if every rank has a copy."""
+    return next((dim for end, dim in SHARD_DIMS.items() if name.endswith(end)), None)
+
+
+def shard_range(size: int, rank: int, world_size: int) -> tuple[int, int, int]:
+    """(start, stop, padding) of rank's part of a dimension of `size`.
+
+    Parts are equal, `ceil(size / world_size)`; where the last ones reach beyond `size` (a vocabulary that does not
+    divide), `padding` says by how much.
+    """
+    part = -(-size // world_size)
+    start, stop = min(rank * part, size), min((rank + 1) * part, size)
+    return start, stop, part - (stop - start)
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The ranks that are held here, out of `world_size`.
+
+    Args:
+        world_size: the tensor-parallel degree.
+        ranks: the local ranks. All of them on `cpu`; on `neuron` one is traced, and stands for each.
+        products: how the target multiplies.
+        all_reduce: sums a tensor over the processes; None if all ranks are held here.
+        all_gather: concatenates a tensor's last dimension over the processes; None likewise.
+    """
+
+    world_size: int = 1
+    ranks: Sequence[int] = (0,)
+    products: Products = field(default_factory=Products)
+    all_reduce: Callable[[Tensor], Tensor] | None = None
+    all_gather: Callable[[Tensor], Tensor] | None = None
+
+    def column(self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> list[Tensor]:
+        """x float32 `(…, in)`, `(out / world, in)` weights → one float32 `(…, out / world)` for each local rank."""
+        if biases is None:
+            return [self.products.linear(x, weight) for weight in weights]
+        return [self.products.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def row(self, xs: list[Tensor], weights: list[Tensor], bias: list[Tensor] | None) -> Tensor:
+        """One float32 `(…, in / world)` for each local rank, `(out, in / world)` weights → float32 `(…, out)`."""
+        y = self.sum([self.products.linear(x, weight) for x, weight in zip(xs, weights, strict=True)])
+        return y if bias is None else y + bias[0].float()
+
+    def embedding(self, ids: Tensor, weights: list[Tensor], ranks: Tensor) -> Tensor:
+        """int32 ids `(…)`, `(vocabulary / world, dim)` weights → float32 `(…, dim)`.
+
+        `ranks`, int32 `(local ranks,)`, says which part of the vocabulary each local rank has. It is a tensor, since
+        on `neuron` one traced program serves every rank.
+        """
+        if self.world_size == 1:
+            return F.embedding(ids, weights[0]).float()
+        parts = []
+        for index, weight in enumerate(weights):
+            local = ids - ranks[index] * weight.shape[0]
+            held = (local >= 0) & (local < weight.shape[0])
+            rows = F.embedding(torch.where(held, local, torch.zeros_like(local)), weight).float()
+            parts.append(torch.where(held.unsqueeze(-1), rows, torch.zeros_like(rows)))
+        return self.sum(parts)
+
+    def sum(self, parts: list[Tensor]) -> Tensor:
+        """The sum over all ranks of the world."""
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return self.all_reduce(total) if self.all_reduce else total
+
+    def gather(self, parts: list[Tensor]) -> Tensor:
+        """The parts of all ranks of the world, concatenated in the last dimension."""
+        joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return self.all_gather(joined) if self.all_gather else joined

@@ -1,0 +1,69 @@
+"""Token selection on the device.
+
+Random numbers come from the host, one uniform number a row and step; the device inverts the cumulative distribution
+with them. So a seed gives the same tokens on every target and at every tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .modeling_opt import MASKED
+
+
+# How many token ids a step can exclude (end-of-sequence ids, until the minimum length is reached).
+MAX_SUPPRESSED = 8
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one step needs to select tokens, `b` rows.
+
+    Args:
+        params: float32 `(b, 3)`: top_k, top_p, temperature of each row, in optimum-neuron's order. Greedy is top_k 1.
+        uniforms: float32 `(b,)` in [0, 1).
+        suppressed: int32 `(b, MAX_SUPPRESSED)`, token ids that may not be selected, filled up with -1.
+    """
+
+    params: Tensor
+    uniforms: Tensor
+    suppressed: Tensor
+
+
+def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: Tensor, max_topk: int) -> Tensor:
+    """Next tokens, int32 `(b,)`, from float32 logits `(b, vocabulary)` and the tensors of a `Selection`.
+
+    In the order of transformers: temperature, then top-k, then top-p of what is left. As there, top-k keeps all
+    tokens that tie with the k-th (among the `max_topk` best, which is all that is looked at).
+    """
+    words = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    excluded = (words[None, None, :] == suppressed[:, :, None]).any(dim=1)
+    logits = torch.where(excluded, torch.full_like(logits, MASKED), logits)
+
+    best, tokens = torch.topk(logits, min(max_topk, logits.shape[1]), dim=-1)
+    top_k, top_p, temperature = params[:, 0:1], params[:, 1:2], params[:, 2:3]
+    place = torch.arange(best.shape[1], dtype=torch.float32, device=best.device)[None, :]
+    last = (torch.minimum(top_k, torch.full_like(top_k, best.shape[1])) - 1).long()
+    kept = best >= best.gather(1, last)
+
+    scaled = (best - best[:, :1]) / temperature
+    weights = torch.where(kept, torch.exp(scaled), torch.zeros_like(scaled))
+    before = torch.cumsum(weights, dim=-1) - weights
+    # Tokens are kept until the ones before them reach top_p; the best always is.
+    kept = kept & ((before < top_p * weights.sum(-1, keepdim=True)) | (place < 1))
+    weights = torch.where(kept, weights, torch.zeros_like(weights))
+
+    cumulative = torch.cumsum(weights, dim=-1)
+    total = cumulative[:, -1:]
+    # The first place whose cumulative weight exceeds the drawn share; rounding must not lead beyond the last kept.
+    drawn = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True)
+    drawn = torch.minimum(drawn, kept.sum(-1, keepdim=True) - 1)
+    drawn_tokens = tokens.gather(1, drawn).squeeze(1).to(torch.int32)
+    # Without a second choice there is nothing to draw: of tokens that tie, the first is taken, as by argmax (topk
+    # returns them in any order).
+    unequal = torch.full_like(words, logits.shape[1] - 1)
+    first = torch.where(logits == best[:, :1], words, unequal).amin(dim=-1)
+    return torch.where(params[:, 0] > 1, drawn_tokens, first)

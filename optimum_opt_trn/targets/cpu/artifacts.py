@@ -1,0 +1,147 @@
+"""Ahead-of-time compiled stages on disk: how they are made, and when they may be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+from transformers import OPTConfig
+from transformers.utils import logging
+
+from ... import modeling_opt, parallel, products, sampling
+from ...checkpoint import CheckpointError
+from ...configuration_opt import OPTNeuronConfig
+from ...kv_cache import cache_shape
+from . import stages as stages_module
+from .stages import StageExport, Stages
+
+
+logger = logging.get_logger(__name__)
+
+MANIFEST_NAME = "manifest.json"
+
+
+def compile_stages(
+    config: OPTConfig, neuron_config: OPTNeuronConfig, exports: Mapping[str, StageExport], directory: Path
+) -> None:
+    """Compiles every stage of `exports` to `directory` and writes the manifest, last.
+
+    Where this host has no C++ compiler, the manifest lists no artifacts, one warning says so, and the export runs
+    eagerly; as it does without exports.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if exports and not _has_compiler():
+        logger.warning(
+            "No C++ compiler was found, so this export is not compiled: it will run eagerly, correct and slower. "
+            "Install g++ (or set CXX) and export again."
+        )
+        exports = {}
+    artifacts: dict[str, dict[str, Any]] = {}
+    for name, export in (progress := tqdm(exports.items(), unit="graph", desc="Compiling", disable=not exports)):
+        progress.set_postfix_str(name)
+        file = directory / f"{name}.pt2"
+        with torch.no_grad():
+            aoti_compile_and_package(export(), package_path=str(file))
+        artifacts[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    manifest = {"host": _host(), "graph": _graph_key(config, neuron_config), "artifacts": artifacts}
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def load_stages(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path) -> Stages | None:
+    """The compiled stages; None, with one warning, where they cannot be used on this host.
+
+    Raises:
+        CheckpointError: if the manifest or an artifact is missing or broken.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST_NAME).read_text())
+        host, graph = dict(manifest["host"]), manifest["graph"]
+        artifacts = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["artifacts"].items()}
+        if artifacts and artifacts.keys() != {field.name for field in dataclasses.fields(Stages)}:
+            raise ValueError(f"it lists {', '.join(artifacts)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST_NAME} is missing or broken ({error}): export the model again, or load it with "
+            "eager=True."
+        ) from error
+    reason = None
+    if not artifacts:
+        reason = "it was exported without compilation"
+    elif graph != _graph_key(config, neuron_config):
+        reason = "its graphs were compiled for other shapes, or by another version of optimum_opt_trn"
+    else:
+        here = _host()
+        differing = [f"{key} {host.get(key)} (here {here[key]})" for key in here if host.get(key) != here[key]]
+        if differing:
+            reason = "it was compiled for " + ", ".join(differing)
+    if reason:
+        logger.warning(
+            f"{directory.parent} runs eagerly, correct and slower: {reason}. To compile it, export it here."
+        )
+        return None
+    for name, (size, digest) in artifacts.items():
+        file = directory / f"{name}.pt2"
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+            raise CheckpointError(
+                f"{file} is missing or not what the manifest says: export the model again, or load it with eager=True."
+            )
+    return Stages(**{name: _load(directory / f"{name}.pt2") for name in artifacts})
+
+
+def _load(file: Path) -> Callable[..., Any]:
+    loader = aoti_load_package(str(file)).loader
+
+    def run(*arguments: Any) -> Tensor | list[Tensor]:
+        # The package's own __call__ checks the structure of the arguments, at a cost that many small calls feel.
+        results = loader.run(tree_leaves(arguments))
+        return results[0] if len(results) == 1 else results
+
+    return run
+
+
+def _has_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return False
+    return True
+
+
+def _host() -> dict[str, str]:
+    """What compiled code depends on: it runs on an equal host alone."""
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
+    """A hash of all that the graphs are made of: the model's shape, the export's options, and the code."""
+    options = {k: v for k, v in neuron_config.options().items() if not k.startswith("checkpoint_")}
+    model = (
+        *(config.hidden_size, config.ffn_dim, config.vocab_size, config.word_embed_proj_dim),
+        *(config.enable_bias, config.layer_norm_elementwise_affine, config.do_layer_norm_before),
+        *(config._remove_final_layer_norm, config.tie_word_embeddings, config.activation_function),
+    )
+    digest = hashlib.sha256(repr((model, cache_shape(config, neuron_config), sorted(options.items()))).encode())
+    for module in (modeling_opt, parallel, products, sampling, stages_module):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
