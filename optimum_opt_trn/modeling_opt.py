@@ -119,7 +119,7 @@ def layer_norm(x: Tensor, w: Weights, name: str) -> Tensor:
     """float32 layernorm over the last dimension; without the affine part where `w` has none of it."""
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
-    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
+    normed = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + LAYER_NORM_EPS)
     if f"{name}.weight" not in w:
         return normed
     return normed * w[f"{name}.weight"][0] + w[f"{name}.bias"][0]
@@ -131,8 +131,9 @@ def write_cache(cache: Tensor, new: Tensor, positions: Tensor, prompt: bool) -> 
     if prompt:
         cache[:, :, : new.shape[2]] = new
     else:
-        rows = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
-        cache[rows, :, positions.long()] = new.transpose(1, 2)
+        # Adjacent indices: with a slice among them, XLA would transpose the whole cache and back.
+        rows, heads = (torch.arange(size, dtype=torch.int32, device=cache.device) for size in cache.shape[:2])
+        cache[rows[:, None, None], heads[:, None], positions[:, None]] = new
 
 
 def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:

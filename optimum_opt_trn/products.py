@@ -13,8 +13,9 @@ class Products:
     """How a target multiplies.
 
     Args:
-        compute_dtype: dtype that both factors of a product have: float32 on `cpu`, `amp` on `neuron`, whose matrix
-            units accumulate in float32. Results are float32 in either case.
+        compute_dtype: dtype that both factors of a product have: float32 on `cpu`; `amp` on `neuron`, whose matrix
+            units accumulate in float32. What a product returns is float32, but of 16-bit factors rounded to their
+            dtype before.
         fused_rows: products of at most so many rows are written as multiply-and-sum. A compiler fuses that with the
             conversion of the 16-bit factor into one pass over the memory; run eagerly it would be slow, hence 0.
     """
