@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .auto import install as _install
 from .version import __version__
 
 
@@ -29,6 +30,10 @@ __all__ = [
     "pipeline",
     "save_pretrained_split",
 ]
+
+
+# From here on optimum.neuron.NeuronModelForCausalLM knows OPT.
+_install()
 
 
 def __getattr__(name: str) -> Any:

@@ -129,11 +129,19 @@ class OPTGenerationMixin(GenerationMixin):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is not None:
             mask = kwargs.get("attention_mask")
-            pad = self.generation_config.pad_token_id
-            if mask is None and pad is not None and pad != self.generation_config.eos_token_id:
-                mask = input_ids != pad  # as transformers will infer it
-            self.compact(input_ids, mask)
+            self.compact(input_ids, self._inferred_mask(input_ids, kwargs) if mask is None else mask)
         return super().generate(inputs, *args, **kwargs)
+
+    def _inferred_mask(self, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """The mask that transformers will assume where none is given: padding does not count, unless it also ends."""
+        configs = (options.get("generation_config"), self.generation_config)
+        pad, ends = (
+            options.get(name, next((v for c in configs if (v := getattr(c, name, None)) is not None), None))
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+            return None
+        return input_ids != pad
 
     def compact(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Drops masked tokens: OPT counts positions over the mask, so that no result depends on them.

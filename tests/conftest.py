@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+
+# What tests compile is cached for this run alone, pytest-xdist's workers included, which inherit the variable.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="optimum_opt_trn-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

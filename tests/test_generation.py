@@ -307,3 +307,16 @@ def test_a_generation_config_object_is_obeyed(load_opt):
     assert torch.equal(
         model.generate(ids, generation_config=config), rounded(source).generate(ids, generation_config=config)
     )
+
+
+def test_padding_is_inferred_as_transformers_infers_it(load_opt):
+    source = tiny_opt()
+    model = load_opt(source, batch_size=2, sequence_length=32, kv_cache_dtype="f32")
+    ids = torch.tensor([[1] * 28 + [5, 6, 7], [1] * 27 + [9, 8, 7, 6]])
+    for special in ({"pad_token_id": 1, "eos_token_id": None}, {"pad_token_id": 1, "eos_token_id": [2, 3]}):
+        options = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12, **special}
+        assert torch.equal(model.generate(ids, **options), rounded(source).generate(ids, **options))
+    start = torch.tensor([[2]])
+    options = {"do_sample": False, "pad_token_id": 2, "eos_token_id": 2, "max_new_tokens": 12}
+    assert torch.equal(model.generate(start, **options), rounded(source).generate(start, **options))
+    assert torch.equal(model.generate(bos_token_id=2, **options), rounded(source).generate(bos_token_id=2, **options))

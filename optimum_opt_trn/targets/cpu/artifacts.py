@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch._inductor import aoti_load_package
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import OPTConfig
@@ -23,6 +21,8 @@ from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
 from ...kv_cache import cache_shape
 from . import stages as stages_module
+from .compiler import compile_stage, has_compiler
+from .compiler import host as this_host
 from .stages import StageExport, Stages
 
 
@@ -40,7 +40,7 @@ def compile_stages(
     eagerly; as it does without exports.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if exports and not _has_compiler():
+    if exports and not has_compiler():
         logger.warning(
             "No C++ compiler was found, so this export is not compiled: it will run eagerly, correct and slower. "
             "Install g++ (or set CXX) and export again."
@@ -50,10 +50,9 @@ def compile_stages(
     for name, export in (progress := tqdm(exports.items(), unit="graph", desc="Compiling", disable=not exports)):
         progress.set_postfix_str(name)
         file = directory / f"{name}.pt2"
-        with torch.no_grad():
-            aoti_compile_and_package(export(), package_path=str(file))
+        compile_stage(export(), file)
         artifacts[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    manifest = {"host": _host(), "graph": _graph_key(config, neuron_config), "artifacts": artifacts}
+    manifest = {"host": this_host(), "graph": _graph_key(config, neuron_config), "artifacts": artifacts}
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -80,7 +79,7 @@ def load_stages(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Pa
     elif graph != _graph_key(config, neuron_config):
         reason = "its graphs were compiled for other shapes, or by another version of optimum_opt_trn"
     else:
-        here = _host()
+        here = this_host()
         differing = [f"{key} {host.get(key)} (here {here[key]})" for key in here if host.get(key) != here[key]]
         if differing:
             reason = "it was compiled for " + ", ".join(differing)
@@ -107,26 +106,6 @@ def _load(file: Path) -> Callable[..., Any]:
         return results[0] if len(results) == 1 else results
 
     return run
-
-
-def _has_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, OSError):
-        return False
-    return True
-
-
-def _host() -> dict[str, str]:
-    """What compiled code depends on: it runs on an equal host alone."""
-    return {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:

@@ -1,0 +1,269 @@
+"""`optimum-cli export neuron` for OPT: our own command, or optimum-neuron's, taught about OPT.
+
+optimum-cli loads this file at every start, so whatever is heavy is imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any, NoReturn
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+TASKS = ("auto", "text-generation")
+CAST_TYPES = ("fp16", "bf16", "fp32")
+INSTANCE_TYPES = ("cpu", "trn1", "trn1n", "inf2", "trn2")
+
+DESCRIPTION = """\
+Export an OPT model: split its checkpoint, compile it for a target, and write the result to a directory that
+NeuronOPTForCausalLM.from_pretrained and pipeline("text-generation", ...) load without compiling again."""
+
+EPILOG = """\
+examples:
+  optimum-cli export neuron -m facebook/opt-125m opt-125m-cpu
+  optimum-cli export neuron -m ./my-opt --batch_size 4 --sequence_length 512 --tensor_parallel_size 2 \\
+      --auto_cast_type bf16 --kv_cache_dtype fp32 my-opt-cpu
+
+OUTPUT will hold:
+  config.json, generation_config.json, tokenizer files   as in the source
+  neuron_config.json    the options above, as they were decided
+  checkpoint/           the weights: an ordinary Hugging Face checkpoint, one safetensors file per decoder layer
+  compiled/             the compiled graphs and their manifest
+
+use it:
+  from optimum_opt_trn import pipeline
+  pipeline("text-generation", "opt-125m-cpu")("Hello, my", max_new_tokens=20)"""
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a comma-separated list of lengths, like 128,512,2048") from None
+
+
+# The options that optimum-neuron's command has too (with choices and defaults that are not made for OPT) ...
+_SHARED: dict[str, dict[str, Any]] = {
+    "--task": {"choices": TASKS, "help": "What to export the model for. OPT does text-generation (default: auto)."},
+    "--batch_size": {"type": int, "metavar": "N", "help": "Sequences that a call holds at most (default: 1)."},
+    "--sequence_length": {
+        "type": int,
+        "metavar": "N",
+        "help": "Tokens of prompt and continuation that a sequence holds at most (default: the positions that the "
+        "model has, 2048 for most).",
+    },
+    "--tensor_parallel_size": {
+        "type": int,
+        "metavar": "N",
+        "help": "Ranks to split the model over: NeuronCores, or parts of one process on cpu. Has to divide the "
+        "attention heads (default: 1).",
+    },
+    "--auto_cast_type": {
+        "choices": CAST_TYPES,
+        "help": "Dtype of attention, MLP, embedding and output weights; layernorms stay float32 (default: fp16).",
+    },
+    "--torch_dtype": {
+        "choices": ("float16", "bfloat16", "float32"),
+        "help": "The same as --auto_cast_type, in torch's names.",
+    },
+    "--instance_type": {
+        "choices": INSTANCE_TYPES,
+        "help": "What the export will run on (default: cpu, the only one yet).",
+    },
+    "--cache_dir": {"metavar": "DIR", "help": "Where downloads are kept (default: the Hugging Face cache)."},
+}
+# ... and those that it lacks.
+_OWN: dict[str, dict[str, Any]] = {
+    "--kv_cache_dtype": {
+        "choices": ("fp32", "fp16", "bf16"),
+        "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: that of the "
+        "weights).",
+    },
+    "--max_topk": {
+        "type": int,
+        "metavar": "N",
+        "help": "How many of the most likely tokens sampling on the device chooses among (default: 256).",
+    },
+    "--prompt_buckets": {
+        "type": _lengths,
+        "metavar": "N,N,...",
+        "help": "Prompt lengths, in tokens, to compile for; a prompt takes the smallest that fits, and the last is "
+        "the sequence length (default: chosen for the target).",
+    },
+    "--cache_buckets": {
+        "type": _lengths,
+        "metavar": "N,N,...",
+        "help": "Lengths of the cache, in tokens, that a step reads; likewise.",
+    },
+    "--revision": {"metavar": "REV", "help": "Branch, tag or commit of a model on the Hub (default: main)."},
+    "--eager": {
+        "action": "store_const",
+        "const": True,
+        "help": "Compile nothing: quick to export; the model runs correctly but slower.",
+    },
+}
+
+
+class OPTExportCommand(BaseOptimumCLICommand):
+    """`optimum-cli export neuron` on a host without the Neuron SDK: OPT alone, for the CPU unless told otherwise."""
+
+    COMMAND = CommandInfo(name="neuron", help="Export OPT models for AWS Neuron devices, or for this host's CPU.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.formatter_class = RawDescriptionHelpFormatter
+        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        required = parser.add_argument_group("required")
+        required.add_argument("-m", "--model", required=True, help="Model id on the Hub, or a local directory.")
+        required.add_argument(
+            "output",
+            metavar="OUTPUT",
+            type=Path,
+            help="Directory to write: not there yet, empty, or an earlier export, which is replaced.",
+        )
+        group = parser.add_argument_group("options")
+        for flag, settings in (_SHARED | _OWN).items():
+            group.add_argument(flag, **settings)
+        _explain_errors(parser)
+
+    def run(self) -> None:
+        _run({name: value for name, value in vars(self.args).items() if value is not None and name != "func"})
+
+
+def extend(command: type[BaseOptimumCLICommand]) -> None:
+    """Teaches optimum-neuron's `command` to export OPT, in place; any other model goes the way it went before."""
+    parse_args, run = command.parse_args, command.run
+
+    def parse_args_with_opt(parser: ArgumentParser) -> None:
+        parse_args(parser)
+        for flag, choices in (("--auto_cast_type", CAST_TYPES), ("--instance_type", INSTANCE_TYPES)):
+            action = _action(parser, flag)
+            # A new list: optimum-neuron uses the old one elsewhere.
+            action.choices = list(dict.fromkeys([*(action.choices or ()), *choices]))
+            action.required = False
+        group = parser.add_argument_group(
+            "OPT models",
+            "These are for OPT alone, whose export is done by optimum_opt_trn. It takes --task, --batch_size, "
+            "--sequence_length, --tensor_parallel_size, --auto_cast_type or --torch_dtype, --instance_type and "
+            "--cache_dir too; weights are fp16 unless told otherwise.",
+        )
+        for flag, settings in _OWN.items():
+            group.add_argument(flag, **settings)
+        _explain_errors(parser)
+
+    def run_with_opt(self: BaseOptimumCLICommand) -> None:
+        # The namespace cannot tell a default from an option that was given, and the defaults are not for OPT.
+        argv = sys.argv[3:]
+        parser = ArgumentParser(prog=self.parser.prog)
+        parse_args_with_opt(parser)
+        for action in parser._actions:
+            action.default = SUPPRESS
+        given = vars(parser.parse_args(argv))
+        if given.get("task", "auto") in TASKS and _is_opt(given):
+            known = {"model", "output", *(flag.removeprefix("--") for flag in (*_SHARED, *_OWN))}
+            foreign = [action.option_strings[-1] for action in parser._actions if action.dest in given.keys() - known]
+            _run(given, foreign)
+            return
+        # What was added above is not for this model: its own parser says so.
+        parser = ArgumentParser(prog=self.parser.prog)
+        parse_args(parser)
+        parser.parse_args(argv)
+        run(self)
+
+    command.parse_args = staticmethod(parse_args_with_opt)
+    command.run = run_with_opt
+
+
+def _run(options: dict[str, Any], foreign: list[str] | None = None) -> None:
+    """Exports; what the user can mend ends in one line on stderr and exit status 1."""
+    try:
+        if foreign:
+            raise ValueError(f"no meaning for OPT models: {', '.join(foreign)}. Leave it out.")
+        _export(**{name: value for name, value in options.items() if name != "task"})  # there is but one
+    except KeyboardInterrupt:
+        print(f"Interrupted: {options['output']} is as it was.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (OSError, ValueError) as error:
+        print(f"optimum-cli export neuron: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _export(
+    model: str,
+    output: Path,
+    auto_cast_type: str | None = None,
+    torch_dtype: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    eager: bool = False,
+    **options: Any,
+) -> None:
+    """Checks everything, then exports.
+
+    Raises:
+        ValueError: if the model is not an OPT, or an option does not fit it.
+        OSError: if the model cannot be found, or the output cannot be written.
+    """
+    from transformers import AutoConfig
+
+    from ..configuration_opt import normalize_dtype
+    from ..export import export_opt
+    from ..modeling_neuron_opt import NeuronOPTForCausalLM
+    from ..targets import get_target
+
+    named = [
+        normalize_dtype(value, option)
+        for option, value in (("--auto_cast_type", auto_cast_type), ("--torch_dtype", torch_dtype))
+        if value is not None
+    ]
+    if len(set(named)) > 1:
+        raise ValueError(f"--auto_cast_type {auto_cast_type} and --torch_dtype {torch_dtype} disagree: give one.")
+    config = AutoConfig.from_pretrained(model, revision=revision, cache_dir=cache_dir)
+    neuron_config = NeuronOPTForCausalLM.get_neuron_config(
+        model, config=config, revision=revision, amp=named[0] if named else None, **options
+    )
+    try:
+        get_target(neuron_config)
+    except RuntimeError as error:  # no such target on this host, which is for the user to mend
+        raise ValueError(error) from error
+    export_opt(model, output, neuron_config, config=config, revision=revision, cache_dir=cache_dir, eager=eager)
+    print(f"Exported to {output}. Try it: optimum_opt_trn.pipeline('text-generation', {str(output)!r})")
+
+
+def _is_opt(options: dict[str, Any]) -> bool:
+    from transformers import PretrainedConfig
+
+    where = {name: options[name] for name in ("revision", "cache_dir", "subfolder") if name in options}
+    try:
+        return PretrainedConfig.get_config_dict(options["model"], **where)[0].get("model_type") == "opt"
+    except (OSError, ValueError):  # a diffusion model, say, has no config.json; what is amiss else is not ours to say
+        return False
+
+
+def _action(parser: ArgumentParser, flag: str) -> Action:
+    return next(action for action in parser._actions if flag in action.option_strings)
+
+
+def _explain_errors(parser: ArgumentParser) -> None:
+    """Makes `parser` answer a usage error in one line, and an unknown option by naming the nearest known one."""
+    parse = parser.parse_known_args
+
+    def error(message: str) -> NoReturn:
+        parser.exit(2, f"{parser.prog}: error: {message} (--help explains the options)\n")
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = parse(*args, **kwargs)
+        if unknown:
+            import difflib
+
+            flag = unknown[0].partition("=")[0]
+            known = [known for action in parser._actions for known in action.option_strings]
+            nearest = difflib.get_close_matches(flag, known, n=1)
+            error(f"unknown argument {flag}" + (f", did you mean {nearest[0]}?" if nearest else ""))
+        return namespace, unknown
+
+    parser.error = error  # type: ignore[method-assign]
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""Names of libraries that this one follows, for scripts that were written for them."""

@@ -1,0 +1,114 @@
+"""transformers-neuronx's OPT, under its old names: an old script keeps its body and changes its import lines.
+
+    from optimum_opt_trn.compat.transformers_neuronx import OPTForSampling, save_pretrained_split
+
+What each old option became is in `docs/migration.md`. New scripts use `optimum_opt_trn.NeuronOPTForCausalLM`, which
+this module is a thin layer over.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ..checkpoint import save_pretrained_split as _save_split
+from ..configuration_opt import normalize_dtype
+from .opt_for_sampling import OPTForSampling
+from .options import GenerationConfig, NeuronConfig
+
+
+__all__ = [
+    "GenerationConfig",
+    "HuggingFaceGenerationModelAdapter",
+    "NeuronConfig",
+    "OPTForSampling",
+    "amp_callback",
+    "save_pretrained_split",
+]
+
+_GONE = {
+    "NeuronAutoModelForCausalLM": "use optimum.neuron.NeuronModelForCausalLM after `import optimum_opt_trn`.",
+    "OPTForGreedySearch": "use OPTForSampling with NeuronConfig(on_device_generation=GenerationConfig()).",
+    "QuantizationConfig": "weights are kept in f16, bf16 or f32: leave quantization out, and choose amp='f16'.",
+    "ContinuousBatchingConfig": "a batch starts together here: leave continuous batching out.",
+    "SparseAttnConfig": "every token attends to all before it, as OPT was trained: leave sparse attention out.",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _GONE:
+        raise ImportError(f"{name} of transformers-neuronx has no counterpart here: {_GONE[name]}")
+    if name.endswith("ForSampling"):
+        raise ImportError(f"{name}: this library has OPT only; for other models use optimum-neuron.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def amp_callback(model: transformers.OPTForCausalLM, dtype: torch.dtype) -> None:
+    """Casts attention, MLP and lm_head of `model` in place, as the old library's demo did; layernorms stay."""
+    for layer in model.model.decoder.layers:
+        for part in (layer.self_attn, layer.fc1, layer.fc2):
+            part.to(dtype)
+    model.lm_head.to(dtype)
+
+
+def save_pretrained_split(model: transformers.OPTForCausalLM, save_directory: str | os.PathLike[str]) -> Path:
+    """Writes `model` to `save_directory` as a split checkpoint: one safetensors file a layer.
+
+    The `amp` dtype is the one to which the caller has cast attention and MLP. `model` is left as it is.
+
+    Returns:
+        The directory.
+
+    Raises:
+        TypeError: if `model` is not an OPT.
+        ValueError: if attention and MLP weights do not all have the same dtype.
+    """
+    if not isinstance(model, transformers.OPTForCausalLM):
+        raise TypeError(f"save_pretrained_split takes an OPTForCausalLM, not a {type(model).__name__}.")
+    dtypes: dict[torch.dtype, str] = {}
+    for name, parameter in model.model.decoder.layers.named_parameters():
+        if any(part in name for part in (".self_attn.", ".fc1.", ".fc2.")):
+            dtypes.setdefault(parameter.dtype, name)
+    if len(dtypes) != 1:
+        found = ", ".join(f"{name}: {dtype}" for dtype, name in dtypes.items())
+        raise ValueError(f"Attention and MLP are cast to different dtypes ({found}): cast all of them to one.")
+    directory = _save_split(model, save_directory, amp=normalize_dtype(next(iter(dtypes))))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    return directory
+
+
+class HuggingFaceGenerationModelAdapter:
+    """`generate()` of transformers for an `OPTForSampling`, which `NeuronOPTForCausalLM` has by itself.
+
+    Args:
+        config: the model's configuration.
+        model: the model, after `to_neuron`.
+    """
+
+    def __init__(self, config: transformers.OPTConfig, model: OPTForSampling):
+        self.config = config
+        self.model = model
+        self.generation_config = transformers.GenerationConfig.from_model_config(config)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: transformers.GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `NeuronOPTForCausalLM.generate`; the defaults are those of `config`, as they were."""
+        kwargs.setdefault("use_model_defaults", False)
+        return self.model._loaded().generate(inputs, generation_config or self.generation_config, **kwargs)
+
+    def reset_generation(self) -> None:
+        """Does nothing: each `generate` starts afresh."""
+
+    def eval(self) -> HuggingFaceGenerationModelAdapter:
+        """Does nothing: there is no other mode."""
+        return self

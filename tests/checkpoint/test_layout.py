@@ -1,0 +1,88 @@
+"""The layout's names and shapes are those of transformers' OPTForCausalLM."""
+
+import pytest
+import torch
+from conftest import KINDS, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.modeling_utils import no_init_weights
+
+from optimum_opt_trn.checkpoint.layout import (
+    INDEX_NAME,
+    OUTER_FILE,
+    TensorSpec,
+    checkpoint_files,
+    layer_file,
+    layer_prefix,
+    layer_specs,
+    outer_specs,
+)
+
+
+@st.composite
+def configs(draw) -> OPTConfig:
+    heads = draw(st.integers(1, 4))
+    hidden = heads * draw(st.integers(1, 8))
+    return OPTConfig(
+        vocab_size=draw(st.integers(3, 60)),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        word_embed_proj_dim=draw(st.sampled_from([hidden, 5])),
+        ffn_dim=draw(st.integers(1, 40)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        max_position_embeddings=draw(st.integers(1, 50)),
+        do_layer_norm_before=draw(st.booleans()),
+        _remove_final_layer_norm=draw(st.booleans()),
+        enable_bias=draw(st.booleans()),
+        layer_norm_elementwise_affine=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+def assert_layout_is_that_of_transformers(config: OPTConfig) -> None:
+    with no_init_weights(), torch.device("meta"):
+        model = OPTForCausalLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    files = checkpoint_files(config)
+    ours = {name: spec.shape for specs in files.values() for name, spec in specs.items()}
+    assert ours == expected
+    assert sum(map(len, files.values())) == len(ours)  # no tensor is in two files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind):
+    assert_layout_is_that_of_transformers(tiny_config(**KINDS[kind]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(configs())
+def test_any_combination(config):
+    assert_layout_is_that_of_transformers(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layernorms_and_positions_stay_float32(kind):
+    for specs in checkpoint_files(tiny_config(**KINDS[kind])).values():
+        for name, spec in specs.items():
+            kept = "layer_norm" in name or "embed_positions" in name
+            for amp in (torch.float16, torch.bfloat16, torch.float32):
+                assert spec.dtype(amp) == (torch.float32 if kept else amp), name
+
+
+def test_one_file_a_layer_and_one_for_the_rest():
+    config = tiny_config(num_hidden_layers=3)
+    files = checkpoint_files(config)
+    assert list(files) == [OUTER_FILE, "layer_000.safetensors", "layer_001.safetensors", "layer_002.safetensors"]
+    assert files[OUTER_FILE] == outer_specs(config)
+    for index in range(3):
+        assert layer_file(index) == f"layer_{index:03d}.safetensors"
+        assert layer_prefix(index) == f"model.decoder.layers.{index}."
+        assert files[layer_file(index)] == {layer_prefix(index) + k: v for k, v in layer_specs(config).items()}
+    assert INDEX_NAME == "model.safetensors.index.json"  # where transformers looks for it
+
+
+def test_specs_are_values():
+    assert TensorSpec((2, 3), True) == TensorSpec((2, 3), True) != TensorSpec((2, 3), False)

@@ -1,0 +1,223 @@
+"""Reading weights from every form in which they are found, and refusing what is not them."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import KINDS, tiny_config, tiny_opt
+from safetensors.torch import load_file, save_file
+from transformers import OPTForCausalLM
+
+from optimum_opt_trn import CheckpointError
+from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
+from optimum_opt_trn.checkpoint.source import WeightSource, open_directory, open_model
+
+
+FORMS = {
+    "safetensors": {},
+    "sharded safetensors": {"max_shard_size": "60KB"},
+    "pytorch": {"safe_serialization": False},
+    "sharded pytorch": {"safe_serialization": False, "max_shard_size": "60KB"},
+}
+FC1 = "model.decoder.layers.0.fc1.weight"
+
+
+def assert_same_tensors(source: WeightSource, model: OPTForCausalLM) -> None:
+    """Every tensor of the layout can be read from `source` and has the model's values."""
+    source.check(model.config)
+    state = model.state_dict()
+    for specs in checkpoint_files(model.config).values():
+        for name, spec in specs.items():
+            tensor = source.read(name, spec, torch.float32)
+            assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+            assert torch.equal(tensor, state[name].float()), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_directory_in_every_form(form, kind, tmp_path):
+    model = tiny_opt(**KINDS[kind])
+    model.save_pretrained(tmp_path, **FORMS[form])
+    weights = [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]
+    assert (len(weights) > 1) == ("sharded" in form)
+    assert_same_tensors(open_directory(tmp_path), model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_loaded_model(kind, dtype):
+    model = tiny_opt(**KINDS[kind]).to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert_same_tensors(open_model(model), model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == dtype for name, tensor in before.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_names_without_the_prefix(suffix, tmp_path):
+    """OPTModel's own checkpoints, which the first ones on the hub are."""
+    model = tiny_opt()
+    model.model.save_pretrained(tmp_path, safe_serialization=suffix == "safetensors")
+    assert_same_tensors(open_directory(tmp_path), model)
+
+
+def test_tied_head_that_was_written_out(tmp_path):
+    model = tiny_opt()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" in state
+    save_file(state, tmp_path / "model.safetensors")
+    assert_same_tensors(open_directory(tmp_path), model)
+
+
+def test_pytorch_files_of_the_time_before_zip(tmp_path):
+    model = tiny_opt()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_same_tensors(open_directory(tmp_path), model)
+
+
+def test_safetensors_are_preferred(tmp_path):
+    model, other = tiny_opt(), tiny_opt(seed=1)
+    other.save_pretrained(tmp_path, safe_serialization=False)
+    model.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path / "other", safe_serialization=False)
+    shutil.copy(tmp_path / "other" / "pytorch_model.bin", tmp_path)
+    assert_same_tensors(open_directory(tmp_path), model)
+
+
+def saved(tmp_path, change) -> WeightSource:
+    """The source of a tiny model's weights after `change(state)`."""
+    state = {name: tensor.clone() for name, tensor in tiny_opt().state_dict().items() if name != "lm_head.weight"}
+    change(state)
+    save_file(state, tmp_path / "model.safetensors")
+    return open_directory(tmp_path)
+
+
+def test_missing_and_extra_tensors(tmp_path):
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors: {FC1}"):
+        saved(tmp_path, lambda state: state.pop(FC1)).check(tiny_config())
+    with pytest.raises(CheckpointError, match="holds, beyond what config.json says, 1 tensors: extra"):
+        saved(tmp_path, lambda state: state.update(extra=torch.zeros(1))).check(tiny_config())
+    with pytest.raises(CheckpointError, match="lacks 16 tensors.*, …"):  # a layer more than is there
+        saved(tmp_path, lambda state: None).check(tiny_config(num_hidden_layers=3))
+    with pytest.raises(CheckpointError, match="holds, beyond.*16 tensors"):
+        saved(tmp_path, lambda state: None).check(tiny_config(num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match="lacks 1 tensors: lm_head.weight"):
+        saved(tmp_path, lambda state: None).check(tiny_config(tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize(
+    ("value", "amp", "message"),
+    [
+        (torch.zeros(96, 63), torch.float32, r"shape \(96, 63\), but config.json makes it \(96, 64\)"),
+        (torch.zeros(64, 96), torch.float32, r"shape \(64, 96\)"),
+        (torch.zeros(96 * 64), torch.float32, r"shape \(6144,\)"),
+        (torch.zeros(96, 64, dtype=torch.int8), torch.float32, "dtype torch.int8, not one of floating point"),
+        (torch.full((96, 64), torch.nan), torch.float32, "values that are not finite in the source"),
+        (torch.full((96, 64), -torch.inf), torch.float16, "values that are not finite in the source"),
+        (torch.full((96, 64), 1e5), torch.float16, "values that are not finite once cast to torch.float16: try bf16"),
+    ],
+)
+def test_bad_tensors(value, amp, message, tmp_path):
+    source = saved(tmp_path, lambda state: state.update({FC1: value}))
+    with pytest.raises(CheckpointError, match=f"{FC1} has {message}") as error:
+        source.read(FC1, TensorSpec((96, 64), True), amp)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_large_values_fit_bf16(tmp_path):
+    source = saved(tmp_path, lambda state: state.update({FC1: torch.full((96, 64), 1e5)}))
+    tensor = source.read(FC1, TensorSpec((96, 64), True), torch.bfloat16)
+    torch.testing.assert_close(tensor.float(), torch.full((96, 64), 1e5), rtol=2**-8, atol=0)
+
+
+def test_reading_what_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="lacks the tensor model.nothing"):
+        saved(tmp_path, lambda state: None).read("model.nothing", TensorSpec((1,), True), torch.float32)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(CheckpointError, match="has no weights: expected model.safetensors.*pytorch_model.bin"):
+        open_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"\xff" * 4096, b"PK\x03\x04 zip?"],
+)
+def test_files_that_are_no_checkpoints(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is broken or not a checkpoint file"):
+        open_directory(tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files(form, share, tmp_path):
+    model = tiny_opt()
+    model.save_pretrained(tmp_path, **FORMS[form])
+    last = sorted([*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")])[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError, match=last.name):
+        assert_same_tensors(open_directory(tmp_path), model)
+
+
+class Harmful:
+    """What a pickle can hold, and must not be run."""
+
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("content", [Harmful(), {"a": Harmful()}, [torch.zeros(1)], torch.zeros(1)])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_files_that_hold_something_else(content, zipped, tmp_path, capsys):
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="broken or not a checkpoint file"):
+        open_directory(tmp_path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_plain_pickle_is_not_run(tmp_path, capsys):
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(CheckpointError, match="broken or not a checkpoint file"):
+        open_directory(tmp_path)
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["sharded safetensors", "sharded pytorch"])
+def test_missing_shard(form, tmp_path):
+    tiny_opt().save_pretrained(tmp_path, **FORMS[form])
+    shard = sorted([*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")])[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {shard.name}, which its .*index.json names"):
+        open_directory(tmp_path)
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/model.safetensors", "a/model.safetensors"])
+def test_index_that_points_outside(outside, tmp_path):
+    directory = tmp_path / "inner"
+    tiny_opt().save_pretrained(directory, max_shard_size="60KB")
+    save_file(load_file(sorted(directory.glob("*.safetensors"))[0]), tmp_path / "model.safetensors")
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][FC1] = outside
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="points outside of its directory"):
+        open_directory(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"weight_map": {"a": 3, "b": "c"}}', '{"weight_map": 3}', '{"weight_map": ["a"]}', "\x00"],
+)
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_broken_index(index, content, tmp_path):
+    (tmp_path / index).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{index} is not a checkpoint index"):
+        open_directory(tmp_path)

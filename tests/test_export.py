@@ -1,0 +1,308 @@
+"""Export: what a directory holds, what is refused, and what an interruption leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import KINDS, SHIPPED_MODEL, rounded, tiny_opt
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, OPTConfig, OPTForCausalLM
+
+from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig
+from optimum_opt_trn.checkpoint.layout import INDEX_NAME
+from optimum_opt_trn.checkpoint.source import WeightSource
+from optimum_opt_trn.export import export_opt
+from optimum_opt_trn.targets.cpu import CPUTarget
+
+
+ROOT = Path(__file__).parents[1]
+PROMPT = torch.tensor([[2, 17, 99, 4, 56, 23, 8]])
+
+
+def neuron_config(**options) -> OPTNeuronConfig:
+    return OPTNeuronConfig(**{"sequence_length": 64, **options})
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    """Everything below a directory: names, and contents of files."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+@pytest.fixture
+def source(save_opt) -> Path:
+    return save_opt()
+
+
+@pytest.fixture
+def with_tokenizer(source) -> Path:
+    AutoTokenizer.from_pretrained(SHIPPED_MODEL).save_pretrained(source)
+    return source
+
+
+def test_directory(with_tokenizer, tmp_path):
+    config = neuron_config(tp_degree=2, amp="bf16")
+    output = export_opt(with_tokenizer, str(tmp_path / "a" / "b" / "out"), config, eager=True)
+    assert output == tmp_path / "a" / "b" / "out"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    tokenizer = {path.name for path in with_tokenizer.iterdir()} & {
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    }
+    assert len(tokenizer) >= 4
+    own = {"config.json", "generation_config.json", "neuron_config.json", "checkpoint", "compiled"}
+    assert {path.name for path in output.iterdir()} == own | tokenizer
+    assert {path.name for path in (output / "checkpoint").iterdir()} == {
+        *("config.json", INDEX_NAME, "embeddings_and_head.safetensors"),
+        *("layer_000.safetensors", "layer_001.safetensors"),
+    }
+    assert [path.name for path in (output / "compiled").iterdir()] == ["manifest.json"]
+    assert OPTNeuronConfig.from_pretrained(output) == config
+    written = json.loads((output / "config.json").read_text())
+    assert (written["architectures"], written["dtype"]) == (["OPTForCausalLM"], "bfloat16")
+    text = "It is a truth universally acknowledged"
+    ids = AutoTokenizer.from_pretrained(with_tokenizer)(text).input_ids
+    assert AutoTokenizer.from_pretrained(output)(text).input_ids == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_checkpoint_gives_the_same_logits_in_transformers(kind, save_opt, tmp_path):
+    model = tiny_opt(**KINDS[kind])
+    output = export_opt(save_opt(model), tmp_path / "out", neuron_config(kv_cache_dtype="f32"), eager=True)
+    loaded = OPTForCausalLM.from_pretrained(output / "checkpoint", dtype=torch.float32)
+    with torch.no_grad():
+        expected = loaded(PROMPT).logits
+        torch.testing.assert_close(expected, rounded(model)(PROMPT).logits)
+    ours = NeuronOPTForCausalLM.from_pretrained(output, eager=True)(PROMPT).logits
+    assert (ours - expected).abs().max() <= 1e-3 * expected.std()
+
+
+def test_source_is_not_changed(with_tokenizer, tmp_path):
+    before = snapshot(with_tokenizer)
+    export_opt(with_tokenizer, tmp_path / "out", neuron_config(), eager=True)
+    assert snapshot(with_tokenizer) == before
+
+
+def test_generation_config_is_the_sources(source, tmp_path):
+    GenerationConfig(eos_token_id=[5, 6], pad_token_id=1, max_length=33).save_pretrained(source)
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    written = GenerationConfig.from_pretrained(output)
+    assert (written.eos_token_id, written.pad_token_id, written.max_length) == ([5, 6], 1, 33)
+
+
+def test_generation_config_without_one(source, tmp_path):
+    (source / "generation_config.json").unlink()
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    assert GenerationConfig.from_pretrained(output).eos_token_id == 2  # of config.json
+
+
+def test_source_without_tokenizer_warns(source, tmp_path, caplog):
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    warnings = [record.getMessage() for record in caplog.records if "tokenizer" in record.getMessage()]
+    assert len(warnings) == 1 and str(source) in warnings[0]
+    assert not list(output.glob("*token*")) and not list(output.glob("vocab*"))
+    assert NeuronOPTForCausalLM.from_pretrained(output, eager=True).preprocessors == []
+
+
+def test_source_with_tokenizer_does_not_warn(with_tokenizer, tmp_path, caplog):
+    export_opt(with_tokenizer, tmp_path / "out", neuron_config(), eager=True)
+    assert not caplog.records
+
+
+def test_permissions_are_as_for_any_new_directory(source, tmp_path):
+    (tmp_path / "plain").mkdir()
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    assert output.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_export_is_a_source_by_its_checkpoint(source, tmp_path):
+    first = export_opt(source, tmp_path / "first", neuron_config(), eager=True)
+    second = export_opt(first / "checkpoint", tmp_path / "second", neuron_config(tp_degree=2), eager=True)
+    files = [path.name for path in (first / "checkpoint").glob("*.safetensors")]
+    assert all((first / "checkpoint" / f).read_bytes() == (second / "checkpoint" / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_an_earlier_export_is_replaced(atomic, save_opt, tmp_path, monkeypatch):
+    if not atomic:  # a system without renameat2
+        monkeypatch.setattr("optimum_opt_trn.export.ctypes.CDLL", lambda *args, **kwargs: object())
+    old = save_opt(tiny_opt(seed=1, num_hidden_layers=3), "old")
+    output = export_opt(old, tmp_path / "out", neuron_config(), eager=True)
+    (output / "note.txt").write_text("of the old one")
+    fresh = export_opt(save_opt(tiny_opt(seed=2), "new"), tmp_path / "fresh", neuron_config(tp_degree=2), eager=True)
+    export_opt(tmp_path / "new", output, neuron_config(tp_degree=2), eager=True)
+    assert snapshot(output) == snapshot(fresh)
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new", "fresh", "out"}
+
+
+def test_an_empty_directory_is_filled(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    assert (tmp_path / "out" / "neuron_config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_an_output_that_is_no_export_is_refused(source, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("years of work")
+    before = snapshot(tmp_path)
+    with pytest.raises(FileExistsError, match="taken exists and is not an export: choose another"):
+        export_opt(source, taken, neuron_config(), eager=True)
+    with pytest.raises(FileExistsError, match="thesis.tex exists and is not an export"):
+        export_opt(source, taken / "thesis.tex", neuron_config(), eager=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_output_that_is_the_source_is_refused(source, tmp_path, monkeypatch):
+    before = snapshot(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for output in (source, "source", tmp_path / "source" / ".." / "source"):
+        with pytest.raises(FileExistsError, match="is the source itself"):
+            export_opt(source, output, neuron_config(), eager=True)
+    assert snapshot(tmp_path) == before
+
+
+def fail_reading(monkeypatch, error) -> None:
+    read, count = WeightSource.read, iter(range(1000))
+
+    def failing(self, *args):
+        if next(count) == 20:  # in the second layer
+            raise error
+        return read(self, *args)
+
+    monkeypatch.setattr(WeightSource, "read", failing)
+
+
+def fail_compiling(monkeypatch, error) -> None:
+    def failing(self, config, neuron_config, directory, eager):
+        assert (directory / "neuron_config.json").is_file()  # at this point all else is there
+        (directory / "compiled").mkdir()
+        raise error
+
+    monkeypatch.setattr(CPUTarget, "compile", failing)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), SystemExit(1)])
+@pytest.mark.parametrize("fail", [fail_reading, fail_compiling])
+def test_an_interrupted_export_leaves_what_was_there(fail, error, save_opt, tmp_path, monkeypatch):
+    source = save_opt()
+    earlier = export_opt(source, tmp_path / "earlier", neuron_config(), eager=True)
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patched:
+        fail(patched, error)
+        with pytest.raises(type(error)):
+            export_opt(source, tmp_path / "new", neuron_config(), eager=True)
+    assert snapshot(tmp_path) == before
+    with monkeypatch.context() as patched:
+        fail(patched, error)
+        with pytest.raises(type(error)):
+            export_opt(source, earlier, neuron_config(batch_size=2), eager=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_broken_source_leaves_nothing(source, tmp_path):
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="model.safetensors is broken"):
+        export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_killed_export_leaves_what_was_there(source, tmp_path):
+    """SIGKILL while the second layer is read: no clean-up runs at all."""
+    earlier = export_opt(source, tmp_path / "earlier", neuron_config(), eager=True)
+    before = snapshot(earlier)
+    code = textwrap.dedent("""
+        import sys, threading, time
+        from optimum_opt_trn import OPTNeuronConfig
+        from optimum_opt_trn.checkpoint.source import WeightSource
+        from optimum_opt_trn.export import export_opt
+
+        read = WeightSource.read
+        def slow(self, name, *args):
+            if name.startswith("model.decoder.layers.1."):
+                print("half-way", flush=True)
+                time.sleep(600)
+            return read(self, name, *args)
+        WeightSource.read = slow
+        source, *outputs = sys.argv[1:]
+        config = OPTNeuronConfig(sequence_length=64, batch_size=2)
+        for output in outputs:
+            threading.Thread(target=export_opt, args=(source, output, config), kwargs={"eager": True}).start()
+    """)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, source, earlier, tmp_path / "new"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    with child:
+        try:
+            assert child.stdout is not None
+            assert [child.stdout.readline() for _ in range(2)] == ["half-way\n"] * 2
+        finally:
+            child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.partial-*"))) == 2  # it was in the middle of both
+    assert snapshot(earlier) == before
+    assert not (tmp_path / "new").exists()
+    # What is left over is hidden, and does not stand in the way.
+    left_over = {path.name for path in tmp_path.iterdir()} - {"source", "earlier"}
+    assert all(name.startswith((".earlier.partial-", ".new.partial-")) for name in left_over)
+    export_opt(source, tmp_path / "new", neuron_config(), eager=True)
+    assert snapshot(tmp_path / "new") == before
+
+
+def test_other_models_are_refused(tmp_path):
+    GPT2Config().save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="source is of model_type 'gpt2', and optimum_opt_trn serves 'opt' alone"):
+        export_opt(tmp_path / "source", tmp_path / "out", neuron_config(), eager=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 225}, "sequence_length=225 exceeds the 224 positions"),
+        ({"tp_degree": 3}, "tp_degree=3 cannot split 4 attention heads.*choose one of 1, 2, 4"),
+        ({"tp_degree": 8}, "tp_degree=8 cannot split"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(options, message, source, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_opt(source, tmp_path / "deep" / "out", neuron_config(**options), eager=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.skipif(shutil.which("neuronx-cc") is not None, reason="the Neuron SDK is installed")
+@pytest.mark.parametrize("instance_type", ["trn1", "trn1n", "inf2", "trn2"])
+def test_neuron_without_the_sdk(instance_type, source, tmp_path):
+    with pytest.raises(RuntimeError, match=f"instance_type='{instance_type}': the Neuron SDK .* is not installed"):
+        export_opt(source, tmp_path / "deep" / "out", neuron_config(instance_type=instance_type))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_sources_that_are_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="empty has no config.json"):
+        export_opt(tmp_path / "empty", tmp_path / "out", neuron_config())
+    with pytest.raises(OSError, match="nowhere"):
+        export_opt(tmp_path / "deep" / "nowhere", tmp_path / "out", neuron_config(), local_files_only=True)
+    with pytest.raises(OSError):  # transformers' message
+        export_opt("no/such-model", tmp_path / "out", neuron_config(), local_files_only=True)
+    with pytest.raises(OSError, match="nowhere"):  # with the configuration at hand, too
+        export_opt(tmp_path / "deep" / "nowhere", tmp_path / "out", neuron_config(), config=OPTConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
