@@ -34,8 +34,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     # Slow imports wait until here, so that --help answers at once.
-    from transformers import AutoTokenizer, GenerationConfig
-
     from optimum_opt_trn import save_pretrained_split
 
     source = arguments.source or ("opt-13b" if Path("opt-13b").is_dir() else "facebook/opt-13b")
@@ -45,12 +43,6 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    # What a demo needs beside the weights.
-    for kind in (AutoTokenizer, GenerationConfig):
-        try:
-            kind.from_pretrained(source).save_pretrained(output)
-        except (OSError, ValueError, ImportError):
-            print(f"{source} has no {kind.__name__}; the split checkpoint goes without.")
     files = sorted(output.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{output}: {len(files)} files, {size / 1e9:.2f} GB, weights in {arguments.amp}.")

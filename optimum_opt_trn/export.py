@@ -13,17 +13,15 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
-from transformers.utils import cached_file, logging
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
 
+from .checkpoint.config import check_opt, load_config, save_config
 from .checkpoint.source import open_directory
-from .checkpoint.split import check_has_config, fetch, write_split
+from .checkpoint.split import fetch, save_companions, write_split
 from .configuration_opt import OPTNeuronConfig
 from .targets import get_target
 from .targets.base import CHECKPOINT_DIR
-
-
-logger = logging.get_logger(__name__)
 
 
 def export_opt(
@@ -46,7 +44,7 @@ def export_opt(
     interrupted export leaves what was there before.
 
     Args:
-        source: a local directory or an id on the hub.
+        source: a local directory or an id on the hub; an export is exported anew from its `checkpoint/`.
         output: a directory that is not there, is empty, or holds an earlier export, which is replaced.
         neuron_config: what to export for.
         config: the model's configuration, if it is at hand.
@@ -63,7 +61,8 @@ def export_opt(
         OSError: if the source is not there.
         RuntimeError: if the target is not to be had on this host.
     """
-    output = Path(output)
+    # Of a link, what it points to is replaced.
+    output = Path(output).resolve() if Path(output).is_symlink() else Path(output)
     hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -71,33 +70,20 @@ def export_opt(
         "force_download": force_download,
         "local_files_only": local_files_only,
     }
-    check_has_config(source)
-    opt_config = check_opt(config or AutoConfig.from_pretrained(source, **hub), source)
+    opt_config = load_config(source, **hub) if config is None else check_opt(config, source)
     neuron_config.check_model(opt_config)
     target = get_target(neuron_config)
     _check_output(output, source)
 
     path = fetch(source, **hub)
     with _staged(output) as staging:
-        write_split(open_directory(path), opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
-        saved = OPTConfig.from_dict(opt_config.to_dict())
-        saved.architectures, saved.dtype = ["OPTForCausalLM"], neuron_config.amp_dtype
-        saved.save_pretrained(staging)
-        _generation_config(path, opt_config).save_pretrained(staging)
-        _save_tokenizer(path, staging)
+        weights = open_directory(path / CHECKPOINT_DIR if _is_export(path) else path)
+        write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
+        save_config(opt_config, staging, neuron_config.amp_dtype)
+        save_companions(path, opt_config, staging)
         neuron_config.save_pretrained(staging)
         target.compile(opt_config, neuron_config, staging, eager)
     return output
-
-
-def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
-    """`config`, if it is an OPT's; ValueError else."""
-    if config.model_type != "opt":
-        raise ValueError(
-            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves 'opt' alone. For other "
-            "models see optimum-neuron."
-        )
-    return config
 
 
 def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None:
@@ -177,18 +163,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _generation_config(path: Path, config: OPTConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
-
-
-def _save_tokenizer(path: Path, directory: Path) -> None:
-    try:
-        AutoTokenizer.from_pretrained(path).save_pretrained(directory)
-    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
-        cause = str(error).strip().partition("\n")[0]
-        logger.warning(f"{path} has no tokenizer that can be loaded, so the export has none ({cause}).")

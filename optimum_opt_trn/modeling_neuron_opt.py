@@ -14,12 +14,13 @@ from optimum.neuron import NeuronModelForCausalLM
 from optimum.neuron.utils.instance import current_instance_type
 from optimum.neuron.utils.system import get_available_cores, get_neuron_major
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .checkpoint.config import check_opt, load_config
 from .configuration_opt import OPTNeuronConfig, normalize_dtype, reject_unknown
-from .export import check_opt, copy_export, export_opt, find_export
+from .export import copy_export, export_opt, find_export
 from .generation import OPTGenerationMixin
 from .targets import Runtime, get_target
 
@@ -159,12 +160,17 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             ValueError: if the model is not an OPT, or an option does not suit it.
         """
         if config is None:
-            config = AutoConfig.from_pretrained(model_name_or_path, token=token, revision=revision)
+            config = load_config(model_name_or_path, token=token, revision=revision)
         opt_config = check_opt(config, model_name_or_path)
         if instance_type is None:
             instance_type = "cpu" if get_neuron_major() == -1 else current_instance_type()
         if tensor_parallel_size is None:
             tensor_parallel_size = 1 if instance_type == "cpu" else get_available_cores()
+            if tensor_parallel_size == 0:
+                raise ValueError(
+                    f"This host has no NeuronCores to count: give tensor_parallel_size for {instance_type}, for "
+                    "example 2."
+                )
         if sequence_length is None:
             sequence_length = min(opt_config.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
         local = Path(model_name_or_path).is_dir()
@@ -239,7 +245,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         cls._check_options(options)
         check_opt(config, model_id)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in _export_options() and v is not None}
+        chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in export_options() and v is not None}
         eager = bool(options.get("eager"))
         directory = find_export(model_id, hub)
         if directory is not None:
@@ -250,7 +256,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> None:
-        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", *_export_options())
+        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", *export_options())
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
 
     @classmethod
@@ -336,7 +342,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         )
 
 
-def _export_options() -> tuple[str, ...]:
+def export_options() -> tuple[str, ...]:
     """The options of `from_pretrained` that go to `get_neuron_config`."""
     parameters = inspect.signature(NeuronOPTForCausalLM.get_neuron_config).parameters
     own = (name for name in parameters if name not in ("model_name_or_path", "config", "token", "revision"))

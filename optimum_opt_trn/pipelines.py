@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation import GenerationMixin
 
+from .checkpoint.config import load_config
 from .configuration_opt import reject_unknown
-from .export import check_opt, find_export
-from .modeling_neuron_opt import NeuronOPTForCausalLM
-from .modeling_neuron_opt import _export_options as export_options
+from .export import find_export
+from .modeling_neuron_opt import NeuronOPTForCausalLM, export_options
 
 
 TASK = "text-generation"
@@ -139,7 +139,7 @@ def pipeline(
 
 def _check_exported(model: str | Path, export: bool, hub: dict[str, Any]) -> None:
     """Raises ValueError unless `model` is to be exported or is an export, not both; OSError if there is none."""
-    check_opt(AutoConfig.from_pretrained(model, **hub), model)
+    load_config(model, **hub)
     exported = find_export(model, hub) is not None
     if export and exported:
         raise ValueError(f"{model} is an export already: leave export=True out.")

@@ -23,6 +23,10 @@ from transformers.utils import (
 from .layout import TensorSpec, checkpoint_files
 
 
+# Written by the first OPT conversions, and ignored by transformers as well.
+_IGNORED = {"model.decoder.version"}
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is not whole, or not of the model that its config.json describes."""
 
@@ -37,7 +41,8 @@ class WeightSource:
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]], origin: str):
         self.origin = origin
-        self._readers = {_canonical_name(name): reader for name, reader in readers.items()}
+        named = {_canonical_name(name): reader for name, reader in readers.items()}
+        self._readers = {name: reader for name, reader in named.items() if name not in _IGNORED}
 
     def check(self, config: OPTConfig) -> None:
         """Checks that the tensors are those of a model of `config`.

@@ -15,13 +15,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import OPTConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration_opt import AMP_DTYPES, normalize_dtype
+from .config import check_opt, load_config, save_config
 from .layout import INDEX_NAME, checkpoint_files
 from .source import CheckpointError, WeightSource, open_directory, open_model
 
+
+logger = logging.get_logger(__name__)
 
 # What is needed of a repository on the hub: weights in one of the two forms, configurations, tokenizer.
 _HUB_FILES = ["*.json", "*.txt", "*.model"]
@@ -40,7 +43,8 @@ def save_pretrained_split(
 ) -> Path:
     """Writes OPT weights as a split checkpoint, with attention, MLP, embedding and head in `amp`.
 
-    Layernorms and position embeddings are float32. `OPTForCausalLM.from_pretrained` loads the result.
+    Layernorms and position embeddings are float32. `OPTForCausalLM.from_pretrained` loads the result. Generation
+    config and tokenizer come along, where the source has them.
 
     Args:
         source: a loaded `OPTForCausalLM` (not changed), a local directory, or an id on the hub.
@@ -58,21 +62,41 @@ def save_pretrained_split(
     """
     dtype = AMP_DTYPES[normalize_dtype(amp)]
     if isinstance(source, PreTrainedModel):
-        config, weights = source.config, open_model(source)
+        config, weights = check_opt(source.config, type(source).__name__), open_model(source)
     else:
-        check_has_config(source)
-        path = fetch(source, revision, token, cache_dir, force_download, local_files_only)
-        config, weights = OPTConfig.from_pretrained(path), open_directory(path)
-    if config.model_type != "opt":
-        raise ValueError(f"{source if not isinstance(source, PreTrainedModel) else type(source).__name__} is of "
-                         f"model_type {config.model_type!r}, and only 'opt' can be split here.")  # fmt: skip
-    return write_split(weights, config, Path(directory), dtype)
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        config = load_config(source, **hub)
+        path = fetch(source, force_download=force_download, **hub)
+        weights = open_directory(path)
+    written = write_split(weights, config, Path(directory), dtype)
+    if isinstance(source, PreTrainedModel):
+        if source.generation_config is not None:
+            source.generation_config.save_pretrained(written)
+    else:
+        save_companions(path, config, written)
+    return written
 
 
-def check_has_config(source: str | os.PathLike) -> None:
-    """OSError if `source` is a directory without config.json, for which transformers would guess one by its name."""
-    if Path(source).is_dir() and not (Path(source) / CONFIG_NAME).is_file():
-        raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or not a whole one.")
+def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
+    """Writes what a user of the checkpoint `source` needs beside weights and config.json to `directory`.
+
+    That is the generation config, and the tokenizer, without which there is a warning.
+    """
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation_config = GenerationConfig.from_model_config(config)
+    generation_config.save_pretrained(directory)
+    try:
+        AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
+        cause = str(error).strip().partition("\n")[0]
+        logger.warning(f"{source} has no tokenizer that can be loaded, so {directory} has none ({cause}).")
 
 
 def fetch(
@@ -130,9 +154,7 @@ def write_split(weights: WeightSource, config: OPTConfig, directory: Path, amp: 
             total += written
             progress.update(written)
             del tensors  # before those of the next file are read
-    saved = OPTConfig.from_dict(config.to_dict())
-    saved.architectures, saved.dtype = ["OPTForCausalLM"], amp
-    saved.save_pretrained(directory)
+    save_config(config, directory, amp)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     partial = directory / f"{INDEX_NAME}.partial"
     partial.write_text(json.dumps(index, indent=2) + "\n")

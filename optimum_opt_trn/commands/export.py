@@ -207,8 +207,7 @@ def _export(
         ValueError: if the model is not an OPT, or an option does not fit it.
         OSError: if the model cannot be found, or the output cannot be written.
     """
-    from transformers import AutoConfig
-
+    from ..checkpoint.config import load_config
     from ..configuration_opt import normalize_dtype
     from ..export import export_opt
     from ..modeling_neuron_opt import NeuronOPTForCausalLM
@@ -221,7 +220,7 @@ def _export(
     ]
     if len(set(named)) > 1:
         raise ValueError(f"--auto_cast_type {auto_cast_type} and --torch_dtype {torch_dtype} disagree: give one.")
-    config = AutoConfig.from_pretrained(model, revision=revision, cache_dir=cache_dir)
+    config = load_config(model, revision=revision, cache_dir=cache_dir)
     neuron_config = NeuronOPTForCausalLM.get_neuron_config(
         model, config=config, revision=revision, amp=named[0] if named else None, **options
     )

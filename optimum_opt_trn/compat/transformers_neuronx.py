@@ -77,10 +77,7 @@ def save_pretrained_split(model: transformers.OPTForCausalLM, save_directory: st
     if len(dtypes) != 1:
         found = ", ".join(f"{name}: {dtype}" for dtype, name in dtypes.items())
         raise ValueError(f"Attention and MLP are cast to different dtypes ({found}): cast all of them to one.")
-    directory = _save_split(model, save_directory, amp=normalize_dtype(next(iter(dtypes))))
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
-    return directory
+    return _save_split(model, save_directory, amp=normalize_dtype(next(iter(dtypes))))
 
 
 class HuggingFaceGenerationModelAdapter:

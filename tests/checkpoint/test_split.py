@@ -6,10 +6,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, rounded, tiny_config, tiny_opt
+from conftest import KINDS, SHIPPED_MODEL, rounded, tiny_config, tiny_opt
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTForCausalLM,
+)
 
 from optimum_opt_trn import CheckpointError, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import load_weights
@@ -108,7 +115,8 @@ def test_a_split_checkpoint_is_a_source(tmp_path):
 def test_files(tmp_path):
     save_pretrained_split(tiny_opt(num_hidden_layers=3), tmp_path)
     layers = [f"layer_{i:03d}.safetensors" for i in range(3)]
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", INDEX_NAME, OUTER_FILE, *layers}
+    configs = {"config.json", "generation_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {*configs, INDEX_NAME, OUTER_FILE, *layers}
     for i, file in enumerate(layers):
         with safe_open(tmp_path / file, framework="pt") as opened:
             assert {name.split(".")[3] for name in opened.keys()} == {str(i)}  # noqa: SIM118
@@ -266,3 +274,22 @@ def test_open_model_reads_the_present_values(tmp_path):
         model.model.decoder.layers[0].fc1.bias.fill_(0.25)
     write_split(source, model.config, tmp_path, torch.float32)
     assert split_tensors(tmp_path)["model.decoder.layers.0.fc1.bias"].eq(0.25).all()
+
+
+def test_tokenizer_and_generation_config_come_along(tmp_path):
+    save_pretrained_split(SHIPPED_MODEL, tmp_path / "split")
+    text = "It was a truth universally acknowledged."
+    ids = [AutoTokenizer.from_pretrained(path)(text).input_ids for path in (SHIPPED_MODEL, tmp_path / "split")]
+    assert ids[0] == ids[1]
+    assert GenerationConfig.from_pretrained(tmp_path / "split").eos_token_id == 2
+
+
+def test_an_old_checkpoints_version_tensor_is_ignored(tmp_path):
+    model = tiny_opt()
+    state = {**model.state_dict(), "model.decoder.version": torch.tensor([3.0])}
+    (tmp_path / "old").mkdir()
+    model.config.save_pretrained(tmp_path / "old")
+    torch.save(state, tmp_path / "old" / "pytorch_model.bin")
+    save_pretrained_split(tmp_path / "old", tmp_path / "split", "f32")
+    loaded = OPTForCausalLM.from_pretrained(tmp_path / "split")
+    assert all(torch.equal(ours, model.state_dict()[name]) for name, ours in loaded.state_dict().items())

@@ -19,6 +19,10 @@ from torch._inductor import aoti_compile_and_package
 from torch.utils._pytree import tree_leaves
 
 
+# Parallel code for as many threads as the process that runs it has, whatever the one that compiles it has.
+_INDUCTOR = {"cpp.threads": os.cpu_count() or 1, "cpp.dynamic_threads": True}
+
+
 def has_compiler() -> bool:
     """Whether this host has the C++ compiler that Inductor needs."""
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -49,7 +53,9 @@ def compile_stage(program: torch.export.ExportedProgram, file: Path) -> None:
     if not package.is_file():
         # Compiled beside and renamed, for other processes that want the same stage.
         with tempfile.TemporaryDirectory(dir=cached) as scratch, torch.no_grad():
-            made = aoti_compile_and_package(program, package_path=str(Path(scratch) / "stage.pt2"))
+            made = aoti_compile_and_package(
+                program, package_path=str(Path(scratch) / "stage.pt2"), inductor_configs=_INDUCTOR
+            )
             os.replace(made, package)
     shutil.copyfile(package, file)
 
