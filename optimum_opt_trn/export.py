@@ -7,13 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from .checkpoint.config import check_opt, load_config, save_config
@@ -99,8 +99,10 @@ def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None
     return Path(snapshot_download(str(model_id), **hub))
 
 
-def copy_export(source: Path, output: Path) -> None:
-    """Copies an export, by hard links where the file system allows; `output` is then whole, or as it was.
+def copy_export(source: Path, output: Path, generation_config: GenerationConfig) -> None:
+    """Copies an export with another generation config; `output` is then whole, or as it was.
+
+    Weights and compiled graphs, which nobody edits, are hard links where the file system allows.
 
     Raises:
         FileExistsError: if `output` holds anything but an export.
@@ -108,6 +110,7 @@ def copy_export(source: Path, output: Path) -> None:
     _check_output(output, source)
     with _staged(output) as staging:
         shutil.copytree(source, staging, copy_function=_link_or_copy, dirs_exist_ok=True)
+        generation_config.save_pretrained(staging)
 
 
 def _is_export(directory: Path) -> bool:
@@ -153,10 +156,11 @@ def _exchange(staging: Path, output: Path) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    if source.endswith((".safetensors", ".pt2")):
+        with suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def _umask() -> int:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .checkpoint.config import check_opt, load_config
-from .configuration_opt import OPTNeuronConfig, normalize_dtype, reject_unknown
+from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
 from .export import copy_export, export_opt, find_export
 from .generation import OPTGenerationMixin
 from .targets import Runtime, get_target
@@ -165,7 +165,9 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         if instance_type is None:
             instance_type = "cpu" if get_neuron_major() == -1 else current_instance_type()
         if tensor_parallel_size is None:
-            tensor_parallel_size = 1 if instance_type == "cpu" else get_available_cores()
+            # An unknown family is for OPTNeuronConfig to refuse.
+            on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"
+            tensor_parallel_size = get_available_cores() if on_neuron else 1
             if tensor_parallel_size == 0:
                 raise ValueError(
                     f"This host has no NeuronCores to count: give tensor_parallel_size for {instance_type}, for "
@@ -238,7 +240,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             OSError: if there is no such model.
         """
         cls._check_options(options)
-        return super().from_pretrained(model_id, **options)
+        hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        return cls._from_pretrained(model_id, load_config(model_id, **hub), **options)
 
     @classmethod
     def _from_pretrained(cls, model_id: str | Path, config: PretrainedConfig, **options: Any) -> NeuronOPTForCausalLM:
@@ -258,6 +261,9 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
     def _check_options(cls, options: dict[str, Any]) -> None:
         known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", *export_options())
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
+        for alias, name in _ALIASES.items():
+            if {alias, name} <= options.keys() and options[alias] != options[name]:
+                raise ValueError(f"{alias}={options[alias]!r} and {name}={options[name]!r} disagree: give one.")
 
     @classmethod
     def _open(
@@ -283,7 +289,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         return cls(config, neuron_config, directory, runtime)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes the whole export to `save_directory`, whole or not at all.
+        """Writes the export to `save_directory`, whole or not at all, with the `generation_config` as it is now.
 
         Args:
             save_directory: a directory that is not there, is empty, or holds an earlier export.
@@ -295,8 +301,10 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         target = Path(save_directory)
         if not push_to_hub and kwargs:
             reject_unknown(kwargs, ("push_to_hub",), "save_pretrained")
-        if target.resolve() != self.directory.resolve():
-            copy_export(self.directory, target)
+        if target.resolve() == self.directory.resolve():
+            self.generation_config.save_pretrained(target)
+        else:
+            copy_export(self.directory, target, self.generation_config)
         if push_to_hub:
             self.push_to_hub(str(target), kwargs.pop("repository_id", target.name), **kwargs)
 

@@ -224,7 +224,7 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
     earlier = export_opt(source, tmp_path / "earlier", neuron_config(), eager=True)
     before = snapshot(earlier)
     code = textwrap.dedent("""
-        import sys, threading, time
+        import os, sys, threading, time
         from optimum_opt_trn import OPTNeuronConfig
         from optimum_opt_trn.checkpoint.source import WeightSource
         from optimum_opt_trn.export import export_opt
@@ -232,7 +232,7 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
         read = WeightSource.read
         def slow(self, name, *args):
             if name.startswith("model.decoder.layers.1."):
-                print("half-way", flush=True)
+                os.write(1, b"half-way\\n")  # one call, since two threads write
                 time.sleep(600)
             return read(self, name, *args)
         WeightSource.read = slow

@@ -94,10 +94,9 @@ def test_each_row_is_as_if_alone(side, load_opt):
         assert out[ids.shape[1] :].tolist() == alone
 
 
-@pytest.mark.parametrize(("amp", "cache", "limit"), [("f16", None, 2e-2), ("bf16", None, 0.16), ("f16", "f32", 1e-3)])
+@pytest.mark.parametrize(("amp", "cache", "limit"), [("f16", None, 2e-2), ("bf16", None, 2e-2), ("f16", "f32", 1e-3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_every_position(kind, amp, cache, limit, load_opt):
-    # bfloat16 has 3 bits less than float16, so its cache costs 8 times the float16 tolerance.
     source = tiny_opt(**KINDS[kind])
     reference = rounded(source, {"f16": torch.float16, "bf16": torch.bfloat16}[amp])
     model = load_opt(source, batch_size=3, tp_degree=2, sequence_length=96, amp=amp, kv_cache_dtype=cache)
