@@ -81,7 +81,7 @@ def export_opt(
         write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
         save_config(opt_config, staging, neuron_config.amp_dtype)
         save_companions(path, opt_config, staging)
-        neuron_config.save_pretrained(staging)
+        neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)
     return output
 

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from ..checkpoint.config import load_config
 from ..checkpoint.layout import layer_prefix, layer_specs
 from ..checkpoint.source import open_directory
 from ..checkpoint.split import fetch
@@ -92,11 +93,7 @@ class OPTForSampling:
                 f"{checkpoint} is a split checkpoint of transformers-neuronx, which only that library reads: "
                 "split the model again, with optimum_opt_trn.save_pretrained_split(source, directory)."
             )
-        config = transformers.AutoConfig.from_pretrained(checkpoint)
-        if config.model_type != "opt":
-            raise ValueError(
-                f"{checkpoint} holds a model of type {config.model_type!r}: OPTForSampling takes OPT only."
-            )
+        config = load_config(checkpoint)
         _check_overrides(kwargs, config)
         config = copy.deepcopy(config)
         for name, value in kwargs.items():

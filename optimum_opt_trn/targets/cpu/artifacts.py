@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def compile_stages(
     for name, export in (progress := tqdm(exports.items(), unit="graph", desc="Compiling", disable=not exports)):
         progress.set_postfix_str(name)
         file = directory / f"{name}.pt2"
-        compile_stage(export(), file)
+        with warnings.catch_warnings():
+            # torch.export's remarks on its own internals.
+            warnings.simplefilter("ignore", FutureWarning)
+            compile_stage(export(), file)
         artifacts[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     manifest = {"host": this_host(), "graph": _graph_key(config, neuron_config), "artifacts": artifacts}
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
