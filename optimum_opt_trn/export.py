@@ -61,8 +61,7 @@ def export_opt(
         OSError: if the source is not there.
         RuntimeError: if the target is not to be had on this host.
     """
-    # Of a link, what it points to is replaced.
-    output = Path(output).resolve() if Path(output).is_symlink() else Path(output)
+    output = Path(output)
     hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -130,6 +129,7 @@ def _staged(output: Path) -> Iterator[Path]:
 
     At every moment either what was at `output` before is whole there, or what was written is.
     """
+    output = output.resolve()  # of a link, what it points to is replaced
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     try:

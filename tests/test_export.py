@@ -306,3 +306,21 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(OSError, match="nowhere"):  # with the configuration at hand, too
         export_opt(tmp_path / "deep" / "nowhere", tmp_path / "out", neuron_config(), config=OPTConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_an_export_is_exported_anew_from_its_checkpoint(source, tmp_path):
+    first = export_opt(source, tmp_path / "first", neuron_config(), eager=True)
+    wider = OPTNeuronConfig(sequence_length=32, batch_size=3, tp_degree=2)
+    second = export_opt(first, tmp_path / "second", wider, eager=True)
+    assert OPTNeuronConfig.from_pretrained(second) == wider
+    for file in (first / "checkpoint").glob("*.safetensors"):
+        assert (second / "checkpoint" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(source, tmp_path):
+    real = export_opt(source, tmp_path / "real", neuron_config(), eager=True)
+    (tmp_path / "link").symlink_to(real)
+    export_opt(source, tmp_path / "link", OPTNeuronConfig(sequence_length=32), eager=True)
+    assert (tmp_path / "link").is_symlink()
+    assert OPTNeuronConfig.from_pretrained(real).sequence_length == 32
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "real", "link"}
