@@ -62,7 +62,7 @@ def test_version_is_that_of_the_distribution():
 def test_wheel(tmp_path):
     """It holds every module, the typing marker, the licence; and the register file is where optimum-cli looks."""
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__")
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
     shutil.copytree(ROOT / "optimum_opt_trn", source / "optimum_opt_trn", ignore=ignored)
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
