@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHIPPED_MODEL, tiny_config, tiny_opt
+from torch._inductor import config as inductor_config
 from torch._inductor import cpp_builder
 from transformers import AutoTokenizer
 
@@ -197,9 +198,9 @@ def no_compiler(monkeypatch, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.setenv("PATH", str(empty))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))
     cpp_builder.cpp_compiler_search.cache_clear()
-    yield
+    with inductor_config.patch({"cpp.cxx": (None, "g++")}):
+        yield
     cpp_builder.cpp_compiler_search.cache_clear()
 
 
