@@ -113,7 +113,7 @@ def test_source_without_tokenizer_warns(source, tmp_path, caplog):
 
 def test_source_with_tokenizer_does_not_warn(with_tokenizer, tmp_path, caplog):
     export_opt(with_tokenizer, tmp_path / "out", neuron_config(), eager=True)
-    assert not caplog.records
+    assert not [record for record in caplog.records if "tokenizer" in record.getMessage()]
 
 
 def test_permissions_are_as_for_any_new_directory(source, tmp_path):
