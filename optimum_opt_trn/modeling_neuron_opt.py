@@ -294,11 +294,15 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         Args:
             save_directory: a directory that is not there, is empty, or holds an earlier export.
             push_to_hub: whether to upload it then; `kwargs` are those of `push_to_hub`, with `repository_id`.
+            kwargs: `safe_serialization`, which transformers' pipelines pass, can only be True.
 
         Raises:
             FileExistsError: if `save_directory` holds anything but an export.
+            ValueError: for `safe_serialization=False`; TypeError for an unknown option.
         """
         target = Path(save_directory)
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization=False: an export's weights are safetensors, leave the option out.")
         if not push_to_hub and kwargs:
             reject_unknown(kwargs, ("push_to_hub",), "save_pretrained")
         if target.resolve() == self.directory.resolve():

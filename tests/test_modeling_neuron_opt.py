@@ -73,6 +73,17 @@ def test_saving_refuses_a_directory_that_is_no_export(export, tmp_path):
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_saving_takes_what_pipelines_pass(export, tmp_path):
+    model = NeuronOPTForCausalLM.from_pretrained(export, eager=True)
+    model.save_pretrained(tmp_path / "again", safe_serialization=True)
+    assert NeuronOPTForCausalLM.from_pretrained(tmp_path / "again", eager=True).neuron_config == model.neuron_config
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        model.save_pretrained(tmp_path / "third", safe_serialization=False)
+    with pytest.raises(TypeError, match="push_too_hub.*did you mean 'push_to_hub'"):
+        model.save_pretrained(tmp_path / "third", push_too_hub=True)
+    assert not (tmp_path / "third").exists()
+
+
 def test_the_temporary_export_goes_with_the_model(load_opt):
     model = load_opt(tiny_opt(), sequence_length=32)
     directory = model.directory

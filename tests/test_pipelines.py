@@ -166,3 +166,8 @@ def test_no_tokenizer_anywhere(tmp_path):
     tiny_opt().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer="):
         pipeline(model=tmp_path, export=True, eager=True)
+
+
+def test_a_saved_pipeline_is_an_export(export, expected, tmp_path):
+    pipeline(model=export).save_pretrained(tmp_path / "saved")
+    assert text(pipeline(model=tmp_path / "saved")(PROMPTS[0], max_new_tokens=10, do_sample=False)) == expected[0]

@@ -61,10 +61,10 @@ def compile_stage(program: torch.export.ExportedProgram, file: Path) -> None:
 
 
 def _key(program: torch.export.ExportedProgram) -> str:
-    """A hash of the graph with its shapes, of its inputs' strides, and of the host."""
+    """A hash of the graph with its shapes, of its inputs' strides, of the compiler's settings, and of the host."""
     strides = [tensor.stride() for tensor in tree_leaves(program.example_inputs)]
     graph = program.graph_module.print_readable(print_output=False)
-    described = (sorted(host().items()), graph, str(program.range_constraints), strides)
+    described = (sorted(host().items()), sorted(_INDUCTOR.items()), graph, str(program.range_constraints), strides)
     return hashlib.sha256(repr(described).encode()).hexdigest()
 
 
