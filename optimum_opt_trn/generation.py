@@ -7,198 +7,107 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.logits_process import (
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import ModelOutput
 
-from .configuration_opt import OPTNeuronConfig
-from .graphs import smallest_bucket
-from .sampling import MAX_SUPPRESSED, Selection
-from .targets import Runtime
+from .forward import OPTForwardMixin
+from .inputs import check_inputs
+from .sampling import Selection
+from .selectors import make_selector
+from .slots import SlotCache
+from .waves import Waves
 
 
-# Attributes of a GenerationConfig that are not served yet when they are set: each raises by its name.
-_REFUSED_OPTIONS = (
-    "return_dict_in_generate",
-    "output_scores",
-    "output_logits",
-    "output_attentions",
-    "output_hidden_states",
-    "cache_implementation",
-    "cache_config",
-    "compile_config",
-    "prefill_chunk_size",
+# What no export serves, and why. The rest of GenerationConfig's options give what they give in transformers.
+REFUSED_OPTIONS = {
+    "output_attentions": "compiled graphs take tokens and return logits",
+    "output_hidden_states": "compiled graphs take tokens and return logits",
+    "cache_implementation": "the cache is on the device, of a fixed size; 'dynamic' and 'dynamic_full' are accepted",
+    "cache_config": "the cache is on the device, of a fixed size",
+    "return_legacy_cache": "keys and values are on the device",
+    "compile_config": "graphs were compiled by the export",
+    "assistant_early_exit": "a compiled layer cannot be left out: pass an assistant_model",
+    "penalty_alpha": "contrastive search is code from the hub in transformers 4.57, made for its own models",
+    "dola_layers": "DoLa is code from the hub in transformers 4.57, made for its own models",
+    "diversity_penalty": "group beam search is code from the hub in transformers 4.57, made for its own models",
+    "num_beam_groups": "group beam search is code from the hub in transformers 4.57, made for its own models",
+    "constraints": "constrained beam search is code from the hub in transformers 4.57, made for its own models",
+    "force_words_ids": "constrained beam search is code from the hub in transformers 4.57, made for its own models",
+}
+# Values that ask for nothing, or for what is done anyway.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "cache_implementation": ("dynamic", "dynamic_full"),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+}
+# Arguments of generate() that no export serves, and why.
+REFUSED_ARGUMENTS = {
+    "synced_gpus": "there are no GPUs to keep in step",
+    "inputs_embeds": "compiled graphs take tokens and return logits",
+    "head_mask": "compiled graphs take tokens and return logits",
+    "encoder_outputs": "an OPT has no encoder",
+    "decoder_input_ids": "an OPT has no encoder",
+    "position_ids": "they follow from attention_mask",
+    "cache_position": "it follows from past_key_values",
+    "labels": "call the model itself for a loss",
+    "seq_ids": "generate() counts slots itself",
+    "sampling_params": "they follow from the options",
+}
+# What generate() takes beside options and what goes to forward().
+_ARGUMENTS = (
+    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),
+    *("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "use_model_defaults", "custom_generate"),
 )
 
 
-class TokenSelector:
-    """What the device is told at each step of one call, from the logits processors that transformers made for it.
+class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
+    """`generate()` on a `Runtime`: each row as if it were alone.
 
-    Args:
-        processors: all that was asked for is in them, since transformers made them from the generation config.
-        do_sample: else the best token is taken.
-        max_topk: the most that the export can choose among.
-
-    Raises:
-        NotImplementedError: for a processor that the device path does not serve, by its name.
+    transformers' own loops run on `forward()`; greedy search and sampling run in a loop of ours, on the device where
+    that can do what was asked for.
     """
-
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool, max_topk: int):
-        top_k, top_p, temperature = (0.0, 1.0, 1.0) if do_sample else (1.0, 1.0, 1.0)
-        self.do_sample = do_sample
-        self._suppressed: list[tuple[int, list[int]]] = []
-        for processor in processors:
-            # Exact types: a subclass may do anything.
-            kind = type(processor)
-            if kind is MinLengthLogitsProcessor:
-                self._suppress(processor.min_length, processor.eos_token_id)
-            elif kind is MinNewTokensLengthLogitsProcessor:
-                least = processor.prompt_length_to_skip + processor.min_new_tokens
-                self._suppress(least, processor.eos_token_id)
-            elif kind is TemperatureLogitsWarper:
-                temperature = processor.temperature
-            elif kind is TopKLogitsWarper:
-                top_k = processor.top_k
-            elif kind is TopPLogitsWarper:
-                top_p = processor.top_p
-            else:
-                raise NotImplementedError(
-                    f"{kind.__name__} was asked for (by an option of generate() or in logits_processor), and this "
-                    "version of optimum_opt_trn does not serve it: see the list of what it serves in README.md."
-                )
-        if do_sample and not 1 <= top_k <= max_topk:
-            raise NotImplementedError(
-                f"top_k={int(top_k)} cannot be sampled on the device, which chooses among the best {max_topk} tokens "
-                f"(max_topk of the export): choose top_k between 1 and {max_topk}, or export with a larger max_topk."
-            )
-        self._params = (top_k, top_p, temperature)
-
-    def _suppress(self, least: int, eos_token_id: Tensor) -> None:
-        ids = eos_token_id.flatten().tolist()
-        if len(ids) > MAX_SUPPRESSED:
-            raise NotImplementedError(
-                f"min_length with {len(ids)} end-of-sequence ids: the device excludes at most {MAX_SUPPRESSED}."
-            )
-        self._suppressed.append((least, ids))
-
-    def step(self, length: int, rows: int, batch_size: int) -> Selection:
-        """The selection that follows sequences of `length` tokens (padding included, as transformers counts).
-
-        One uniform number a row is drawn, finished rows included; the device's idle rows get 0.
-        """
-        ids = {i for least, ids in self._suppressed if length < least for i in ids}
-        suppressed = torch.full((batch_size, MAX_SUPPRESSED), -1, dtype=torch.int32)
-        suppressed[:, : len(ids)] = torch.tensor(sorted(ids), dtype=torch.int32)
-        uniforms = torch.zeros(batch_size)
-        if self.do_sample:
-            uniforms[:rows] = torch.rand(rows)
-        return Selection(torch.tensor([self._params]).repeat(batch_size, 1), uniforms, suppressed)
-
-
-class OPTGenerationMixin(GenerationMixin):
-    """`generate()` on a `Runtime`: greedy and sampled, ragged batches, each row as if it were alone."""
 
     main_input_name = "input_ids"
     _is_stateful = False
-    _supports_cache_class = False
-
-    neuron_config: OPTNeuronConfig
-
-    @property
-    def runtime(self) -> Runtime:
-        """The loaded graphs, weights and cache."""
-        raise NotImplementedError
+    _supports_cache_class = True
 
     @classmethod
     def can_generate(cls) -> bool:
         return True
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' `generate()`; see there. Prompts are checked before anything else happens.
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """transformers' `generate()`; see there. Prompts and options are checked before anything else happens.
+
+        More prompts than the export has room for run in waves, one after the other.
 
         Raises:
-            ValueError: for a prompt that is empty, too long, or holds ids outside of the vocabulary, and for more rows
-                or tokens than the export was made for.
-            NotImplementedError: for an option that this version does not serve, by its name.
+            ValueError: for a prompt that is empty, too long, or holds ids outside of the vocabulary; for more tokens
+                than the export was made for; for more beams.
+            NotImplementedError: for what no export serves, by its name; see `REFUSED_OPTIONS`.
         """
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        kwargs.update(zip(_ARGUMENTS, args, strict=False))
+        for name, reason in REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
+        options = {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
+        asked, _ = self._prepare_generation_config(generation_config, kwargs.get("use_model_defaults"), **options)
+        _refuse(asked)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is not None:
             mask = kwargs.get("attention_mask")
-            self.compact(input_ids, self._inferred_mask(input_ids, kwargs) if mask is None else mask)
-        return super().generate(inputs, *args, **kwargs)
-
-    def _inferred_mask(self, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:
-        """The mask that transformers will assume where none is given: padding does not count, unless it also ends."""
-        configs = (options.get("generation_config"), self.generation_config)
-        pad, ends = (
-            options.get(name, next((v for c in configs if (v := getattr(c, name, None)) is not None), None))
-            for name in ("pad_token_id", "eos_token_id")
-        )
-        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
-            return None
-        return input_ids != pad
-
-    def compact(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Drops masked tokens: OPT counts positions over the mask, so that no result depends on them.
-
-        Args:
-            input_ids: integers `(rows, width)`.
-            attention_mask: 1 (or True) for tokens that count, `(rows, width)`; None for all.
-
-        Returns:
-            int32 tokens `(batch_size, n)`, n a prompt bucket, each row's first; int32 lengths `(batch_size,)`. Rows
-            that the batch has beyond `rows` are idle: one token, 0.
-
-        Raises:
-            ValueError: see `generate`.
-        """
-        config = self.neuron_config
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids must be whole numbers of shape (rows, tokens), not {input_ids.dtype} "
-                f"{tuple(input_ids.shape)}."
-            )
-        rows = input_ids.shape[0]
-        if rows > config.batch_size:
-            raise ValueError(
-                f"{rows} rows do not fit the batch_size={config.batch_size} that the model was exported for: pass at "
-                f"most {config.batch_size}, or export with batch_size={rows}."
-            )
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}, but input_ids has {tuple(input_ids.shape)}."
-            )
-        lengths = mask.sum(-1)
-        if rows == 0 or int(lengths.min()) == 0:
-            row = 0 if rows == 0 else int(lengths.argmin())
-            raise ValueError(f"The prompt of row {row} is empty: a prompt has at least one token, for example </s>.")
-        longest = int(lengths.max())
-        if longest >= config.sequence_length:
-            raise ValueError(
-                f"A prompt of {longest} tokens leaves no room in the sequence_length={config.sequence_length} that "
-                f"the model was exported for: shorten it to {config.sequence_length - 1} or fewer, or export with a "
-                "larger sequence_length."
-            )
-        outside = mask & ((input_ids < 0) | (input_ids >= self.config.vocab_size))
-        if bool(outside.any()):
-            row, column = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"Token id {int(input_ids[row, column])} (row {row}, place {column}) is outside of the vocabulary: "
-                f"ids go from 0 to {self.config.vocab_size - 1}. Is it the model's own tokenizer?"
-            )
-        # A stable sort by "masked" brings the tokens that count to the front, in their order.
-        order = torch.argsort(~mask, dim=-1, stable=True)[:, :longest]
-        tokens = torch.zeros(config.batch_size, smallest_bucket(config.prompt_buckets, longest), dtype=torch.int32)
-        tokens[:rows, :longest] = torch.where(mask, input_ids, 0).gather(1, order).to(torch.int32)
-        padded = torch.ones(config.batch_size, dtype=torch.int32)
-        padded[:rows] = lengths.to(torch.int32)
-        return tokens, padded
+            inferred = _inferred_mask(input_ids, asked) if mask is None else mask
+            check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+            waves = Waves(input_ids, asked, kwargs, self.neuron_config.batch_size)
+            if len(waves) > 1:
+                return waves.run(super().generate, generation_config)
+        return super().generate(input_ids, generation_config, **kwargs)
 
     def _sample(
         self,
@@ -209,59 +118,55 @@ class OPTGenerationMixin(GenerationMixin):
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         attention_mask: Tensor | None = None,
+        past_key_values: SlotCache | None = None,
+        use_cache: bool = True,
         **model_kwargs: Any,
-    ) -> Tensor:
-        """The on-device loop, which transformers calls for greedy search and sampling."""
-        self._refuse_unserved(generation_config, {**model_kwargs, "synced_gpus": synced_gpus})
-        tokens, lengths = self.compact(input_ids, attention_mask)
-        self._check_room(input_ids.shape[1], int(lengths.max()), generation_config.max_length)
-        config, rows = self.neuron_config, input_ids.shape[0]
-        selector = TokenSelector(logits_processor, generation_config.do_sample, config.max_topk)
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Greedy search and sampling, which transformers calls with what it prepared."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask, rows = mask.bool(), len(input_ids)
+        cache = self.slots.lend(rows) if past_key_values is None else past_key_values
+        if cache.get_seq_length() >= input_ids.shape[1]:
+            cache.crop(input_ids.shape[1] - 1)  # the last token's logits are needed again
+        selector = make_selector(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.bool)
-        positions = lengths.clone()
-
-        chosen, _ = self.runtime.prefill(tokens, lengths, selector.step(input_ids.shape[1], rows, config.batch_size))
+        self._feed_ahead(cache, input_ids, mask, generation_config.prefill_chunk_size)
+        start = cache.get_seq_length()
+        new, counted = input_ids[:, start:], mask[:, start:]
         while True:
-            new = chosen[:rows].long()
+            selection = selector.selection(rows, input_ids.shape[1])
+            chosen, logits = self.feed(cache, new, counted, 1, selection)
+            tokens = selector.select(input_ids, chosen, logits[:, -1])
             if ends:
-                new = torch.where(unfinished, new, generation_config._pad_token_tensor)
-            input_ids = torch.cat([input_ids, new[:, None]], dim=-1)
+                tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
+            new, counted = tokens[:, None], torch.ones(rows, 1, dtype=torch.bool)
+            input_ids = torch.cat([input_ids, new], dim=-1)
             if streamer is not None:
-                streamer.put(new)
-            unfinished &= ~stopping_criteria(input_ids, None)
+                streamer.put(tokens)
+            unfinished &= ~stopping_criteria(input_ids, selector.scores)
             if not unfinished.any():
                 break
-            step = torch.zeros(config.batch_size, dtype=torch.int32)
-            step[:rows] = new.to(torch.int32)
-            chosen, _ = self.runtime.decode(
-                step, positions, selector.step(input_ids.shape[1], rows, config.batch_size)
-            )
-            positions[:rows] += 1
         if streamer is not None:
             streamer.end()
-        return input_ids
+        if not generation_config.return_dict_in_generate:
+            return input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=input_ids,
+            scores=selector.scores,
+            logits=selector.raw_logits,
+            past_key_values=cache if use_cache else None,
+        )
 
-    def _refuse_unserved(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-        asked = [name for name in _REFUSED_OPTIONS if getattr(generation_config, name, None)]
-        # The tokenizer is for the stopping criteria, which transformers has made already.
-        consumed = ("use_cache", "tokenizer")
-        asked += [k for k, v in model_kwargs.items() if v is not None and v is not False and k not in consumed]
-        asked += [] if generation_config.use_cache else ["use_cache=False"]
-        if asked:
-            raise NotImplementedError(
-                f"generate() was asked for {', '.join(asked)}, which this version of optimum_opt_trn does not serve."
-            )
-
-    def _check_room(self, width: int, longest: int, max_length: int) -> None:
-        """Raises ValueError if `longest`, of prompts padded to `width`, cannot grow to `max_length`."""
-        limit = self.neuron_config.sequence_length
-        if longest + max_length - width > limit:
-            raise ValueError(
-                f"A prompt of {longest} tokens and {max_length - width} new ones do not fit the "
-                f"sequence_length={limit} that the model was exported for: choose max_new_tokens of at most "
-                f"{limit - longest}, or export with a larger sequence_length."
-            )
+    def _feed_ahead(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
+        """Feeds the prompt but for its last column in chunks of so many columns; None to do nothing."""
+        for start in range(cache.get_seq_length(), input_ids.shape[1] - 1, chunk) if chunk else ():
+            end = min(start + chunk, input_ids.shape[1] - 1)
+            if bool(mask[:, start:end].any()):
+                selection = Selection.greedy(len(input_ids))
+                self.feed(cache, input_ids[:, start:end], mask[:, start:end], 1, selection)
+            else:
+                cache.append(mask[:, start:end])
 
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""
@@ -275,14 +180,44 @@ class OPTGenerationMixin(GenerationMixin):
             prepared.max_length = min(prepared.max_length, self.neuron_config.sequence_length)
         return prepared
 
-    def _supports_default_dynamic_cache(self) -> bool:
-        return False  # the cache is on the device
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Checks that what will be generated has room; the caller's cache, if it is one of ours, is gone on with."""
+        mask = model_kwargs["attention_mask"]
+        width, longest, limit = mask.shape[1], int(mask.sum(-1).max()), self.neuron_config.sequence_length
+        added = (generation_config.max_length or 0) - width
+        if longest >= limit:
+            raise ValueError(
+                f"A prompt of {longest} tokens leaves no room in the sequence_length={limit} that the model was "
+                f"exported for: shorten it to {limit - 1} or fewer, or export with a larger sequence_length."
+            )
+        if longest + added > limit:
+            raise ValueError(
+                f"A prompt of {longest} tokens and {added} new ones do not fit the sequence_length={limit} that the "
+                f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
+                "sequence_length."
+            )
+        cache = self.adopt(model_kwargs.pop("past_key_values", None), len(mask), mask)
+        if cache is not None:
+            model_kwargs["past_key_values"] = cache
 
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("Beam search (num_beams > 1) is not served by this version of optimum_opt_trn.")
 
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            "Assisted generation (assistant_model, prompt_lookup_num_tokens) is not served by this version of "
-            "optimum_opt_trn."
-        )
+def _refuse(asked: GenerationConfig) -> None:
+    for name, reason in REFUSED_OPTIONS.items():
+        value = getattr(asked, name, None)
+        if value and value not in _HARMLESS.get(name, ()):
+            raise NotImplementedError(f"generate() was asked for {name}={value!r}, which is not served: {reason}.")
+
+
+def _inferred_mask(input_ids: Tensor, asked: GenerationConfig) -> Tensor | None:
+    """The mask that transformers will assume where none is given: padding does not count, unless it also ends."""
+    pad, ends = asked.pad_token_id, asked.eos_token_id
+    if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        return None
+    return input_ids != pad

@@ -1,7 +1,8 @@
-"""The key/value cache: tensors of a fixed size, one slot a row of the batch.
+"""The key/value cache: tensors of a fixed size, a slot for each row of the batch.
 
 A sequence lives in one slot from position 0. Which positions are valid is known to the caller alone, who passes each
 new token's position to the rank program; nothing is cleared between calls, since a prompt overwrites what it reads.
+The callers' view of it, a transformers `Cache`, is in `slots.py`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,7 @@ from huggingface_hub import HfApi
 from optimum.neuron import NeuronModelForCausalLM
 from optimum.neuron.utils.instance import current_instance_type
 from optimum.neuron.utils.system import get_available_cores, get_neuron_major
-from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .checkpoint.config import check_opt, load_config
@@ -103,28 +101,6 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         """The model; ValueError for any device but the host's, from where calls go to the NeuronCores."""
         super().to(device)
         return self
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
-        """Logits of every position of prompts, for scoring.
-
-        Args:
-            input_ids: integers `(rows, width)`.
-            attention_mask: `(rows, width)`, 1 for tokens that count; None for all.
-
-        Returns:
-            `logits`, float32 `(rows, width, vocabulary)`; 0 where masked.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-        tokens, lengths = self.compact(input_ids, attention_mask)
-        longest = int(lengths.max())
-        compacted = self.runtime.prompt_logits(tokens)[:, :longest]
-        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        for row, real in enumerate(mask.bool()):
-            logits[row, real] = compacted[row, : int(real.sum())]
-        return CausalLMOutput(logits=logits)
 
     @classmethod
     def get_neuron_config(

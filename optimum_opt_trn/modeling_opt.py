@@ -42,11 +42,11 @@ class OPTRankProgram:
         self.activation = ACT2FN[config.activation_function]
 
     def embed(self, w: Weights, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """int32 ids and positions `(b, n)` → float32 `(b, n, hidden)`."""
+        """int32 ids and positions `(b, n)` → float32 `(b, n, hidden)`; idle rows have position -1."""
         hidden = self.group.embedding(input_ids, w["embed_tokens.weight"], w["ranks"][0])
         if "project_in.weight" in w:
             hidden = self.products.linear(hidden, w["project_in.weight"][0])
-        return hidden + F.embedding(positions + POSITION_OFFSET, w["embed_positions.weight"][0])
+        return hidden + F.embedding(positions.clamp(min=0) + POSITION_OFFSET, w["embed_positions.weight"][0])
 
     def layer(
         self, w: Weights, hidden: Tensor, keys: list[Tensor], values: list[Tensor], positions: Tensor, prompt: bool
@@ -56,7 +56,8 @@ class OPTRankProgram:
         Args:
             hidden: float32 `(b, n, hidden)`.
             keys, values: for each local rank, the first `c` positions of its cache, `(b, h, c, d)`; changed in place.
-            positions: int32 `(b, n)`, where in its slot each new token is.
+            positions: int32 `(b, n)`, where in its slot each new token is; -1 throughout a row that is idle, whose
+                slot stays as it is.
             prompt: the new tokens are all there is, at positions 0 to n - 1 (the graph `context_encoding`). Else each
                 attends to what the cache holds up to its position.
 
@@ -126,17 +127,28 @@ def layer_norm(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def write_cache(cache: Tensor, new: Tensor, positions: Tensor, prompt: bool) -> None:
-    """Writes `new` `(b, h, n, d)` to `cache` `(b, h, c, d)`: at the start of the slots, or at int32 `(b, n)`."""
-    new = new.to(cache.dtype)
+    """Writes `new` `(b, h, n, d)` to `cache` `(b, h, c, d)`: at the start of the slots, or at int32 `(b, n)`.
+
+    Rows whose positions are -1 are idle, and left as they are.
+    """
+    busy = (positions >= 0)[:, None, :, None]
     if prompt:
-        cache[:, :, : new.shape[2]] = new
+        start = cache[:, :, : new.shape[2]]
+        start.copy_(torch.where(busy, new.to(cache.dtype), start))
     else:
         # Adjacent indices: with a slice among them, XLA would transpose the whole cache and back.
         rows, heads = (torch.arange(size, dtype=torch.int32, device=cache.device) for size in cache.shape[:2])
-        cache[rows[:, None, None], heads[:, None], positions[:, None]] = new
+        places = (rows[:, None, None], heads[:, None], positions.clamp(min=0)[:, None])
+        cache[places] = torch.where(busy, new.to(cache.dtype), cache[places])
+
+
+def prompt_positions(lengths: Tensor, n: int) -> Tensor:
+    """int32 `(b, n)`: 0 to n - 1, or -1 in the rows of int32 lengths `(b,)` that are 0, which are idle."""
+    places = torch.arange(n, dtype=torch.int32, device=lengths.device)[None, :]
+    return torch.where(lengths[:, None] > 0, places, torch.full_like(places, -1))
 
 
 def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """`(b, n, hidden)` → `(b, hidden)`, that of each row's last token; int32 lengths `(b,)`, 1 or more."""
-    index = (lengths.long() - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
+    """`(b, n, hidden)` → `(b, hidden)`, that of each row's last token; int32 lengths `(b,)`, 0 in idle rows."""
+    index = (lengths.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
     return hidden.gather(1, index).squeeze(1)

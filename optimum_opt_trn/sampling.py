@@ -17,13 +17,16 @@ from .modeling_opt import MASKED
 # How many token ids a step can exclude (end-of-sequence ids, until the minimum length is reached).
 MAX_SUPPRESSED = 8
 
+# Each row's parameters: top_k, top_p, temperature (optimum-neuron's three, in its order) and min_p. These are greedy.
+GREEDY = (1.0, 1.0, 1.0, 0.0)
+
 
 @dataclass(frozen=True)
 class Selection:
     """What one step needs to select tokens, `b` rows.
 
     Args:
-        params: float32 `(b, 3)`: top_k, top_p, temperature of each row, in optimum-neuron's order. Greedy is top_k 1.
+        params: float32 `(b, 4)`: top_k, top_p, temperature, min_p of each row. Greedy is top_k 1.
         uniforms: float32 `(b,)` in [0, 1).
         suppressed: int32 `(b, MAX_SUPPRESSED)`, token ids that may not be selected, filled up with -1.
     """
@@ -32,19 +35,32 @@ class Selection:
     uniforms: Tensor
     suppressed: Tensor
 
+    @classmethod
+    def greedy(cls, rows: int) -> Selection:
+        """Selects the best tokens."""
+        suppressed = torch.full((rows, MAX_SUPPRESSED), -1, dtype=torch.int32)
+        return cls(torch.tensor([GREEDY]).repeat(rows, 1), torch.zeros(rows), suppressed)
+
+    def scatter(self, slots: Tensor, batch_size: int) -> Selection:
+        """The selection of a whole batch, of which row `slots[i]` is this one's row i; int64 `(rows,)`."""
+        whole = Selection.greedy(batch_size)
+        whole.params[slots], whole.uniforms[slots] = self.params, self.uniforms
+        whole.suppressed[slots] = self.suppressed
+        return whole
+
 
 def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: Tensor, max_topk: int) -> Tensor:
     """Next tokens, int32 `(b,)`, from float32 logits `(b, vocabulary)` and the tensors of a `Selection`.
 
-    In the order of transformers: temperature, then top-k, then top-p of what is left. As there, top-k keeps all
-    tokens that tie with the k-th (among the `max_topk` best, which is all that is looked at).
+    In the order of transformers: temperature, then top-k, then top-p of what is left, then min-p. As there, top-k
+    keeps all tokens that tie with the k-th (among the `max_topk` best, which is all that is looked at).
     """
     words = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     excluded = (words[None, None, :] == suppressed[:, :, None]).any(dim=1)
     logits = torch.where(excluded, torch.full_like(logits, MASKED), logits)
 
     best, tokens = torch.topk(logits, min(max_topk, logits.shape[1]), dim=-1)
-    top_k, top_p, temperature = params[:, 0:1], params[:, 1:2], params[:, 2:3]
+    top_k, top_p, temperature, min_p = params.split(1, dim=1)
     place = torch.arange(best.shape[1], dtype=torch.float32, device=best.device)[None, :]
     last = (torch.minimum(top_k, torch.full_like(top_k, best.shape[1])) - 1).long()
     kept = best >= best.gather(1, last)
@@ -54,6 +70,8 @@ def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
     before = torch.cumsum(weights, dim=-1) - weights
     # Tokens are kept until the ones before them reach top_p; the best always is.
     kept = kept & ((before < top_p * weights.sum(-1, keepdim=True)) | (place < 1))
+    # The best token's weight is 1, so that weights are probabilities relative to it.
+    kept = kept & (weights >= min_p)
     weights = torch.where(kept, weights, torch.zeros_like(weights))
 
     cumulative = torch.cumsum(weights, dim=-1)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import KINDS, SHIPPED_MODEL, rounded, tiny_opt
 from scipy.stats import chisquare
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, OPTForCausalLM, TextStreamer, set_seed
-from transformers.generation import LogitNormalization, MaxLengthCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, GenerationConfig, OPTForCausalLM, TextStreamer, set_seed
+from transformers.generation import CompileConfig, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.generation import TokenSelector
+from optimum_opt_trn.sampling import Selection
 
 
 NEW_TOKENS = 130
@@ -128,7 +129,7 @@ def test_default_cache_is_within_its_tolerance_while_decoding(load_opt):
     assert model.neuron_config.kv_cache_dtype == "f16"
     (row,) = prompts([8], source.config.vocab_size)
     reference, sequence = rounded(source), list(row)
-    selection = TokenSelector(LogitsProcessorList(), do_sample=False, max_topk=8).step(1, 1, 1)
+    selection = Selection.greedy(1)
     tokens, logits = model.runtime.prefill(*model.compact(torch.tensor([row]), None), selection)
     for _ in range(60):
         with torch.no_grad():
@@ -226,38 +227,46 @@ def test_streamer_prints_what_is_returned(capsys):
 
 
 REFUSED = {
-    "num_beams": ({"num_beams": 2}, "num_beams"),
-    "repetition_penalty": ({"repetition_penalty": 1.3}, "RepetitionPenalty"),
-    "no_repeat_ngram_size": ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
-    "min_p": ({"do_sample": True, "min_p": 0.1}, "MinP"),
-    "typical_p": ({"do_sample": True, "typical_p": 0.5}, "Typical"),
-    "top_k=0": ({"do_sample": True, "top_k": 0}, "top_k=0"),
-    "top_k beyond max_topk": ({"do_sample": True, "top_k": 300}, "top_k=300.*256"),
-    "scores": ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
-    "logits": ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
-    "lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
-    "use_cache": ({"use_cache": False}, "use_cache"),
-    "cache_implementation": ({"cache_implementation": "static"}, "cache_implementation"),
-    "guidance_scale": ({"guidance_scale": 1.5}, "Guidance"),
-    "bad_words_ids": ({"bad_words_ids": [[5]]}, "BadWords"),
-    "custom": ({"logits_processor": LogitsProcessorList([LogitNormalization()])}, "LogitNormalization"),
-    "past_key_values": ({"past_key_values": object()}, "past_key_values"),
+    "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
+    "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
+    "cache_implementation": {"cache_implementation": "static"},
+    "return_legacy_cache": {"return_legacy_cache": True},
+    "compile_config": {"compile_config": CompileConfig()},
+    "assistant_early_exit": {"assistant_early_exit": 1},
+    "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola_layers": {"dola_layers": "high"},
+    "num_beam_groups": {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "force_words_ids": {"num_beams": 2, "force_words_ids": [[5]]},
+    "synced_gpus": {"synced_gpus": True},
+    "inputs_embeds": {"inputs_embeds": torch.zeros(1, 3, 32)},
+    "position_ids": {"position_ids": torch.tensor([[0, 1, 2]])},
+    "past_key_values": {"past_key_values": object()},
+    "nonsense": {"nonsense": 1},
 }
 
 
 @pytest.mark.parametrize("asked", REFUSED)
 def test_what_is_not_served_raises_by_name(asked, load_opt):
-    options, name = REFUSED[asked]
-    model = load_opt(tiny_opt(vocab_size=320), batch_size=2, sequence_length=32)
-    with pytest.raises((NotImplementedError, ValueError), match=name):
-        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, **options)
+    model = load_opt(tiny_opt(), batch_size=2, sequence_length=32)
+    with pytest.raises((NotImplementedError, ValueError), match=asked if asked != "num_beam_groups" else "group beam"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, **REFUSED[asked])
+
+
+class StreamToNowhere(BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
 
 
 BAD_PROMPTS = {
-    "too long": (torch.full((1, 32), 5), {}, "32 tokens.*sequence_length=32"),
+    "too long": (torch.full((1, 33), 5), {}, "33 tokens.*sequence_length=32"),
+    "full": (torch.full((1, 32), 5), {}, "32 tokens.*no room.*sequence_length=32"),
     "no room": (torch.full((1, 20), 5), {"max_new_tokens": 13}, "13 new ones.*sequence_length=32.*at most 12"),
-    "too many rows": (torch.full((3, 4), 5), {}, "3 rows.*batch_size=2"),
-    "too many sequences": (torch.full((1, 4), 5), {"do_sample": True, "num_return_sequences": 3}, "3 rows"),
+    "too many beams": (torch.full((1, 4), 5), {"num_beams": 3}, "num_beams=3 make 3 rows.*batch_size=2"),
+    "guided beams": (torch.full((1, 4), 5), {"num_beams": 2, "guidance_scale": 1.5}, "make 4 rows.*batch_size=2"),
+    "streamed waves": (torch.full((3, 4), 5), {"streamer": StreamToNowhere()}, "streamer.*3 rows.*batch_size=2"),
     "no tokens": (torch.zeros(1, 0, dtype=torch.long), {}, "row 0 is empty"),
     "all masked": (torch.full((2, 3), 5), {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 is empty"),
     "id too large": (torch.tensor([[5, 128]]), {}, "Token id 128.*0 to 127"),
@@ -272,7 +281,7 @@ BAD_PROMPTS = {
 def test_bad_prompts_are_refused_before_any_work(bad, load_opt, monkeypatch):
     ids, options, message = BAD_PROMPTS[bad]
     model = load_opt(tiny_opt(), batch_size=2, sequence_length=32)
-    for work in ("prefill", "decode"):
+    for work in ("prefill", "decode", "extend", "copy"):
         monkeypatch.setattr(model.runtime, work, lambda *_: pytest.fail("the device was called"))
     with pytest.raises(ValueError, match=message):
         model.generate(ids, **{"max_new_tokens": 4, **options})

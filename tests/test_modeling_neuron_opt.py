@@ -202,8 +202,8 @@ def test_behaves_as_a_model(export):
     assert model.main_input_name == "input_ids" and model.preprocessors == []
     with pytest.raises(ValueError, match="cannot be moved to cuda"):
         model.to("cuda")
-    with pytest.raises(TypeError, match="labels"):
-        model(IDS, labels=IDS)
+    with pytest.raises(TypeError, match="label_ids"):
+        model(IDS, label_ids=IDS)
 
 
 def test_logits_of_a_padded_batch(export):

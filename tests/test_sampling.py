@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -19,24 +20,27 @@ from optimum_opt_trn.sampling import MAX_SUPPRESSED, select_tokens
 LAST_UNIFORM = 1 - 2**-24  # the largest that torch.rand gives in float32
 
 
-def select(logits, top_k, top_p=1.0, temperature=1.0, uniforms=0.0, suppressed=(), max_topk=256) -> torch.Tensor:
+def select(
+    logits, top_k, top_p=1.0, temperature=1.0, min_p=0.0, uniforms=0.0, suppressed=(), max_topk=256
+) -> torch.Tensor:
     """`select_tokens` for rows that share their parameters."""
     logits = torch.as_tensor(logits, dtype=torch.float32)
     rows = logits.shape[0]
     ids = torch.full((rows, MAX_SUPPRESSED), -1, dtype=torch.int32)
     ids[:, : len(suppressed)] = torch.tensor(list(suppressed), dtype=torch.int32)
-    params = torch.tensor([[top_k, top_p, temperature]], dtype=torch.float32).repeat(rows, 1)
+    params = torch.tensor([[top_k, top_p, temperature, min_p]], dtype=torch.float32).repeat(rows, 1)
     uniforms = torch.as_tensor(uniforms, dtype=torch.float32).expand(rows)
     return select_tokens(logits, params, uniforms, ids, max_topk)
 
 
-def reference_weights(logits: np.ndarray, top_k: int, top_p: float, temperature: float) -> np.ndarray:
-    """What each place of one row, best first, weighs after temperature, top-k (with ties) and top-p."""
+def reference_weights(logits: np.ndarray, top_k: int, top_p: float, temperature: float, min_p: float) -> np.ndarray:
+    """What each place of one row, best first, weighs after temperature, top-k (with ties), top-p and min-p."""
     best = np.sort(logits.astype(np.float64))[::-1]
     weights = np.exp((best - best[0]) / temperature)
     weights[best < best[min(top_k, len(best)) - 1]] = 0
     before = np.concatenate([[0], np.cumsum(weights)[:-1]]) / weights.sum()
     weights[before >= top_p] = 0
+    weights[weights < min_p] = 0
     return weights
 
 
@@ -48,6 +52,8 @@ ways = st.fixed_dictionaries(
         "top_k": st.integers(2, 30),
         "top_p": st.sampled_from([0.05, 0.3, 0.611, 0.9, 0.99, 1.0]),
         "temperature": st.sampled_from([0.1, 0.7, 1.0, 1.9, 20.0]),
+        # No weight of halves over these temperatures is near any of them.
+        "min_p": st.sampled_from([0.0, 0.0, 0.013, 0.21, 1.0]),
     }
 )
 
@@ -60,7 +66,7 @@ def test_inverts_the_cumulative_distribution(logits, way, u):
     share = weights.sum() * u
     ends = np.cumsum(weights)
     # A top_p that falls on a boundary is decided by rounding.
-    full = reference_weights(logits, way["top_k"], 1.0, way["temperature"])
+    full = reference_weights(logits, way["top_k"], 1.0, way["temperature"], 0.0)
     assume(np.abs(np.cumsum(full) / full.sum() - way["top_p"]).min() > 1e-5 or way["top_p"] == 1.0)
 
     token = int(select(logits[None], uniforms=u, **way))
@@ -81,6 +87,7 @@ def test_equals_transformers_warpers(seed, vocabulary, way):
     warpers = LogitsProcessorList([TemperatureLogitsWarper(way["temperature"]), TopKLogitsWarper(way["top_k"])])
     if way["top_p"] < 1:
         warpers.append(TopPLogitsWarper(way["top_p"]))
+    warpers.append(MinPLogitsWarper(way["min_p"]))
     probabilities, tokens = warpers(None, logits.clone()).double().softmax(-1)[0].sort(descending=True)
     middles = probabilities.cumsum(0) - probabilities / 2
     held = probabilities > 1e-4
@@ -129,7 +136,7 @@ def test_suppressed_ids_are_never_selected(logits, suppressed, top_k, u):
 
 def test_rows_have_their_own_parameters():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(5, 1)
-    params = torch.tensor([[1, 1.0, 1.0], [2, 1.0, 1.0], [4, 1.0, 1.0], [4, 0.1, 1.0], [4, 1.0, 1e-4]])
+    params = torch.tensor([[1, 1.0, 1.0, 0], [2, 1.0, 1.0, 0], [4, 1.0, 1.0, 0], [4, 0.1, 1.0, 0], [4, 1.0, 1e-4, 0]])
     suppressed = torch.full((5, MAX_SUPPRESSED), -1, dtype=torch.int32)
     last = torch.full((5,), LAST_UNIFORM)
     assert select_tokens(logits, params, last, suppressed, 256).tolist() == [1, 3, 0, 1, 1]

@@ -18,15 +18,19 @@ COMPILED_DIR = "compiled"
 
 
 class Runtime(ABC):
-    """A loaded export, its weights and key/value cache in place. `b` is the export's batch size, always whole."""
+    """A loaded export, its weights and key/value cache in place.
+
+    `b` is the export's batch size; every call has a row for each slot. Idle rows (of length 0, or at position -1)
+    leave their slot as it is, and what is returned for them means nothing.
+    """
 
     @abstractmethod
     def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Runs `context_encoding`: fills every slot from position 0.
+        """Runs `context_encoding`: fills slots from position 0.
 
         Args:
             input_ids: int32 `(b, n)`, n a prompt bucket; each row's tokens first, anything behind them.
-            lengths: int32 `(b,)`, how many tokens of each row count, 1 to n.
+            lengths: int32 `(b,)`, how many tokens of each row count, 0 to n.
             selection: how the next tokens are selected.
 
         Returns:
@@ -47,8 +51,24 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def prompt_logits(self, input_ids: Tensor) -> Tensor:
-        """Logits of every position, float32 `(b, n, vocabulary)`, of int32 prompts `(b, n)`; overwrites all slots."""
+    def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
+        """Runs `speculation`: several new tokens a row.
+
+        Args:
+            tokens: int32 `(b, k)`, k at least 2. A row of fewer tokens repeats its last, with its position.
+            positions: int32 `(b, k)`, where in its slot each token goes, ascending by one; the slot must be filled up
+                to the first.
+            selection: how the tokens that follow the last are selected.
+            keep: how many logits are wanted, 1 to k.
+
+        Returns:
+            The tokens that follow the last, int32 `(b,)`, and the logits of the last `keep` tokens, float32
+            `(b, keep, vocabulary)`.
+        """
+
+    @abstractmethod
+    def copy(self, sources: Tensor, length: int) -> None:
+        """Runs `cache_copy`: slot i takes over the first `length` positions of slot `sources[i]`; int `(b,)`."""
 
 
 class Target(ABC):

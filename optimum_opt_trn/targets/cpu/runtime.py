@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import OPTConfig
@@ -10,7 +12,7 @@ from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
 from ...graphs import smallest_bucket
 from ...kv_cache import allocate_cache
-from ...modeling_opt import OPTRankProgram, last_token
+from ...modeling_opt import OPTRankProgram, last_token, prompt_positions
 from ...parallel import RankGroup
 from ...sampling import Selection
 from ..base import Runtime
@@ -36,27 +38,35 @@ class CPURuntime(Runtime):
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        return self._select(last_token(self._encode(input_ids), lengths), selection)
+        hidden = self._layers(input_ids, prompt_positions(lengths, input_ids.shape[1]), self.stages.context_layer)
+        return self._select(last_token(hidden, lengths), selection)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, positions: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        bucket = smallest_bucket(self.neuron_config.cache_buckets, int(positions.max()) + 1)
-        positions = positions.unsqueeze(1)
-        hidden = self.program.embed(self.weights.embed, tokens.unsqueeze(1), positions)
-        for weights, cache in zip(self.weights.layers, self.cache, strict=True):
-            hidden = self.stages.token_layer(weights, hidden, *cache.first(bucket), positions)
+        hidden = self._layers(tokens.unsqueeze(1), positions.unsqueeze(1), self.stages.token_layer)
         return self._select(hidden.squeeze(1), selection)
 
     @torch.inference_mode()
-    def prompt_logits(self, input_ids: Tensor) -> Tensor:
-        return self.program.logits(self.weights.head, self._encode(input_ids))
+    def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
+        hidden = self._layers(tokens, positions, self.stages.context_layer)
+        # Compiled code takes the strides for granted that it was exported with.
+        chosen, last = self._select(hidden[:, -1].contiguous(), selection)
+        before = self.program.logits(self.weights.head, hidden[:, -keep:-1])
+        return chosen, torch.cat([before, last.unsqueeze(1)], dim=1)
 
-    def _encode(self, input_ids: Tensor) -> Tensor:
-        rows, length = input_ids.shape
-        positions = torch.arange(length, dtype=torch.int32).repeat(rows, 1)
-        hidden = self.program.embed(self.weights.embed, input_ids, positions)
+    @torch.inference_mode()
+    def copy(self, sources: Tensor, length: int) -> None:
+        moved = (sources != torch.arange(len(sources))).nonzero().squeeze(1)
+        for cache in self.cache:
+            for tensor in (*cache.keys, *cache.values):
+                tensor[moved, :, :length] = tensor[sources[moved].long(), :, :length]
+
+    def _layers(self, tokens: Tensor, positions: Tensor, layer: Callable[..., Tensor]) -> Tensor:
+        """int32 tokens and positions `(b, n)` → float32 `(b, n, hidden)`, after the last layer."""
+        bucket = smallest_bucket(self.neuron_config.cache_buckets, int(positions.max()) + 1)
+        hidden = self.program.embed(self.weights.embed, tokens, positions)
         for weights, cache in zip(self.weights.layers, self.cache, strict=True):
-            hidden = self.stages.context_layer(weights, hidden, *cache.first(length), positions)
+            hidden = layer(weights, hidden, *cache.first(bucket), positions)
         return hidden
 
     def _select(self, hidden: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from ...kv_cache import LayerCache, cache_shape
 from ...modeling_opt import OPTRankProgram
 from ...parallel import RankGroup, Weights
 from ...products import Products
-from ...sampling import MAX_SUPPRESSED, select_tokens
+from ...sampling import GREEDY, MAX_SUPPRESSED, select_tokens
 
 
 # Up to so many rows, a compiled step's products are fused into one pass over the weights (see products.py). Beyond
@@ -38,7 +38,8 @@ StageExport = Callable[[], torch.export.ExportedProgram]
 class Stages:
     """The compiled (or eager) stages; see `OPTRankProgram` for their arguments and results.
 
-    context_layer, token_layer: `(weights, hidden, keys, values, positions)` → hidden.
+    context_layer: `(weights, hidden, keys, values, positions)` → hidden, for any number of new tokens.
+    token_layer: the same for one.
     head: `(weights, hidden (b, hidden), params, uniforms, suppressed)` → (tokens, logits).
     """
 
@@ -48,14 +49,14 @@ class Stages:
 
 
 class _Layer(torch.nn.Module):
-    def __init__(self, program: OPTRankProgram, prompt: bool):
+    def __init__(self, program: OPTRankProgram):
         super().__init__()
-        self.program, self.prompt = program, prompt
+        self.program = program
 
     def forward(
         self, weights: Weights, hidden: Tensor, keys: list[Tensor], values: list[Tensor], positions: Tensor
     ) -> Tensor:
-        return self.program.layer(weights, hidden, keys, values, positions, self.prompt)
+        return self.program.layer(weights, hidden, keys, values, positions, prompt=False)
 
 
 class _Head(torch.nn.Module):
@@ -73,7 +74,7 @@ class _Head(torch.nn.Module):
 def eager_stages(config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup) -> Stages:
     """The stages, uncompiled."""
     program = OPTRankProgram(config, group)
-    return Stages(_Layer(program, prompt=True), _Layer(program, prompt=False), _Head(program, neuron_config.max_topk))
+    return Stages(_Layer(program), _Layer(program), _Head(program, neuron_config.max_topk))
 
 
 def export_stages(
@@ -90,34 +91,34 @@ def export_stages(
     step_program = OPTRankProgram(config, dataclasses.replace(group, products=Products(fused_rows=rows)))
     # At the full length a view of the cache is contiguous, which torch.export takes for another case. The code for
     # the others serves it as well: strides are those of the whole cache in either.
-    length = Dim("length", min=SHORTEST_BUCKET, max=neuron_config.sequence_length - 1)
-    example_length = neuron_config.sequence_length // 2
+    longest = neuron_config.sequence_length - 1
+    new, length = (Dim(name, min=SHORTEST_BUCKET, max=longest) for name in ("new", "length"))
+    # Unequal, for torch.export takes equal ones for one.
+    example_new, example_length = SHORTEST_BUCKET, max(SHORTEST_BUCKET + 1, longest // 2)
     shape = cache_shape(config, neuron_config)
     cache = LayerCache(*([torch.zeros(shape, dtype=neuron_config.cache_dtype) for _ in group.ranks] for _ in "kv"))
     keys, values = cache.first(example_length)
 
-    def layer(program: OPTRankProgram, prompt: bool) -> torch.export.ExportedProgram:
-        n = example_length if prompt else 1
+    def layer(program: OPTRankProgram, n: int, dynamic_n: Any) -> torch.export.ExportedProgram:
         hidden, positions = torch.zeros(batch, n, config.hidden_size), torch.zeros(batch, n, dtype=torch.int32)
         arguments = (weights.layers[0], hidden, keys, values, positions)
-        new = {1: length} if prompt else None
         cached = [{2: length}] * group.world_size
-        dynamic = (_static(weights.layers[0]), new, cached, cached, new)
-        return torch.export.export(_Layer(program, prompt), arguments, dynamic_shapes=dynamic)
+        dynamic = (_static(weights.layers[0]), dynamic_n, cached, cached, dynamic_n)
+        return torch.export.export(_Layer(program), arguments, dynamic_shapes=dynamic)
 
     def head() -> torch.export.ExportedProgram:
         arguments = (
             weights.head,
             torch.zeros(batch, config.hidden_size),
-            torch.ones(batch, 3),
+            torch.tensor([GREEDY]).repeat(batch, 1),
             torch.zeros(batch),
             torch.full((batch, MAX_SUPPRESSED), -1, dtype=torch.int32),
         )
         return torch.export.export(_Head(step_program, neuron_config.max_topk), arguments)
 
     return {
-        "context_layer": lambda: layer(prompt_program, prompt=True),
-        "token_layer": lambda: layer(step_program, prompt=False),
+        "context_layer": lambda: layer(prompt_program, example_new, {1: new}),
+        "token_layer": lambda: layer(step_program, 1, None),
         "head": head,
     }
 

@@ -1,0 +1,87 @@
+"""Checks of what callers pass to the model, and its compaction.
+
+OPT counts positions over the attention mask, so that masked tokens can be dropped without changing any result: rows
+padded at the left, at the right, or with holes are the same rows to the graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .configuration_opt import OPTNeuronConfig
+
+
+def check_inputs(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    vocab_size: int,
+    neuron_config: OPTNeuronConfig,
+    past: Tensor | None = None,
+) -> Tensor:
+    """The mask of the columns of `input_ids`, bool `(rows, width)`.
+
+    Args:
+        input_ids: integers `(rows, width)`.
+        attention_mask: 1 (or True) for tokens that count; `(rows, past width + width)`, None for all.
+        vocab_size: ids go from 0 to one less.
+        neuron_config: of the export.
+        past: the columns that are in the cache, bool `(rows, past width)`; None for none.
+
+    Raises:
+        ValueError: for a row without tokens, or with more than the export has room for, for an id outside of the
+            vocabulary, and for shapes that do not fit.
+    """
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be whole numbers of shape (rows, tokens), not {input_ids.dtype} {tuple(input_ids.shape)}."
+        )
+    past = torch.zeros(len(input_ids), 0, dtype=torch.bool) if past is None else past
+    if len(past) != len(input_ids):
+        raise ValueError(f"past_key_values holds {len(past)} rows, and input_ids has {len(input_ids)}.")
+    width = past.shape[1]
+    if attention_mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    else:
+        expected = (len(input_ids), width + input_ids.shape[1])
+        if tuple(attention_mask.shape) != expected:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids "
+                f"{'and past_key_values make' if width else 'has'} {expected}."
+            )
+        mask = attention_mask[:, width:].bool()
+    counts = mask.sum(-1)
+    if len(mask) == 0 or int(counts.min()) == 0:
+        row = 0 if len(mask) == 0 else int(counts.argmin())
+        raise ValueError(f"The prompt of row {row} is empty: a prompt has at least one token, for example </s>.")
+    longest, limit = int((past.sum(-1) + counts).max()), neuron_config.sequence_length
+    if longest > limit:
+        raise ValueError(
+            f"A row of {longest} tokens does not fit the sequence_length={limit} that the model was exported for: "
+            f"shorten it to {limit} or fewer, or export with a larger sequence_length."
+        )
+    outside = mask & ((input_ids < 0) | (input_ids >= vocab_size))
+    if bool(outside.any()):
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"Token id {int(input_ids[row, column])} (row {row}, place {column}) is outside of the vocabulary: ids go "
+            f"from 0 to {vocab_size - 1}. Is it the model's own tokenizer?"
+        )
+    return mask
+
+
+def compact(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Drops masked tokens.
+
+    Args:
+        input_ids: integers `(rows, width)`.
+        mask: bool `(rows, width)`.
+
+    Returns:
+        int32 tokens `(rows, longest)`, each row's first, 0 behind them; int32 lengths `(rows,)`.
+    """
+    lengths = mask.sum(-1, dtype=torch.int32)
+    longest = int(lengths.max())
+    # A stable sort by "masked" brings the tokens that count to the front, in their order.
+    order = torch.argsort(~mask, dim=-1, stable=True)[:, :longest]
+    return torch.where(mask, input_ids, 0).gather(1, order).to(torch.int32), lengths

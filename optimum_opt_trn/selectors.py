@@ -1,0 +1,185 @@
+"""Who selects the next tokens: the device, or the host from the logits. The choice is made here, and nowhere else.
+
+Both draw alike: one uniform number a row and step, from torch's default generator, inverts the cumulative
+distribution of the tokens in the order of their probability. So wherever both could serve a call, a seed gives the
+same tokens on either.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.logits_process import (
+    LogitNormalization,
+    LogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import logging
+
+from .sampling import GREEDY, MAX_SUPPRESSED, Selection, select_tokens
+
+
+logger = logging.get_logger(__name__)
+
+# What the device does, in its order. Others, and these in another order, are for the host.
+_DEVICE_ORDER: tuple[type[LogitsProcessor], ...] = (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    LogitNormalization,
+)
+
+
+class Selector(ABC):
+    """Selects the next tokens of one call of `generate()`, step by step."""
+
+    # None, or the processed and the raw logits of each step so far, float32 `(rows, vocabulary)`.
+    scores: tuple[Tensor, ...] | None = None
+    raw_logits: tuple[Tensor, ...] | None = None
+
+    @abstractmethod
+    def selection(self, rows: int, width: int) -> Selection:
+        """What the device is told, for `rows` sequences of `width` columns (as transformers counts: with padding)."""
+
+    @abstractmethod
+    def select(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The next tokens, int64 `(rows,)`.
+
+        Args:
+            input_ids: int64 `(rows, width)`.
+            tokens: int32 `(rows,)`, what the device selected.
+            logits: float32 `(rows, vocabulary)`.
+        """
+
+
+class DeviceSelector(Selector):
+    """Takes what the device selected; logits need not come to the host.
+
+    Args:
+        processors: such as `device_refusal` finds nothing against.
+        do_sample: else the best token is taken.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool):
+        self.do_sample = do_sample
+        self._suppressed: list[tuple[int, list[int]]] = []
+        top_k, top_p, temperature, min_p = GREEDY
+        for processor in processors:
+            kind = type(processor)
+            if kind is MinLengthLogitsProcessor:
+                self._suppressed.append((processor.min_length, processor.eos_token_id.flatten().tolist()))
+            elif kind is MinNewTokensLengthLogitsProcessor:
+                least = processor.prompt_length_to_skip + processor.min_new_tokens
+                self._suppressed.append((least, processor.eos_token_id.flatten().tolist()))
+            elif kind is TemperatureLogitsWarper:
+                temperature = processor.temperature
+            elif kind is TopKLogitsWarper:
+                top_k = processor.top_k
+            elif kind is TopPLogitsWarper:
+                top_p = processor.top_p
+            elif kind is MinPLogitsWarper:
+                min_p = processor.min_p
+        self._params = (top_k, top_p, temperature, min_p) if do_sample else GREEDY
+
+    def selection(self, rows: int, width: int) -> Selection:
+        ids = sorted({i for least, ids in self._suppressed if width < least for i in ids})
+        suppressed = torch.full((rows, MAX_SUPPRESSED), -1, dtype=torch.int32)
+        suppressed[:, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        uniforms = torch.rand(rows) if self.do_sample else torch.zeros(rows)
+        return Selection(torch.tensor([self._params]).repeat(rows, 1), uniforms, suppressed)
+
+    def select(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+        return tokens.long()
+
+
+class HostSelector(Selector):
+    """Selects from the logits on the host, after transformers' own processors.
+
+    Args:
+        processors: any.
+        generation_config: for `do_sample`, and whether to keep `scores` and `raw_logits`.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, generation_config: GenerationConfig):
+        self._processors = processors
+        self._do_sample = generation_config.do_sample
+        if generation_config.return_dict_in_generate:
+            self.scores = () if generation_config.output_scores else None
+            self.raw_logits = () if generation_config.output_logits else None
+
+    def selection(self, rows: int, width: int) -> Selection:
+        return Selection.greedy(rows)
+
+    def select(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+        scores = self._processors(input_ids, logits.clone())
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.raw_logits is not None:
+            self.raw_logits += (logits,)
+        if not self._do_sample:
+            return scores.argmax(dim=-1)
+        if bool((scores.amax(dim=-1) == -torch.inf).any() | scores.isnan().any()):
+            raise ValueError("The logits processors leave a row nothing to sample: all its scores are -inf, or NaN.")
+        rows, size = scores.shape
+        params = torch.tensor([[size, *GREEDY[1:]]]).repeat(rows, 1)
+        nothing = Selection.greedy(rows).suppressed
+        return select_tokens(scores, params, torch.rand(rows), nothing, size).long()
+
+
+def make_selector(
+    processors: LogitsProcessorList, generation_config: GenerationConfig, max_topk: int
+) -> DeviceSelector | HostSelector:
+    """The device's, where it can serve all that was asked for; else the host's. Says which at debug level, and why.
+
+    Args:
+        processors: what transformers made of the generation config and of the caller's own.
+        generation_config: as prepared by transformers.
+        max_topk: of the export.
+    """
+    reason = device_refusal(processors, generation_config, max_topk)
+    if reason:
+        logger.debug(f"Tokens are selected on the host: {reason}.")
+        return HostSelector(processors, generation_config)
+    logger.debug("Tokens are selected on the device.")
+    return DeviceSelector(processors, generation_config.do_sample)
+
+
+def device_refusal(processors: LogitsProcessorList, generation_config: GenerationConfig, max_topk: int) -> str | None:
+    """Why the device cannot select the tokens; None if it can. Arguments as of `make_selector`."""
+    outputs = [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
+    if generation_config.return_dict_in_generate and outputs:
+        return f"{outputs[0]} was asked for"
+    stage, top_k = -1, None
+    ends: set[int] = set()
+    for processor in processors:
+        # Exact types: a subclass may do anything.
+        name, kind = type(processor).__name__, type(processor)
+        if kind not in _DEVICE_ORDER:
+            return f"{name} is not done on the device"
+        if (at := _DEVICE_ORDER.index(kind)) <= stage:
+            return f"{name} comes after {_DEVICE_ORDER[stage].__name__}"
+        stage = at
+        if getattr(processor, "filter_value", -torch.inf) != -torch.inf:
+            return f"{name} has a filter_value"
+        if getattr(processor, "min_tokens_to_keep", 1) > 1:
+            return f"{name} keeps several tokens (min_tokens_to_keep)"
+        if kind in _DEVICE_ORDER[:2]:
+            ends.update(processor.eos_token_id.flatten().tolist())
+        if kind is TopKLogitsWarper:
+            top_k = processor.top_k
+    if len(ends) > MAX_SUPPRESSED:
+        return f"{len(ends)} end-of-sequence ids are excluded, and the device can do {MAX_SUPPRESSED}"
+    if generation_config.do_sample and (top_k is None or top_k > max_topk):
+        return f"top_k={top_k or 0} is not within the {max_topk} that the export's max_topk allows"
+    return None

@@ -1,0 +1,131 @@
+"""More rows than the export has slots: they run in waves, one after the other, and come back as one result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.modeling_outputs import ModelOutput
+
+
+# Arguments of generate() with a row for each prompt.
+_PER_PROMPT = ("attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
+
+
+class Waves:
+    """How one call of `generate()` is cut.
+
+    Beams of a prompt, and the rows that guide it, stay together; sequences that are sampled from it need not.
+
+    Args:
+        input_ids: prompts, `(prompts, width)`.
+        asked: the options, prepared.
+        arguments: the other arguments of `generate()`.
+        batch_size: of the export.
+
+    Raises:
+        ValueError: if the rows of one prompt do not fit, or if what cannot be cut would have to be.
+    """
+
+    def __init__(self, input_ids: Tensor, asked: GenerationConfig, arguments: dict[str, Any], batch_size: int):
+        self.input_ids, self.asked, self.arguments = input_ids, asked, arguments
+        beams, sequences = asked.num_beams or 1, asked.num_return_sequences or 1
+        guided = asked.guidance_scale not in (None, 1)
+        assisted = arguments.get("assistant_model") is not None or asked.prompt_lookup_num_tokens is not None
+        together = beams * (2 if guided else 1)
+        if together > batch_size:
+            what = [f"num_beams={beams}"] * (beams > 1) + [f"guidance_scale={asked.guidance_scale}"] * guided
+            raise ValueError(
+                f"{' and '.join(what)} make {together} rows of one prompt, which do not fit the "
+                f"batch_size={batch_size} that the model was exported for: export with batch_size={together} or more."
+            )
+        # Sampled sequences of a prompt are rows like others.
+        self.sequences = sequences if beams == 1 else 1
+        units = len(input_ids) * self.sequences
+        size = 1 if assisted else batch_size // together
+        self.starts = range(0, units, size)
+        if len(self.starts) < 2:
+            return
+        for name in ("streamer", "past_key_values"):
+            if arguments.get(name) is not None:
+                raise ValueError(
+                    f"{name} is for one batch, and {units * together} rows do not fit the batch_size={batch_size} "
+                    "that the model was exported for: pass fewer prompts at once, or export with a larger batch_size."
+                )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def run(self, generate: Callable[..., Any], generation_config: GenerationConfig | None) -> Tensor | ModelOutput:
+        """Calls `generate` for each wave; one result, rows in the order of the prompts.
+
+        Shorter results are padded; the scores of their missing steps are -inf. There are no `past_key_values`, for
+        later waves take the slots of earlier ones.
+        """
+        began = time.monotonic()
+        results = []
+        rows = self.input_ids.repeat_interleave(self.sequences, dim=0)
+        for start in self.starts:
+            wave = slice(start, start + self.starts.step)
+            arguments = dict(self.arguments)
+            for name in _PER_PROMPT:
+                if arguments.get(name) is not None:
+                    arguments[name] = self._rows(arguments[name])[wave]
+            if self.sequences > 1:
+                arguments["num_return_sequences"] = 1
+            if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
+                arguments["prefix_allowed_tokens_fn"] = _shifted(allowed, start)
+            if self.asked.max_time is not None:
+                arguments["max_time"] = max(self.asked.max_time - (time.monotonic() - began), 0.0)
+            results.append(generate(rows[wave], generation_config, **arguments))
+        if isinstance(results[0], Tensor):
+            return self._joined(results)
+        return self._merged(results)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """One row for each sequence, of a tensor that has one for each prompt, or has them already."""
+        return tensor.repeat_interleave(self.sequences, dim=0) if len(tensor) == len(self.input_ids) else tensor
+
+    def _merged(self, results: Sequence[Any]) -> ModelOutput:
+        merged: dict[str, Any] = {"sequences": self._joined([r.sequences for r in results])}
+        for name in ("scores", "logits"):
+            if results[0].get(name) is not None:
+                merged[name] = _joined_steps([r[name] for r in results])
+        if results[0].get("sequences_scores") is not None:
+            merged["sequences_scores"] = torch.cat([r.sequences_scores for r in results])
+        if results[0].get("beam_indices") is not None:
+            indices, offset = [], 0
+            for start, result in zip(self.starts, results, strict=True):
+                indices.append(torch.where(result.beam_indices < 0, -1, result.beam_indices + offset))
+                prompts = min(self.starts.step, len(self.input_ids) - start)
+                offset += prompts * self.asked.num_beams
+            merged["beam_indices"] = _padded(indices, -1)
+        return type(results[0])(**merged)
+
+    def _joined(self, sequences: Sequence[Tensor]) -> Tensor:
+        ends = self.asked.eos_token_id
+        end = ends[0] if isinstance(ends, (list, tuple)) else ends
+        fill = next((i for i in (self.asked.pad_token_id, end) if i is not None), 0)
+        return _padded(sequences, fill)
+
+
+def _padded(parts: Sequence[Tensor], fill: int) -> Tensor:
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
+
+
+def _joined_steps(waves: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    steps = max(len(wave) for wave in waves)
+    missing = [torch.full_like(wave[0], -torch.inf) for wave in waves]
+    return tuple(
+        torch.cat([wave[i] if i < len(wave) else nothing for wave, nothing in zip(waves, missing, strict=True)])
+        for i in range(steps)
+    )
+
+
+def _shifted(allowed: Callable[[int, Tensor], list[int]], start: int) -> Callable[[int, Tensor], list[int]]:
+    return lambda batch_id, sentence: allowed(batch_id + start, sentence)
