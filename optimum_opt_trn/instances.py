@@ -67,8 +67,8 @@ def _neuron(
     return Instance(name, name.partition(".")[0], chips, cores, *core, host_gib * GiB, supported)
 
 
-# In the order in which a plan prefers them: fewer chips first, then less host memory, then less of all else. No prices,
-# which change, and differ by region.
+# In the order in which a plan prefers them: fewer chips first, then less host memory, then less of all else. There are
+# no prices here, which change and differ by region.
 _INSTANCES = (
     _neuron("inf2.xlarge", 1, 2, _V2, 16, _INF2),
     _neuron("trn1.2xlarge", 1, 2, _V2, 32, _TRN1),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # The share of the roofline that one may expect. AWS measured OPT-13B (8 cores), 30B (8) and 66B (24) on inf2.48xlarge
 # with transformers-neuronx at batch size 1 and 2048 positions: 19.8, 40.1 and 35.4 ms a token, which is 39, 44 and
-# 37 % of the roofline (AWS Neuron documentation 2.13, "Inf2 Performance"; docs/memory.md has the sums). Nothing is
+# 36 % of the roofline (AWS Neuron documentation 2.13, "Inf2 Performance"; docs/memory.md has the sums). Nothing is
 # published of the prefill of an OPT, for which the same share is assumed.
 REALISTIC_SHARE = 0.4
 

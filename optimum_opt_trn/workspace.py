@@ -65,26 +65,34 @@ def _neuron_moments(config: OPTConfig, setup: Setup, n: int, prompt: bool) -> tu
 def _cpu_moments(config: OPTConfig, setup: Setup, n: int, prompt: bool) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden, inner = tokens * config.hidden_size * _F32, tokens * config.ffn_dim * _F32
-    base = 2 * hidden  # the residual, and the layernorm of it
+    # Summands of all ranks; with the first sum of two there is another tensor, while the next is made two.
+    summands = ranks * hidden
+    sums = min(ranks - 1, 2) * hidden
 
-    # Where the last rank masks its scores: three tensors of them and the mask; query, key, value and scaled query;
-    # keys and values as the cache rounds them; what is mixed for the ranks before.
+    # Attention, in the loop over ranks: the layer's input and the layernorm of it; query, key and value of all ranks;
+    # the last rank's scaled query, its keys and values as the cache rounds them, its mask.
     rounded = 2 * hidden // ranks * setup.cache_bytes // _F32 if prompt and setup.cache_bytes < _F32 else 0
-    mask = tokens * setup.sequence_length
-    scores = 3 * _scores(config, setup, n) + mask
-    attention = base + 3 * hidden + hidden // ranks + rounded + hidden * (ranks - 1) // ranks + scores
-
-    # Projections of the attention: all but the last output is there, and the last one's matrix is converted.
+    held = 5 * hidden + hidden // ranks + rounded + tokens * setup.sequence_length
+    before = hidden * (ranks - 1) // ranks  # what was mixed for the ranks before
+    scores = _scores(config, setup, n)
+    masked = held + before + 3 * scores
+    cached = setup.batch_size * setup.sequence_length * config.hidden_size // ranks * _F32
+    mixed = held + hidden + 2 * scores + (cached if setup.cache_bytes < _F32 else 0)
     square = _converted(setup, (config.hidden_size // ranks, config.hidden_size))
-    projections = base + 3 * hidden + square
+    projected = 5 * hidden + square
+    output = held + hidden + scores + summands + max(square, sums)
 
+    # MLP: input and layernorm of attention and of MLP; before and after the activation.
     matrix = _converted(setup, (config.ffn_dim // ranks, config.hidden_size))
-    activated = base + 2 * inner
-    down = base + inner + ranks * hidden + matrix
+    activated = 4 * hidden + 2 * inner
+    up = 4 * hidden + inner + matrix
+    down = 4 * hidden + inner + summands + max(matrix, sums)
 
+    # Head: the logits with the matrix; or, where a token is selected, four more tensors of their size and two masks.
     words = -(-config.vocab_size // ranks)
-    head = _converted(setup, (words, config.word_embed_proj_dim)) + setup.batch_size * 2 * config.vocab_size * _F32
-    return attention, projections, activated, down, hidden + head
+    logits = setup.batch_size * config.vocab_size * _F32
+    head = hidden + logits + max(_converted(setup, (words, config.word_embed_proj_dim)), 9 * logits // 2)
+    return masked, mixed, projected, output, activated, up, down, head
 
 
 def _converted(setup: Setup, shape: tuple[int, ...]) -> int:
