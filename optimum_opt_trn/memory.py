@@ -32,15 +32,15 @@ _SCALE_BYTES = 4
 _FLOAT32_BYTES = 4
 
 # What a core's runtime, code and DMA rings take. Calibrated: OPT-13B in float16 at 2048 positions on the two cores of
-# a trn1.2xlarge runs at batch size 2 and does not at 3. With the exact weights and caches and our workspace, that holds
-# for any reserve between 0.65 and 1.93 GiB, and if scores are counted and pages are not, for any between 1.13 and 1.43;
-# docs/memory.md has the sums. 96 MiB of it are a core's microcode (AWS Neuron documentation, "Neuron Device Memory").
+# a trn1.2xlarge runs at batch size 2 and does not at 3. That holds for any reserve of 0.65 to 1.93 GiB; of 1.13 to
+# 1.43 GiB it holds whether or not scores are counted and pages are filled (docs/memory.md). 96 MiB of it are a core's
+# microcode (AWS Neuron documentation, "Neuron Device Memory").
 NEURON_RESERVE = 5 * GiB // 4
 
 # The runtime shares one scratchpad among all graphs, of as many pages as the largest needs (same page).
 SCRATCHPAD_PAGE = GiB // 2
 
-GROUPS = ("attention", "mlp", "embeddings and head", "positions and layernorms")
+GROUPS = ("attention", "mlp", "embeddings and head", "positions, layernorms")
 
 
 @dataclass(frozen=True)

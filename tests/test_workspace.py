@@ -15,7 +15,7 @@ from optimum_opt_trn.memory import Setup
 from optimum_opt_trn.modeling_opt import OPTRankProgram
 from optimum_opt_trn.parallel import RankGroup, shard_dim
 from optimum_opt_trn.sampling import MAX_SUPPRESSED, select_tokens
-from optimum_opt_trn.workspace import CONTEXT_ENCODING, TOKEN_GENERATION, graph_workspace
+from optimum_opt_trn.workspace import CONTEXT_ENCODING, TOKEN_GENERATION, graph_workspace, prompt_scores
 
 
 class Allocations(TorchDispatchMode):
