@@ -1,8 +1,8 @@
 """The memory plan: what a model takes on each core, from its config.json alone, and what fits.
 
-Weights and cache are exact: the tensors of `checkpoint/layout.py`, cut by `parallel.py`, and the shape of
-`kv_cache.py`. Workspace is the rank program's tensors (`workspace.py`). What the runtime takes for itself is a
-calibrated constant. See docs/memory.md.
+Weights and cache are exact: the tensors of `checkpoint/layout.py`, cut by `sharding.py`, which has the cache's shape
+too. Workspace is the rank program's tensors (`workspace.py`). What the runtime takes for itself is a calibrated
+constant. See docs/memory.md.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, cast
 
-from .checkpoint.layout import TensorSpec, checkpoint_files
+from .checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
 from .instances import INSTANCES, GiB, Instance
-from .kv_cache import cache_shape
-from .parallel import shard_dim, shard_range
+from .sharding import cache_shape, shard_dim, shard_range
 from .workspace import graph_workspace, prompt_scores
 
 
@@ -95,16 +94,18 @@ class RankTensor:
     """A weight as a rank has it.
 
     Args:
-        name: as in the checkpoint.
+        name: as in the checkpoint; a layer's as in the first layer.
         shape: of the rank's shard, padding included; every rank's is the same.
         bytes: of it, with the scales of `int8`.
         copied: every rank has the whole tensor.
+        count: how many alike there are, one in each layer.
     """
 
     name: str
     shape: tuple[int, ...]
     bytes: int
     copied: bool
+    count: int
 
     @property
     def group(self) -> str:
@@ -117,14 +118,15 @@ class RankTensor:
 
 
 def rank_tensors(config: OPTConfig, setup: Setup) -> Iterator[RankTensor]:
-    """Every weight of the model, as one of `setup.tp_degree` ranks has it."""
-    for specs in checkpoint_files(config).values():
+    """Every weight of the model, as one of `setup.tp_degree` ranks has it; those of a layer once for all layers."""
+    layer = {layer_prefix(0) + name: spec for name, spec in layer_specs(config).items()}
+    for specs, count in ((outer_specs(config), 1), (layer, config.num_hidden_layers)):
         for name, spec in specs.items():
             dim, shape = shard_dim(name), list(spec.shape)
             if dim is not None:
                 start, stop, padding = shard_range(shape[dim], 0, setup.tp_degree)
                 shape[dim] = stop - start + padding
-            yield RankTensor(name, tuple(shape), _tensor_bytes(tuple(shape), spec, setup), dim is None)
+            yield RankTensor(name, tuple(shape), _tensor_bytes(tuple(shape), spec, setup), dim is None, count)
 
 
 def _tensor_bytes(shape: tuple[int, ...], spec: TensorSpec, setup: Setup) -> int:
@@ -137,11 +139,11 @@ def _tensor_bytes(shape: tuple[int, ...], spec: TensorSpec, setup: Setup) -> int
 
 def checkpoint_bytes(config: OPTConfig, setup: Setup) -> tuple[int, int]:
     """Bytes of the split checkpoint's tensors: of all its files, and of the largest one."""
-    files = [
+    outer, layer = (
         sum(_tensor_bytes(spec.shape, spec, setup) for spec in specs.values())
-        for specs in checkpoint_files(config).values()
-    ]
-    return sum(files), max(files)
+        for specs in (outer_specs(config), layer_specs(config))
+    )
+    return outer + config.num_hidden_layers * layer, max(outer, layer)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def plan_memory(config: OPTConfig, setup: Setup, instance: Instance) -> MemoryPl
     ranks = 1 if instance.on_neuron else setup.tp_degree
     weights = dict.fromkeys(GROUPS, 0)
     for tensor in rank_tensors(config, setup):
-        weights[tensor.group] += tensor.bytes * (1 if tensor.copied else ranks)
+        weights[tensor.group] += tensor.bytes * tensor.count * (1 if tensor.copied else ranks)
     # cache_shape reads three fields, which a Setup has as well.
     shape = cache_shape(config, cast("OPTNeuronConfig", setup))
     cache = 2 * config.num_hidden_layers * prod(shape) * setup.cache_bytes * ranks

@@ -103,8 +103,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        whole = rank_tensors(self.config, Setup(tp_degree=1, weights="f16"))
-        return sum(prod(tensor.shape) for tensor in whole)
+        return sum(tensor.count * prod(tensor.shape) for tensor in rank_tensors(self.config, Setup()))
 
     @property
     def host(self) -> dict[str, int]:

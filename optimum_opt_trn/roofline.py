@@ -7,6 +7,7 @@ at least as long as the slower of its bytes and its operations. What ranks send 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from .memory import MemoryPlan, plan_memory, rank_tensors
@@ -62,13 +63,13 @@ def roofline(config: OPTConfig, plan: MemoryPlan) -> Roofline | None:
     # Of a table only the rows of the tokens are read; the embedding counts where it serves as head too.
     if not config.tie_word_embeddings:
         tables.append("embed_tokens.weight")
-    read = {t.name: t for t in rank_tensors(config, setup) if not t.name.endswith(tuple(tables))}
-    weights = sum(tensor.bytes for tensor in read.values())
+    read = [tensor for tensor in rank_tensors(config, setup) if not tensor.name.endswith(tuple(tables))]
+    weights = sum(tensor.count * tensor.bytes for tensor in read)
     # Multiply and add for each element of a matrix and token; the head only for each row's last token.
-    matrices = {name: tensor for name, tensor in read.items() if len(tensor.shape) == 2}
-    head = [name for name in matrices if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    per_token = 2 * sum(t.shape[0] * t.shape[1] for name, t in matrices.items() if name not in head)
-    per_row = 2 * sum(matrices[name].shape[0] * matrices[name].shape[1] for name in head)
+    matrices = [tensor for tensor in read if len(tensor.shape) == 2]
+    head = [tensor for tensor in matrices if tensor.name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    per_token = 2 * sum(tensor.count * prod(tensor.shape) for tensor in matrices if tensor not in head)
+    per_row = 2 * sum(prod(tensor.shape) for tensor in head)
     # Scores and their mixing, with each of `sequence_length` positions.
     width = config.hidden_size // setup.tp_degree
     attended = 4 * config.num_hidden_layers * width * setup.sequence_length

@@ -55,7 +55,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield " w weights, k keys and values, s workspace, r reserve"
     if memory.fits and memory.free < memory.scores:
         scores = memory.scores / GiB
-        yield f"Close: not counted are the scores of a prompt ({scores:.2f} GiB), which the compiler works on in tiles."
+        yield f"Close: a prompt's scores ({scores:.2f} GiB) are not counted, the compiler works on them in tiles."
     if not memory.fits and memory.runs:
         yield "It runs all the same, but slowly: what does not fit of the weights is read again from the disk."
 
@@ -64,7 +64,8 @@ def _host(plan: Plan) -> Iterator[str]:
     host, instance = plan.host, plan.memory.instance
     disk, split, load = (host[name] / GiB for name in ("disk", "split", "load"))
     yield f"disk                           {disk:.1f} GiB for the split checkpoint, beside the source"
-    yield f"host memory                    {split:.1f} GiB to split, {load:.1f} GiB to load, of {instance.host_bytes / GiB:.0f} GiB"
+    total = f"of {instance.host_bytes / GiB:.0f} GiB"
+    yield f"host memory                    {split:.1f} GiB to split, {load:.1f} GiB to load, {total}"
     if instance.on_neuron and instance.host_bytes < host["split"]:
         yield "                               too little to split it there: do that on another host"
 
