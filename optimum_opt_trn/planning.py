@@ -65,11 +65,15 @@ def read_shape(model: str, revision: str | None = None, cache_dir: str | None = 
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         try:
-            path = Path(hf_hub_download(model, "config.json", revision=revision, cache_dir=cache_dir))
+            # What was downloaded before comes first: it costs no connection, and shapes do not change.
+            found = try_to_load_from_cache(model, "config.json", cache_dir, revision)
+            if not isinstance(found, str):
+                found = hf_hub_download(model, "config.json", revision=revision, cache_dir=cache_dir)
+            path = Path(found)
         except (HFValidationError, OSError) as error:
             raise OSError(f"{model} is no local file or directory, and cannot be had from the hub: {error}") from error
     try:
