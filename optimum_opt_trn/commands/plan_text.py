@@ -21,7 +21,8 @@ def describe(plan: Plan, model: str) -> Iterator[str]:
     memory, config = plan.memory, plan.config
     setup, instance = memory.setup, memory.instance
     chips = "this host" if not instance.on_neuron else f"{_count(instance.chips, 'chip')}, {instance.cores} cores"
-    yield f"{model}: {plan.parameters / 1e9:.3g} billion parameters in {config.num_hidden_layers} layers"
+    yield model
+    yield f"{plan.parameters / 1e9:.3g} billion parameters in {config.num_hidden_layers} layers"
     yield (
         f"batch size {setup.batch_size}, {setup.sequence_length} positions, weights {setup.weights}, "
         f"cache {setup.cache}"
