@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .graphs import SHORTEST_SEQUENCE
 from .instances import GiB, Instance, largest_of_family
-from .memory import MemoryPlan, Setup, max_batch_size, max_sequence_length, plan_memory, smallest_degree
+from .memory import MemoryPlan, Setup, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
 
 
 if TYPE_CHECKING:
@@ -75,5 +75,9 @@ def _ways_out(config: OPTConfig, setup: Setup, instance: Instance) -> Iterator[s
         yield f"batch_size={size}"
     if (length := max_sequence_length(config, setup, instance)) >= SHORTEST_SEQUENCE:
         yield f"sequence_length={length}"
-    if instance.on_neuron and (degree := smallest_degree(config, setup, instance)):
+    if not instance.on_neuron:
+        return
+    if degree := smallest_degree(config, setup, instance):
         yield f"tp_degree={degree}"
+    elif other := cheapest(config, setup):
+        yield f"{other[0].name} with tp_degree={other[1]}"

@@ -113,7 +113,7 @@ class Plan:
     def host(self) -> dict[str, int]:
         """Bytes that the host needs: on disk for the split checkpoint, in memory to write it and to load it.
 
-        Estimates, to be added to some 0.6 GB of Python with torch. A checkpoint is written and read a file at a time;
+        Estimates, to be added to some 0.4 GB of Python with torch. A checkpoint is written and read a file at a time;
         to write one, its largest tensor is there in the source's dtype as well, float32 at most.
         """
         setup = self.memory.setup

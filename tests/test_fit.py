@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from conftest import tiny_config, tiny_opt
-from test_memory import OPT_13B
+from test_memory import OPT_13B, OPT_30B
 
 import optimum_opt_trn.instances
 from optimum_opt_trn import DoesNotFitError, NeuronOPTForCausalLM, OPTNeuronConfig
@@ -41,6 +41,13 @@ def test_what_is_suggested_fits():
     for changes in ({"batch_size": 2}, {"sequence_length": 1941}, {"tp_degree": 8}):
         options = {"batch_size": 3, "sequence_length": 2048, "tp_degree": 2, "instance_type": "trn1", **changes}
         check_fit(OPT_13B, OPTNeuronConfig(**options))
+
+
+def test_where_no_degree_helps_another_instance_is_named():
+    # 56 heads: 8 is the largest degree of trn1 that divides them.
+    neuron_config = OPTNeuronConfig(batch_size=16, sequence_length=2048, tp_degree=8, instance_type="trn1")
+    with pytest.raises(DoesNotFitError, match=r"or trn2\.48xlarge with tp_degree=8, or force=True"):
+        check_fit(OPT_30B, neuron_config)
 
 
 def test_on_cpu_cache_and_workspace_have_to_fit_and_weights_are_warned_of(available, caplog):
