@@ -38,7 +38,7 @@ from optimum_opt_trn.checkpoint.source import WeightSource
 from optimum_opt_trn.checkpoint.split import write_split
 from optimum_opt_trn.instances import this_host
 from optimum_opt_trn.memory import Setup, plan_memory
-from optimum_opt_trn.sampling import MAX_SUPPRESSED, Selection
+from optimum_opt_trn.sampling import Selection
 from optimum_opt_trn.targets import get_target
 from optimum_opt_trn.targets.base import CHECKPOINT_DIR
 from optimum_opt_trn.targets.cpu.runtime import CPURuntime
@@ -84,9 +84,7 @@ def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path) 
     resident = _resident_of(directory) + _status("RssAnon") - before
 
     batch, length = neuron_config.batch_size, neuron_config.sequence_length
-    selection = Selection(
-        torch.ones(batch, 3), torch.zeros(batch), torch.full((batch, MAX_SUPPRESSED), -1, dtype=torch.int32)
-    )
+    selection = Selection.greedy(batch)
     tokens, lengths = torch.ones(batch, length, dtype=torch.int32), torch.full((batch,), length, dtype=torch.int32)
     runtime.prefill(tokens[:, :2], lengths * 0 + 2, selection)  # what a first run allocates for good
     held = _status("VmRSS")

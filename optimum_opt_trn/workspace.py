@@ -34,8 +34,8 @@ def graph_workspace(config: OPTConfig, setup: Setup, on_neuron: bool) -> dict[st
     """For each graph, at its largest bucket, the bytes that it needs at its widest moment."""
     moments = _neuron_moments if on_neuron else _cpu_moments
     return {
-        CONTEXT_ENCODING: max(moments(config, setup, setup.sequence_length, prompt=True)),
-        TOKEN_GENERATION: max(moments(config, setup, 1, prompt=False)),
+        CONTEXT_ENCODING: max(moments(config, setup, setup.sequence_length)),
+        TOKEN_GENERATION: max(moments(config, setup, 1)),
     }
 
 
@@ -49,11 +49,11 @@ def _scores(config: OPTConfig, setup: Setup, n: int) -> int:
     return setup.batch_size * heads * n * setup.sequence_length * _F32
 
 
-def _neuron_moments(config: OPTConfig, setup: Setup, n: int, prompt: bool) -> tuple[int, ...]:
+def _neuron_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden = tokens * config.hidden_size
     residual, normed, summand = hidden * _F32, hidden * setup.compute_bytes, hidden * _F32
-    scores = 0 if prompt else 2 * _scores(config, setup, n)
+    scores = 0 if n > 1 else 2 * _scores(config, setup, n)
     # Query, key, value, and what is mixed of the values.
     attention = residual + normed + 4 * hidden // ranks * _F32 + scores + summand
     mlp = residual + normed + tokens * config.ffn_dim // ranks * _F32 + summand
@@ -62,7 +62,7 @@ def _neuron_moments(config: OPTConfig, setup: Setup, n: int, prompt: bool) -> tu
     return attention, mlp, head
 
 
-def _cpu_moments(config: OPTConfig, setup: Setup, n: int, prompt: bool) -> tuple[int, ...]:
+def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden, inner = tokens * config.hidden_size * _F32, tokens * config.ffn_dim * _F32
     # Summands of all ranks; with the first sum of two there is another tensor, while the next is made two.
@@ -70,9 +70,8 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int, prompt: bool) -> tuple
     sums = min(ranks - 1, 2) * hidden
 
     # Attention, in the loop over ranks: the layer's input and the layernorm of it; query, key and value of all ranks;
-    # the last rank's scaled query, its keys and values as the cache rounds them, its mask.
-    rounded = 2 * hidden // ranks * setup.cache_bytes // _F32 if prompt and setup.cache_bytes < _F32 else 0
-    held = 5 * hidden + hidden // ranks + rounded + tokens * setup.sequence_length
+    # the last rank's scaled query, its mask.
+    held = 5 * hidden + hidden // ranks + tokens * setup.sequence_length
     before = hidden * (ranks - 1) // ranks  # what was mixed for the ranks before
     scores = _scores(config, setup, n)
     masked = held + before + 3 * scores

@@ -32,7 +32,7 @@ def draw(plan: Plan, file: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"--plot needs matplotlib ({error}): pip install matplotlib") from None
+        raise ImportError(f"--plot needs matplotlib ({error}): pip install 'optimum-opt-trn[plot]'") from None
 
     memory, setup = plan.memory, plan.memory.setup
     figure = Figure(figsize=(11, 4.5), layout="constrained")

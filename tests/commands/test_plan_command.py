@@ -125,7 +125,7 @@ def test_a_chart_without_matplotlib_names_the_way_to_it(opt_13b, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["plan", "-m", opt_13b, "--plot", str(tmp_path / "a.png")])
     with pytest.raises(SystemExit):
         main()
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install 'optimum-opt-trn[plot]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
