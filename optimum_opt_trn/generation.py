@@ -126,12 +126,14 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, rows = mask.bool(), len(input_ids)
         cache = self.slots.lend(rows) if past_key_values is None else past_key_values
-        if cache.get_seq_length() >= input_ids.shape[1]:
-            cache.crop(input_ids.shape[1] - 1)  # the last token's logits are needed again
+        # Where the first of the rows' last tokens stands: from there on every row has one, whose logits are needed.
+        last = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
+        if cache.get_seq_length() > last:
+            cache.crop(last)
         selector = make_selector(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.bool)
-        self._feed_ahead(cache, input_ids, mask, generation_config.prefill_chunk_size)
+        self._feed_ahead(cache, input_ids[:, :last], mask, generation_config.prefill_chunk_size)
         start = cache.get_seq_length()
         new, counted = input_ids[:, start:], mask[:, start:]
         while True:
@@ -159,9 +161,9 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         )
 
     def _feed_ahead(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
-        """Feeds the prompt but for its last column in chunks of so many columns; None to do nothing."""
-        for start in range(cache.get_seq_length(), input_ids.shape[1] - 1, chunk) if chunk else ():
-            end = min(start + chunk, input_ids.shape[1] - 1)
+        """Feeds columns of a prompt in chunks of so many; None to do nothing."""
+        for start in range(cache.get_seq_length(), input_ids.shape[1], chunk) if chunk else ():
+            end = min(start + chunk, input_ids.shape[1])
             if bool(mask[:, start:end].any()):
                 selection = Selection.greedy(len(input_ids))
                 self.feed(cache, input_ids[:, start:end], mask[:, start:end], 1, selection)
