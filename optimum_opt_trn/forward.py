@@ -176,6 +176,7 @@ class OPTForwardMixin:
             ValueError: if the cache has lost its slots.
         """
         self.slots.check(cache)
+        self.slots.assign(cache)
         slots = torch.tensor(cache.rows)
         result = self._run(slots, input_ids, mask, cache.lengths, keep, selection)
         cache.append(mask)
