@@ -110,6 +110,12 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
             return waves.run(super().generate, generation_config)
         return super().generate(input_ids, generation_config, **kwargs)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        for name in ("tokenizer", "assistant_tokenizer"):  # which transformers' beam search passes on to forward()
+            kwargs.pop(name, None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
+
     def _sample(
         self,
         input_ids: Tensor,
