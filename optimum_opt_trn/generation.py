@@ -169,7 +169,9 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
     def _feed_ahead(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
         """Feeds columns of a prompt in chunks of so many; None to do nothing."""
-        for start in range(cache.get_seq_length(), input_ids.shape[1], chunk) if chunk else ():
+        if not chunk:
+            return
+        for start in range(cache.get_seq_length(), input_ids.shape[1], chunk):
             end = min(start + chunk, input_ids.shape[1])
             if bool(mask[:, start:end].any()):
                 selection = Selection.greedy(len(input_ids))
