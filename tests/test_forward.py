@@ -291,7 +291,10 @@ SLOTTED: dict[str, tuple[dict[str, Any], str]] = {
     "a slot twice": ({"seq_ids": torch.tensor([1, 1])}, r"seq_ids=\[1, 1\] must be 2 different slots.*0 to 2"),
     "no such slot": ({"seq_ids": torch.tensor([0, 3])}, "seq_ids"),
     "no positions": ({"position_ids": None}, "position_ids must have the shape"),
-    "positions' shape": ({"position_ids": torch.zeros(2, 1)}, r"position_ids must have the shape of input_ids, \(2, 2"),
+    "positions' shape": (
+        {"position_ids": torch.zeros(2, 1)},
+        r"position_ids must have the shape of input_ids, \(2, 2",
+    ),
     "params' shape": ({"sampling_params": torch.ones(1, 3)}, r"sampling_params has shape \(1, 3\), not \(2, 3\)"),
     "too far": ({"position_ids": torch.tensor([[63, 64], [0, 1]])}, "0 to 63"),
     "before the start": ({"position_ids": torch.tensor([[-1, 0], [0, 1]])}, "position_ids go from 0"),

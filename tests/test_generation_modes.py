@@ -134,7 +134,10 @@ def test_guidance_by_negative_prompts(lengths, extra):
     negative = ragged(lengths[::-1], seed=5)
     beams = extra.get("num_beams", 1)
     options = {
-        **{**ragged(lengths), **GREEDY, "guidance_scale": 2.5, **extra},
+        **ragged(lengths),
+        **GREEDY,
+        "guidance_scale": 2.5,
+        **extra,
         "negative_prompt_ids": negative["input_ids"].repeat_interleave(beams, dim=0),
         "negative_prompt_attention_mask": negative["attention_mask"].repeat_interleave(beams, dim=0),
     }

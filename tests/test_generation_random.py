@@ -154,14 +154,16 @@ def test_no_combination_is_silently_different(call):
             mine = generate(ours, call)
         except (NotImplementedError, ValueError) as error:
             if isinstance(theirs, Exception):
-                event(f'both raise {str(theirs)[:100]}')
+                event(f"both raise {str(theirs)[:100]}")
                 return
-            event('only ours raises')
-            assert _rows(call, prompts=1) > batch_size or any(name in str(error) for name in REFUSED_OPTIONS), f"only ours: {error}"
+            event("only ours raises")
+            assert _rows(call, prompts=1) > batch_size or any(name in str(error) for name in REFUSED_OPTIONS), (
+                f"only ours: {error}"
+            )
             return
         except Exception as error:
             if isinstance(theirs, Exception) and type(theirs) is type(error):
-                event(f'both raise {str(theirs)[:100]}')
+                event(f"both raise {str(theirs)[:100]}")
                 return
             raise
         if isinstance(theirs, Exception):
@@ -176,5 +178,5 @@ def test_no_combination_is_silently_different(call):
                 theirs if isinstance(theirs, Tensor) else theirs.sequences
             )
         else:
-            event('same')
+            event("same")
             assert_same(mine, theirs)

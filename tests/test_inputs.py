@@ -46,7 +46,10 @@ BAD = {
         "9 tokens.*sequence_length=8",
     ),
     "an id": ((torch.tensor([[1, 10]]), None), r"Token id 10 \(row 0, place 1\).*0 to 9"),
-    "a mask's shape": ((torch.ones(1, 2, dtype=torch.long), torch.ones(1, 3)), r"\(1, 3\), but input_ids has \(1, 2\)"),
+    "a mask's shape": (
+        (torch.ones(1, 2, dtype=torch.long), torch.ones(1, 3)),
+        r"\(1, 3\), but input_ids has \(1, 2\)",
+    ),
     "a mask without its past": (
         (torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2), torch.ones(1, 3, dtype=torch.bool)),
         r"past_key_values make \(1, 5\)",

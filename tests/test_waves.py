@@ -94,7 +94,9 @@ def test_each_wave_gets_its_rows():
 )
 def test_shorter_waves_are_filled_up_as_transformers_does(options, fill):
     lengths = iter([3, 2])
-    joined = waves(3, 2 * options.get("num_beams", 1), **options).run(lambda rows, config, **_: rows.repeat(1, next(lengths)), None)
+    joined = waves(3, 2 * options.get("num_beams", 1), **options).run(
+        lambda rows, config, **_: rows.repeat(1, next(lengths)), None
+    )
     assert joined[-1].tolist()[2:] == [fill]
 
 
