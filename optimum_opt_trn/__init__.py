@@ -10,6 +10,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError, save_pretrained_split
     from .configuration_opt import OPTNeuronConfig
+    from .fit import DoesNotFitError
     from .modeling_neuron_opt import NeuronOPTForCausalLM
     from .pipelines import pipeline
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "CheckpointError": "checkpoint",
     "NeuronOPTForCausalLM": "modeling_neuron_opt",
+    "DoesNotFitError": "fit",
     "OPTNeuronConfig": "configuration_opt",
     "pipeline": "pipelines",
     "save_pretrained_split": "checkpoint",
@@ -24,6 +26,7 @@ _EXPORTS = {
 
 __all__ = [
     "CheckpointError",
+    "DoesNotFitError",
     "NeuronOPTForCausalLM",
     "OPTNeuronConfig",
     "__version__",

@@ -172,6 +172,11 @@ class OPTNeuronConfig(NeuronConfig):
         return self.amp_dtype
 
     @property
+    def on_device_sampling(self) -> bool:
+        """What optimum-neuron's own callers ask: whether calls with `sampling_params` return tokens, not logits."""
+        return True
+
+    @property
     def cache_dtype(self) -> torch.dtype:
         return AMP_DTYPES[self.kv_cache_dtype or self.amp]
 

@@ -20,6 +20,7 @@ from .checkpoint.config import check_opt, load_config, save_config
 from .checkpoint.source import open_directory
 from .checkpoint.split import fetch, save_companions, write_split
 from .configuration_opt import OPTNeuronConfig
+from .fit import check_fit
 from .targets import get_target
 from .targets.base import CHECKPOINT_DIR
 
@@ -36,6 +37,7 @@ def export_opt(
     force_download: bool = False,
     local_files_only: bool = False,
     eager: bool = False,
+    force: bool = False,
 ) -> Path:
     """Exports an OPT checkpoint.
 
@@ -50,12 +52,14 @@ def export_opt(
         config: the model's configuration, if it is at hand.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
         eager: skips compilation; the export runs eagerly.
+        force: goes on with an export that does not fit the device's memory.
 
     Returns:
         The output directory.
 
     Raises:
-        ValueError: if the source is not an OPT, or does not fit `neuron_config`; CheckpointError if its weights do not
+        ValueError: if the source is not an OPT, or does not fit `neuron_config`; DoesNotFitError if `neuron_config`
+            needs more memory than there is; CheckpointError if its weights do not
             fit its config.json.
         FileExistsError: if `output` holds anything but an export.
         OSError: if the source is not there.
@@ -71,6 +75,7 @@ def export_opt(
     }
     opt_config = load_config(source, **hub) if config is None else check_opt(config, source)
     neuron_config.check_model(opt_config)
+    check_fit(opt_config, neuron_config, force)
     target = get_target(neuron_config)
     _check_output(output, source)
 

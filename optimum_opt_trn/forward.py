@@ -239,6 +239,8 @@ class OPTForwardMixin:
             )
             return None
         self.slots.check(past)
+        if len(past.columns) != rows:
+            raise ValueError(f"past_key_values holds {len(past.columns)} rows, and input_ids has {rows}.")
         width = past.get_seq_length()
         if attention_mask is not None and tuple(attention_mask[:, :width].shape) == tuple(past.columns.shape):
             past.remask(attention_mask[:, :width].bool())

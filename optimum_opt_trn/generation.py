@@ -133,14 +133,13 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, rows = mask.bool(), len(input_ids)
         cache = self.slots.lend(rows) if past_key_values is None else past_key_values
-        # Where the first of the rows' last tokens stands: from there on every row has one, whose logits are needed.
-        last = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
-        if cache.get_seq_length() > last:
-            cache.crop(last)
+        # Every row's last token is fed last of all (again, if it is in the cache): its logits are wanted.
+        end = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
+        cache.crop(min(end, cache.get_seq_length()))
         selector = make_selector(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.bool)
-        self._feed_ahead(cache, input_ids[:, :last], mask, generation_config.prefill_chunk_size)
+        self._feed_ahead(cache, input_ids[:, :end], mask[:, :end], generation_config.prefill_chunk_size)
         start = cache.get_seq_length()
         new, counted = input_ids[:, start:], mask[:, start:]
         while True:
@@ -168,16 +167,15 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         )
 
     def _feed_ahead(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
-        """Feeds columns of a prompt in chunks of so many; None to do nothing."""
-        if not chunk:
+        """Feeds columns that are not in the cache yet in chunks of so many; None to do nothing."""
+        if chunk is None:
             return
         for start in range(cache.get_seq_length(), input_ids.shape[1], chunk):
-            end = min(start + chunk, input_ids.shape[1])
-            if bool(mask[:, start:end].any()):
-                selection = Selection.greedy(len(input_ids))
-                self.feed(cache, input_ids[:, start:end], mask[:, start:end], 1, selection)
+            part = slice(start, start + chunk)
+            if bool(mask[:, part].any()):
+                self.feed(cache, input_ids[:, part], mask[:, part], 1, Selection.greedy(len(input_ids)))
             else:
-                cache.append(mask[:, start:end])
+                cache.append(mask[:, part])
 
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""

@@ -37,8 +37,6 @@ def check_inputs(
             f"input_ids must be whole numbers of shape (rows, tokens), not {input_ids.dtype} {tuple(input_ids.shape)}."
         )
     past = torch.zeros(len(input_ids), 0, dtype=torch.bool) if past is None else past
-    if len(past) != len(input_ids):
-        raise ValueError(f"past_key_values holds {len(past)} rows, and input_ids has {len(input_ids)}.")
     width = past.shape[1]
     if attention_mask is None:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -81,6 +79,8 @@ def compact(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         int32 tokens `(rows, longest)`, each row's first, 0 behind them; int32 lengths `(rows,)`.
     """
     lengths = mask.sum(-1, dtype=torch.int32)
+    if bool(mask.all()):  # as at every step
+        return input_ids.to(torch.int32), lengths
     longest = int(lengths.max())
     # A stable sort by "masked" brings the tokens that count to the front, in their order.
     order = torch.argsort(~mask, dim=-1, stable=True)[:, :longest]

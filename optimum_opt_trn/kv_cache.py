@@ -15,6 +15,10 @@ from transformers import OPTConfig
 
 from .configuration_opt import OPTNeuronConfig
 from .parallel import RankGroup
+from .sharding import cache_shape
+
+
+__all__ = ["LayerCache", "allocate_cache", "cache_shape"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,6 @@ class LayerCache:
     def first(self, length: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the first `length` positions; what is written to them is written to the cache."""
         return [k[:, :, :length] for k in self.keys], [v[:, :, :length] for v in self.values]
-
-
-def cache_shape(config: OPTConfig, neuron_config: OPTNeuronConfig) -> tuple[int, int, int, int]:
-    """Shape of the keys (or values) that one rank holds of one layer."""
-    head_size = config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads // neuron_config.tp_degree
-    return neuron_config.batch_size, heads, neuron_config.sequence_length, head_size
 
 
 def allocate_cache(config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup) -> list[LayerCache]:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .checkpoint.config import check_opt, load_config
 from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
 from .export import copy_export, export_opt, find_export
+from .fit import check_fit
 from .generation import OPTGenerationMixin
 from .targets import Runtime, get_target
 
@@ -181,6 +182,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         revision: str | None = None,
         load_weights: bool | None = False,
         eager: bool = False,
+        force: bool = False,
         **hub_options: Any,
     ) -> NeuronOPTForCausalLM:
         """What `export` calls: exports to a temporary directory, which lives as long as the model.
@@ -192,10 +194,9 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         hub = {name: value for name, value in hub_options.items() if name in _HUB_OPTIONS}
         temporary = tempfile.TemporaryDirectory(prefix="optimum_opt_trn-")
         directory = Path(temporary.name) / "export"
-        export_opt(
-            model_id, directory, neuron_config, config=config, token=token, revision=revision, eager=eager, **hub
-        )
-        model = cls._open(directory, load=bool(load_weights), eager=eager)
+        how: dict[str, Any] = {"eager": eager, "force": force}
+        export_opt(model_id, directory, neuron_config, config=config, token=token, revision=revision, **how, **hub)
+        model = cls._open(directory, load=bool(load_weights), **how)
         model._temporary = temporary
         return model
 
@@ -206,13 +207,15 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         Args:
             model_id: a local directory or an id on the hub.
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
-                `eager=True` to run the graphs uncompiled; and for a checkpoint that is not exported yet, what
-                `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`).
+                `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice; and for
+                a checkpoint that is not exported yet, what `get_neuron_config` takes (`tp_degree` is another name of
+                `tensor_parallel_size`).
 
         Raises:
             TypeError: for an unknown option, naming the nearest.
             ValueError: if the model is not an OPT; if an option does not suit it, or differs from what the export was
-                made with; CheckpointError if files are missing or broken.
+                made with; DoesNotFitError if there is too little memory; CheckpointError if files are missing or
+                broken.
             OSError: if there is no such model.
         """
         cls._check_options(options)
@@ -225,17 +228,17 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         check_opt(config, model_id)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in export_options() and v is not None}
-        eager = bool(options.get("eager"))
+        how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force")}
         directory = find_export(model_id, hub)
         if directory is not None:
-            return cls._open(directory, load=True, eager=eager, expected=chosen)
+            return cls._open(directory, load=True, **how, expected=chosen)
         where = {name: hub[name] for name in ("token", "revision") if name in hub}
         neuron_config = cls.get_neuron_config(model_id, config=config, **where, **chosen)
-        return cls._export(model_id, config, neuron_config, load_weights=True, eager=eager, **hub)
+        return cls._export(model_id, config, neuron_config, load_weights=True, **how, **hub)
 
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> None:
-        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", *export_options())
+        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", "force", *export_options())
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
         for alias, name in _ALIASES.items():
             if {alias, name} <= options.keys() and options[alias] != options[name]:
@@ -243,7 +246,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
     @classmethod
     def _open(
-        cls, directory: Path, load: bool, eager: bool, expected: dict[str, Any] | None = None
+        cls, directory: Path, load: bool, eager: bool, force: bool, expected: dict[str, Any] | None = None
     ) -> NeuronOPTForCausalLM:
         """The export in `directory`; `expected` are options that it must have been made with."""
         neuron_config = OPTNeuronConfig.from_pretrained(directory)
@@ -261,6 +264,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
                 )
         config = OPTConfig.from_pretrained(directory)
         neuron_config.check_model(config)
+        if load:
+            check_fit(config, neuron_config, force)
         runtime = get_target(neuron_config).load(config, neuron_config, directory, eager) if load else None
         return cls(config, neuron_config, directory, runtime)
 

@@ -1,4 +1,5 @@
-"""Tensor parallelism: how tensors are cut over ranks, and what ranks exchange. Nothing else knows of ranks.
+"""Tensor parallelism: what ranks compute and exchange. Nothing else knows of ranks, but `sharding.py`, which says how
+tensors are cut over them.
 
 A column-parallel weight is cut by rows of the `(out, in)` matrix, so that each rank computes some of the outputs
 (attention heads, MLP units, words of the vocabulary); a row-parallel one by columns, so that each rank computes a
@@ -15,43 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .products import Products
+from .sharding import SHARD_DIMS, shard_dim, shard_range
 
+
+__all__ = ["SHARD_DIMS", "RankGroup", "Weights", "shard_dim", "shard_range"]
 
 # One entry per stage weight: its shards, one for each local rank, or a single tensor that all ranks share.
 Weights = dict[str, list[Tensor]]
-
-# The end of a tensor's name -> the dimension that is cut. Whatever is not here is copied to every rank: layernorms,
-# positions, project_in and project_out, and the biases of row-parallel products, which are added once, after the sum.
-SHARD_DIMS = {
-    "embed_tokens.weight": 0,
-    "lm_head.weight": 0,
-    "self_attn.q_proj.weight": 0,
-    "self_attn.q_proj.bias": 0,
-    "self_attn.k_proj.weight": 0,
-    "self_attn.k_proj.bias": 0,
-    "self_attn.v_proj.weight": 0,
-    "self_attn.v_proj.bias": 0,
-    "self_attn.out_proj.weight": 1,
-    "fc1.weight": 0,
-    "fc1.bias": 0,
-    "fc2.weight": 1,
-}
-
-
-def shard_dim(name: str) -> int | None:
-    """The dimension in which the tensor `name` is cut over ranks; None if every rank has a copy."""
-    return next((dim for end, dim in SHARD_DIMS.items() if name.endswith(end)), None)
-
-
-def shard_range(size: int, rank: int, world_size: int) -> tuple[int, int, int]:
-    """(start, stop, padding) of rank's part of a dimension of `size`.
-
-    Parts are equal, `ceil(size / world_size)`; where the last ones reach beyond `size` (a vocabulary that does not
-    divide), `padding` says by how much.
-    """
-    part = -(-size // world_size)
-    start, stop = min(rank * part, size), min((rank + 1) * part, size)
-    return start, stop, part - (stop - start)
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,6 @@ BAD = {
         (torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2), torch.ones(1, 3, dtype=torch.bool)),
         r"past_key_values make \(1, 5\)",
     ),
-    "rows": (
-        (torch.ones(2, 2, dtype=torch.long), None, torch.ones(1, 3, dtype=torch.bool)),
-        "holds 1 rows, and input_ids has 2",
-    ),
 }
 
 

@@ -1,8 +1,26 @@
 """The split checkpoint: what is in it, how it is written, and how ranks read it."""
 
-from .load import ModelWeights, load_weights
-from .source import CheckpointError
-from .split import save_pretrained_split
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from .load import ModelWeights, load_weights
+    from .source import CheckpointError
+    from .split import save_pretrained_split
+
+# Public name -> the module that has it; imported when it is first asked for.
+_EXPORTS = {
+    "CheckpointError": "source",
+    "ModelWeights": "load",
+    "load_weights": "load",
+    "save_pretrained_split": "split",
+}
 
 __all__ = ["CheckpointError", "ModelWeights", "load_weights", "save_pretrained_split"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import OPTConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import OPTConfig
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,6 +26,8 @@ class TensorSpec:
     in_amp: bool
 
     def dtype(self, amp: torch.dtype) -> torch.dtype:
+        import torch  # here, since all else of this module is for planning too, which takes less time than the import
+
         return amp if self.in_amp else torch.float32
 
 

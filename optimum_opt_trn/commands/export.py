@@ -99,6 +99,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "help": "Lengths of the cache, in tokens, that a step reads; likewise.",
     },
     "--revision": {"metavar": "REV", "help": "Branch, tag or commit of a model on the Hub (default: main)."},
+    "--force": {
+        "action": "store_const",
+        "const": True,
+        "help": "Export even what does not fit the memory of the device (see optimum-cli neuron plan).",
+    },
     "--eager": {
         "action": "store_const",
         "const": True,
@@ -199,6 +204,7 @@ def _export(
     revision: str | None = None,
     cache_dir: str | None = None,
     eager: bool = False,
+    force: bool = False,
     **options: Any,
 ) -> None:
     """Checks everything, then exports.
@@ -228,7 +234,8 @@ def _export(
         get_target(neuron_config)
     except RuntimeError as error:  # no such target on this host, which is for the user to mend
         raise ValueError(error) from error
-    export_opt(model, output, neuron_config, config=config, revision=revision, cache_dir=cache_dir, eager=eager)
+    how: dict[str, Any] = {"eager": eager, "force": force, "revision": revision, "cache_dir": cache_dir}
+    export_opt(model, output, neuron_config, config=config, **how)
     print(f"Exported to {output}. Try it: optimum_opt_trn.pipeline('text-generation', {str(output)!r})")
 
 

@@ -195,7 +195,6 @@ class OPTForSampling:
         Raises:
             RuntimeError: before `to_neuron`.
             ValueError: for a value out of range; the message names it and the limit.
-            NotImplementedError: for a `top_k` above `max_topk`.
         """
         model = self._loaded()
         mask = _attention_mask(input_ids, start_ids)
@@ -236,8 +235,8 @@ class OPTForSampling:
         length = input_ids.shape[-1]
         if cache_ids is not None and cache_ids.flatten().tolist() != list(range(length)):
             refuse("cache_ids", cache_ids.tolist(), "a call starts at position 0. Use sample() or generate()")
-        logits = self._loaded()(input_ids.long(), attention_mask=_attention_mask(input_ids, start_ids)).logits
-        return logits[:, -1].float()
+        mask = _attention_mask(input_ids, start_ids)
+        return self._loaded()(input_ids.long(), attention_mask=mask, logits_to_keep=1).logits[:, -1]
 
     __call__ = forward
 

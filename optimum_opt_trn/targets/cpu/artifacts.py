@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import OPTConfig
 from transformers.utils import logging
 
-from ... import modeling_opt, parallel, products, sampling
+from ... import modeling_opt, parallel, products, sampling, sharding
 from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
 from ...kv_cache import cache_shape
@@ -121,7 +121,7 @@ def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
         *(config._remove_final_layer_norm, config.tie_word_embeddings, config.activation_function),
     )
     digest = hashlib.sha256(repr((model, cache_shape(config, neuron_config), sorted(options.items()))).encode())
-    for module in (modeling_opt, parallel, products, sampling, stages_module):
+    for module in (modeling_opt, parallel, sharding, products, sampling, stages_module):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 

@@ -1,0 +1,177 @@
+"""The memory plan against what the CPU target holds: a table of predicted and measured bytes over a grid of shapes.
+
+    python benchmarks/memory_cpu.py            # the grid of docs/memory.md, some ten minutes
+    python benchmarks/memory_cpu.py --small    # two shapes, which a test runs
+
+For each shape a checkpoint is written and loaded eagerly, in a process of its own, and every weight and cache tensor
+is touched. Columns, in MB (10^6):
+
+- predicted: weights and cache, by the plan;
+- tensors: bytes of the tensors that the runtime holds;
+- resident: pages of the mapped checkpoint that are resident, and the growth of anonymous memory (/proc/self/smaps,
+  /proc/self/status);
+- workspace: predicted, and the growth of the process's peak while it runs the longest prompt.
+
+Exit status 1 if tensors or resident bytes are more than 2 % from the prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import OPTConfig
+
+from optimum_opt_trn import OPTNeuronConfig
+from optimum_opt_trn.checkpoint.layout import checkpoint_files
+from optimum_opt_trn.checkpoint.source import WeightSource
+from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.instances import this_host
+from optimum_opt_trn.memory import Setup, plan_memory
+from optimum_opt_trn.sampling import MAX_SUPPRESSED, Selection
+from optimum_opt_trn.targets import get_target
+from optimum_opt_trn.targets.base import CHECKPOINT_DIR
+from optimum_opt_trn.targets.cpu.runtime import CPURuntime
+
+
+TOLERANCE = 0.02
+# hidden -> (units of the MLP, layers), of such sizes that 2 % are more than Python's own objects take, some 1 to 3 MB.
+SHAPES = {256: (16384, 8), 512: (2048, 12), 768: (3072, 12), 1024: (4096, 8)}
+AMPS = ("f16", "bf16", "f32")
+
+
+def shape(hidden: int) -> OPTConfig:
+    ffn_dim, layers = SHAPES[hidden]
+    return OPTConfig(
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=ffn_dim,
+        num_attention_heads=hidden // 64,
+        num_hidden_layers=layers,
+    )
+
+
+def write_checkpoint(config: OPTConfig, amp: str, directory: Path) -> None:
+    specs = {name: spec for file in checkpoint_files(config).values() for name, spec in file.items()}
+    readers = {name: (lambda spec=spec: torch.full(spec.shape, 0.01)) for name, spec in specs.items()}
+    amp_dtype = OPTNeuronConfig(amp=amp).amp_dtype
+    write_split(WeightSource(readers, "constant weights"), config, directory / CHECKPOINT_DIR, amp_dtype)
+
+
+def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path) -> dict[str, int]:
+    """Bytes that the loaded export in `directory` holds and needs."""
+    # Freed blocks go back to the system, so that what is resident is what is in use: those of before, and each one of
+    # 64 KiB or more at once (mallopt's M_MMAP_THRESHOLD is -3).
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 64 * 1024)
+    _load(config, neuron_config, directory)  # what a first time allocates for good is no part of it
+    gc.collect()
+    libc.malloc_trim(0)
+    before = _status("RssAnon")
+    runtime, tensors, caches = _load(config, neuron_config, directory)
+    # A tied head is the embedding; both parts list it.
+    distinct = {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in (*tensors, *caches)}
+    resident = _resident_of(directory) + _status("RssAnon") - before
+
+    batch, length = neuron_config.batch_size, neuron_config.sequence_length
+    selection = Selection(
+        torch.ones(batch, 3), torch.zeros(batch), torch.full((batch, MAX_SUPPRESSED), -1, dtype=torch.int32)
+    )
+    tokens, lengths = torch.ones(batch, length, dtype=torch.int32), torch.full((batch,), length, dtype=torch.int32)
+    runtime.prefill(tokens[:, :2], lengths * 0 + 2, selection)  # what a first run allocates for good
+    held = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (man 5 proc)
+    runtime.prefill(tokens, lengths, selection)
+    return {"tensors": sum(distinct.values()), "resident": resident, "workspace": _status("VmHWM") - held}
+
+
+def _load(
+    config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path
+) -> tuple[CPURuntime, list[torch.Tensor], list[torch.Tensor]]:
+    """The loaded export, its weights and its caches, each of them touched."""
+    runtime = get_target(neuron_config).load(config, neuron_config, directory, eager=True)
+    parts = [runtime.weights.embed, runtime.weights.head, *runtime.weights.layers]
+    tensors = [tensor for part in parts for shards in part.values() for tensor in shards]
+    caches = [tensor for layer in runtime.cache for tensor in (*layer.keys, *layer.values)]
+    for tensor in tensors:
+        tensor.sum()
+    for tensor in caches:
+        tensor.zero_()
+    return runtime, tensors, caches
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _resident_of(directory: Path) -> int:
+    """Resident bytes of the files in `directory`; pages that are mapped twice count once (Pss)."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            ours = str(directory) in line
+        elif first == "Pss:" and ours:
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a fork of this process, whose own memory it leaves as it is."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(write, "w") as out:
+            json.dump(function(*arguments), out)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as result:
+        text = result.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="two shapes")
+    small = parser.parse_args().small
+    torch.set_num_threads(1)
+    if small:
+        configs, amps, degrees, batches, length = [shape(512)], ("f16",), (1, 2), (3,), 256
+    else:
+        configs, amps, degrees, batches, length = [shape(hidden) for hidden in SHAPES], AMPS, (1, 2, 4), (1, 3), 512
+    host, failed = this_host(), 0
+    print("| hidden | layers | amp | tp | batch | predicted | tensors | resident | off by | workspace | measured |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for config, amp in itertools.product(configs, amps):
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch)
+            in_a_process(write_checkpoint, config, amp, directory)
+            for degree, batch in itertools.product(degrees, batches):
+                neuron_config = OPTNeuronConfig(batch_size=batch, sequence_length=length, tp_degree=degree, amp=amp)
+                plan = plan_memory(config, Setup.of(neuron_config), host)
+                predicted = sum(plan.weights.values()) + plan.cache
+                found = in_a_process(measure, config, neuron_config, directory)
+                off = max((found[key] / predicted - 1 for key in ("tensors", "resident")), key=abs)
+                failed += abs(off) > TOLERANCE
+                shown = " | ".join(f"{n / 1e6:.1f}" for n in (predicted, found["tensors"], found["resident"]))
+                spent = " | ".join(f"{n / 1e6:.1f}" for n in (plan.workspace, found["workspace"]))
+                cells = (config.hidden_size, config.num_hidden_layers, amp, degree, batch, shown, f"{off:+.2%}", spent)
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print(f"{failed} beyond {TOLERANCE:.0%}" if failed else f"all within {TOLERANCE:.0%}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

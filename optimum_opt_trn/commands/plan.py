@@ -1,0 +1,126 @@
+"""`optimum-cli neuron plan`: what a model needs, before anything is compiled.
+
+`python -m optimum_opt_trn.commands.plan` is the same command, without what optimum-cli imports at its start.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+DTYPES = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "int8": "int8"}
+
+DESCRIPTION = """\
+Plan an OPT model: how much of a NeuronCore's memory its weights, cache and workspace take, what fits and what does
+not, on which instance, and how fast it can be at most. Reads config.json alone: no weights, no Neuron device."""
+
+EPILOG = """\
+examples:
+  optimum-cli neuron plan -m facebook/opt-13b --instance trn1.2xlarge --batch_size 2
+  optimum-cli neuron plan -m ./opt-66b/config.json --batch_size 16            (chooses the instance)
+  optimum-cli neuron plan -m ./opt-13b --instance trn1.2xlarge --json | jq .fits
+
+The reserve of 1.25 GiB a core is calibrated, not measured on a device; see docs/memory.md."""
+
+
+class PlanCommand(BaseOptimumCLICommand):
+    """The command; exit status 0 whether it fits or not, 1 with one line on stderr if there is nothing to plan."""
+
+    COMMAND = CommandInfo(name="plan", help="Plan an OPT model's memory and speed before compiling it.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        add_arguments(parser)
+
+    def run(self) -> None:
+        run(self.args)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add = parser.add_argument
+    add("-m", "--model", required=True, help="Model id on the Hub, a local directory, or a config.json.")
+    add(
+        "--instance",
+        metavar="NAME",
+        help="EC2 instance such as trn1.2xlarge, or cpu for this host (default: the first that fits, fewest chips "
+        "first).",
+    )
+    add("--batch_size", type=_positive, default=1, metavar="N", help="Sequences at once (default: 1).")
+    add(
+        "--sequence_length",
+        type=_positive,
+        metavar="N",
+        help="Tokens of prompt and continuation (default: the positions that the model has).",
+    )
+    add(
+        "--tensor_parallel_size",
+        type=_positive,
+        metavar="N",
+        help="NeuronCores to split the model over (default: the fewest that fit).",
+    )
+    add(
+        "--auto_cast_type",
+        choices=DTYPES,
+        default="fp16",
+        help="Dtype of the weights; int8 for planning alone, exports do not have it (default: fp16).",
+    )
+    add(
+        "--kv_cache_dtype",
+        choices=("fp16", "bf16", "fp32"),
+        help="Dtype of the key/value cache (default: that of the weights, fp16 with int8).",
+    )
+    add("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
+    add("--cache_dir", metavar="DIR", help="Where downloads are kept (default: the Hugging Face cache).")
+    add("--json", action="store_true", help="Print one JSON object: bytes, seconds, tokens per second.")
+    add("--plot", metavar="FILE", help="Also draw memory and speed, to a .png or .svg file (needs matplotlib).")
+
+
+def run(options: Namespace) -> None:
+    from ..memory import Setup
+    from ..planning import choose_plan, plan_everywhere, read_shape
+    from .plan_text import compare, describe
+
+    try:
+        config = read_shape(options.model, options.revision, options.cache_dir)
+        setup = Setup(
+            batch_size=options.batch_size,
+            sequence_length=options.sequence_length or config.max_position_embeddings,
+            weights=DTYPES[options.auto_cast_type],
+            cache=DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else "",
+        )
+        plan = choose_plan(config, setup, options.instance, options.tensor_parallel_size)
+        if options.plot:
+            from .plan_chart import draw
+
+            draw(plan, options.plot)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"optimum-cli neuron plan: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if options.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+        return
+    lines = [*describe(plan, options.model), "", *compare(list(plan_everywhere(config, setup)))]
+    print("\n".join(lines))
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m optimum_opt_trn.commands.plan")
+    add_arguments(parser)
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Refuses what cannot fit, before it is compiled or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+from .graphs import SHORTEST_SEQUENCE
+from .instances import GiB, Instance, largest_of_family
+from .memory import MemoryPlan, Setup, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
+
+
+if TYPE_CHECKING:
+    from transformers import OPTConfig
+
+    from .configuration_opt import OPTNeuronConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+class DoesNotFitError(ValueError):
+    """An export that needs more memory than there is."""
+
+
+def check_fit(config: OPTConfig, neuron_config: OPTNeuronConfig, force: bool = False) -> None:
+    """Checks an export against the cores of its instance family, or on `cpu` against the memory available now.
+
+    On `cpu` cache and workspace have to fit. Weights are mapped files: where memory is short, they are read from the
+    disk again and again, of which there is a warning. With `force` there are warnings alone.
+
+    Raises:
+        DoesNotFitError: with the sums, and with what would fit.
+    """
+    try:
+        instance = largest_of_family(neuron_config.instance_type)
+    except OSError:  # a system that does not tell how much memory there is
+        return
+    setup = Setup.of(neuron_config)
+    plan = plan_memory(config, setup, instance)
+    if plan.fits:
+        return
+    if plan.runs:
+        logger.warning(f"{_shortage(plan)}. Weights will be read from the disk again and again, which is slow.")
+        return
+    if force:
+        logger.warning(f"{_shortage(plan)}. Going on, since force is given.")
+        return
+    ways = ", or ".join([*_ways_out(config, setup, instance), "force=True (--force) to go on all the same"])
+    raise DoesNotFitError(f"{_shortage(plan)}. Choose {ways}.")
+
+
+def _shortage(plan: MemoryPlan) -> str:
+    setup, instance = plan.setup, plan.instance
+    parts = {
+        "weights": sum(plan.weights.values()),
+        "cache": plan.cache,
+        "workspace": plan.workspace,
+        "reserve": plan.reserve,
+    }
+    listed = ", ".join(f"{name} {size / GiB:.2f}" for name, size in parts.items() if size)
+    where = f"a core of {instance.family} has" if instance.on_neuron else "are available on this host"
+    return (
+        f"batch_size={setup.batch_size}, sequence_length={setup.sequence_length}, tp_degree={setup.tp_degree} needs "
+        f"{plan.total / GiB:.2f} GiB ({listed}), {-plan.free / GiB:.2f} more than the {instance.core_bytes / GiB:.2f} "
+        f"GiB that {where}"
+    )
+
+
+def _ways_out(config: OPTConfig, setup: Setup, instance: Instance) -> Iterator[str]:
+    """The nearest settings that fit, each with all else equal."""
+    if size := max_batch_size(config, setup, instance):
+        yield f"batch_size={size}"
+    if (length := max_sequence_length(config, setup, instance)) >= SHORTEST_SEQUENCE:
+        yield f"sequence_length={length}"
+    if not instance.on_neuron:
+        return
+    if degree := smallest_degree(config, setup, instance):
+        yield f"tp_degree={degree}"
+    elif other := cheapest(config, setup):
+        yield f"{other[0].name} with tp_degree={other[1]}"

@@ -1,0 +1,225 @@
+"""A whole plan: which instance, what fits there, how fast it can be, and what the host needs.
+
+Needs neither weights nor a Neuron device, and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from .instances import INSTANCES, Instance, find_instance
+from .memory import (
+    MemoryPlan,
+    Setup,
+    cheapest,
+    checkpoint_bytes,
+    max_batch_size,
+    max_sequence_length,
+    plan_memory,
+    rank_tensors,
+    smallest_degree,
+    tp_degrees,
+)
+from .roofline import REALISTIC_SHARE, Roofline, roofline
+
+
+if TYPE_CHECKING:
+    from transformers import OPTConfig
+
+
+@dataclass(frozen=True)
+class OPTShape:
+    """What a config.json says about memory, with the defaults of transformers' OPTConfig, for which it can stand."""
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    _remove_final_layer_norm: bool = False
+    word_embed_proj_dim: int | None = None
+    num_attention_heads: int = 12
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.word_embed_proj_dim is None:
+            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
+
+
+def read_shape(model: str, revision: str | None = None, cache_dir: str | None = None) -> OPTConfig:
+    """The shape of `model`: a config.json, a directory that has one, or an id on the hub.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is not an OPT's, or broken.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.is_file():
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            # What was downloaded before comes first: it costs no connection, and shapes do not change.
+            found = try_to_load_from_cache(model, "config.json", cache_dir, revision)
+            if not isinstance(found, str):
+                found = hf_hub_download(model, "config.json", revision=revision, cache_dir=cache_dir)
+            path = Path(found)
+        except (HFValidationError, OSError) as error:
+            raise OSError(f"{model} is no local file or directory, and cannot be had from the hub: {error}") from error
+    try:
+        values = json.loads(path.read_text())
+        kind = values["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a model's configuration ({error!r}).") from error
+    if kind != "opt":
+        raise ValueError(f"{model} is of model_type {kind!r}, and optimum_opt_trn serves 'opt' alone.")
+    known = {field.name for field in fields(OPTShape)}
+    return cast("OPTConfig", OPTShape(**{name: value for name, value in values.items() if name in known}))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model's plan on one instance.
+
+    Args:
+        config: the model's.
+        memory: what goes where.
+        speed: the roofline; None on `cpu`.
+        max_batch_size: that fits, all else equal; 0 if none.
+        max_sequence_length: likewise, up to the model's positions.
+    """
+
+    config: OPTConfig
+    memory: MemoryPlan
+    speed: Roofline | None
+    max_batch_size: int
+    max_sequence_length: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.count * prod(tensor.shape) for tensor in rank_tensors(self.config, Setup()))
+
+    @property
+    def host(self) -> dict[str, int]:
+        """Bytes that the host needs: on disk for the split checkpoint, in memory to write it and to load it.
+
+        Estimates, to be added to some 0.4 GB of Python with torch. A checkpoint is written and read a file at a time;
+        to write one, its largest tensor is there in the source's dtype as well, float32 at most.
+        """
+        setup = self.memory.setup
+        total, largest_file = checkpoint_bytes(self.config, setup)
+        largest = max(prod(t.shape) for t in rank_tensors(self.config, replace(setup, tp_degree=1)))
+        load = largest_file if self.memory.instance.on_neuron else self.memory.cache + self.memory.workspace
+        return {"disk": total, "split": largest_file + 4 * largest, "load": load}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `optimum-cli neuron plan --json` prints: bytes, seconds and tokens per second."""
+        memory, setup, instance, host = self.memory, self.memory.setup, self.memory.instance, self.host
+        values: dict[str, Any] = {
+            "fits": memory.fits,
+            "instance": instance.name,
+            "batch_size": setup.batch_size,
+            "sequence_length": setup.sequence_length,
+            "tensor_parallel_size": setup.tp_degree,
+            "weight_dtype": setup.weights,
+            "cache_dtype": setup.cache,
+            "parameters": self.parameters,
+            "hbm_bytes_per_core": instance.core_bytes,
+            "weights_bytes_per_core": sum(memory.weights.values()),
+            "weights_by_part": memory.weights,
+            "cache_bytes_per_core": memory.cache,
+            "workspace_bytes_per_core": memory.workspace,
+            "workspace_by_graph": memory.graphs,
+            "untiled_scores_bytes_per_core": memory.scores,
+            "reserve_bytes_per_core": memory.reserve,
+            "free_bytes_per_core": memory.free,
+            "max_batch_size": self.max_batch_size,
+            "max_sequence_length": self.max_sequence_length,
+            "disk_bytes": host["disk"],
+            "host_bytes_to_split": host["split"],
+            "host_bytes_to_load": host["load"],
+            "host_bytes": instance.host_bytes,
+            "realistic_share": REALISTIC_SHARE,
+        }
+        speed = self.speed
+        values |= {
+            "decode_bytes_per_step_per_core": speed and speed.decode_bytes,
+            "decode_seconds_per_step": speed and speed.decode_seconds,
+            "decode_tokens_per_second": speed and speed.decode_tokens_per_second,
+            "decode_tokens_per_second_realistic": speed and speed.decode_tokens_per_second * REALISTIC_SHARE,
+            "prefill_flops_per_core": speed and speed.prefill_flops,
+            "prefill_seconds": speed and speed.prefill_seconds,
+            "prefill_tokens_per_second": speed and speed.prefill_tokens_per_second,
+            "prefill_tokens_per_second_realistic": speed and speed.prefill_tokens_per_second * REALISTIC_SHARE,
+        }
+        return values
+
+
+def make_plan(config: OPTConfig, setup: Setup, instance: Instance) -> Plan:
+    """The plan of `setup` on `instance`.
+
+    Raises:
+        ValueError: if the sequence is longer than the model's positions, or if the model or the instance cannot be
+            split into `tp_degree` parts; the message names what would do.
+    """
+    limit, degrees = config.max_position_embeddings, tp_degrees(config, instance)
+    if setup.sequence_length > limit:
+        raise ValueError(f"sequence_length={setup.sequence_length} exceeds the {limit} positions that the model has.")
+    if setup.tp_degree not in degrees:
+        raise ValueError(
+            f"tensor_parallel_size={setup.tp_degree}: {instance.name} runs this model, which has "
+            f"{config.num_attention_heads} attention heads, at {', '.join(map(str, degrees))}."
+        )
+    memory = plan_memory(config, setup, instance)
+    return Plan(
+        config,
+        memory,
+        roofline(config, memory),
+        max_batch_size(config, setup, instance),
+        max_sequence_length(config, setup, instance),
+    )
+
+
+def choose_plan(config: OPTConfig, setup: Setup, instance: str | None, degree: int | None) -> Plan:
+    """The plan on `instance` at `degree`; where either is None, the cheapest that fits, else the roomiest.
+
+    Raises:
+        ValueError: as `make_plan`, or for an instance that is not known.
+    """
+    if degree is not None:
+        setup = replace(setup, tp_degree=degree)
+    if instance is not None:
+        chosen = find_instance(instance)
+        if degree is None:
+            best = smallest_degree(config, setup, chosen) or tp_degrees(config, chosen)[-1]
+            setup = replace(setup, tp_degree=best)
+        return make_plan(config, setup, chosen)
+    if degree is None:
+        chosen, best = cheapest(config, setup) or _roomiest(config)
+        return make_plan(config, replace(setup, tp_degree=best), chosen)
+    able = [i for i in INSTANCES.values() if degree in tp_degrees(config, i)]
+    fitting = [i for i in able if plan_memory(config, setup, i).fits]
+    return make_plan(config, setup, (fitting or able or list(INSTANCES.values()))[0])
+
+
+def _roomiest(config: OPTConfig) -> tuple[Instance, int]:
+    degrees = {name: tp_degrees(config, instance)[-1] for name, instance in INSTANCES.items()}
+    name = max(degrees, key=lambda name: degrees[name] * INSTANCES[name].core_bytes)
+    return INSTANCES[name], degrees[name]
+
+
+def plan_everywhere(config: OPTConfig, setup: Setup) -> Iterator[Plan]:
+    """`setup` on each instance, at the smallest degree that fits, else at the largest."""
+    for instance in INSTANCES.values():
+        degree = smallest_degree(config, setup, instance) or tp_degrees(config, instance)[-1]
+        yield make_plan(config, replace(setup, tp_degree=degree), instance)
