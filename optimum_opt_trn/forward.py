@@ -150,7 +150,8 @@ class OPTForwardMixin:
         # The device looks at max_topk tokens; "all of them" is as many as it can.
         params[:, 0] = params[:, 0].clamp(1, self.neuron_config.max_topk)
         greedy = Selection.greedy(rows)
-        selection = Selection(params, torch.rand(rows), greedy.suppressed)
+        drawn = bool((params[:, 0] > 1).any())
+        selection = Selection(params, torch.rand(rows) if drawn else greedy.uniforms, greedy.suppressed)
         # The tokens of a row are those whose positions count up from the first.
         mask = (position_ids == first + torch.arange(n)).long().cumprod(-1).bool()
         check_inputs(input_ids, mask, self.config.vocab_size, self.neuron_config)
@@ -176,6 +177,7 @@ class OPTForwardMixin:
             ValueError: if the cache has lost its slots.
         """
         self.slots.check(cache)
+        self.slots.assign(cache)
         slots = torch.tensor(cache.rows)
         result = self._run(slots, input_ids, mask, cache.lengths, keep, selection)
         cache.append(mask)

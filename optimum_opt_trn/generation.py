@@ -97,17 +97,24 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
         options = {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
-        asked, _ = self._prepare_generation_config(generation_config, kwargs.get("use_model_defaults"), **options)
+        asked, others = self._prepare_generation_config(generation_config, kwargs.get("use_model_defaults"), **options)
         _refuse(asked)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is not None:
-            mask = kwargs.get("attention_mask")
-            inferred = _inferred_mask(input_ids, asked) if mask is None else mask
-            check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
-            waves = Waves(input_ids, asked, kwargs, self.neuron_config.batch_size)
-            if len(waves) > 1:
-                return waves.run(super().generate, generation_config)
+        if input_ids is None:  # then it begins with bos_token_id
+            input_ids = self._prepare_model_inputs(None, asked.bos_token_id, dict(others))[0]
+        mask = kwargs.get("attention_mask")
+        inferred = _inferred_mask(input_ids, asked) if mask is None else mask
+        check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+        waves = Waves(input_ids, asked, kwargs, self.neuron_config.batch_size)
+        if len(waves) > 1:
+            return waves.run(super().generate, generation_config)
         return super().generate(input_ids, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        for name in ("tokenizer", "assistant_tokenizer"):  # which transformers' beam search passes on to forward()
+            kwargs.pop(name, None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
 
     def _sample(
         self,

@@ -160,7 +160,7 @@ class Slots:
     """Who holds which of a runtime's slots.
 
     A cache that nobody refers to any more gives its slots back. When they run out all the same, the caches that were
-    lent first lose theirs; using one of those raises an error.
+    not used for longest lose theirs; using one of those raises an error.
 
     Args:
         runtime: whose slots.
@@ -172,7 +172,7 @@ class Slots:
         self.runtime = runtime
         self.batch_size = batch_size
         self.sequence_length = sequence_length
-        # In the order in which slots were lent: slot -> holder.
+        # In the order of their last use: slot -> holder.
         self._holders: dict[int, weakref.ref[SlotCache]] = {}
 
     def lend(self, rows: int, keep: SlotCache | None = None) -> SlotCache:
@@ -204,7 +204,7 @@ class Slots:
         return free[:count]
 
     def assign(self, cache: SlotCache, freed: list[int] | None = None) -> None:
-        """Notes that `cache` holds its rows' slots, and that `freed` are nobody's."""
+        """Notes that `cache` holds its rows' slots, is in use, and that `freed` are nobody's."""
         for slot in [*(freed or ()), *cache.rows]:
             self._holders.pop(slot, None)
         self._holders.update(dict.fromkeys(cache.rows, weakref.ref(cache)))

@@ -107,10 +107,12 @@ class Waves:
         return type(results[0])(**merged)
 
     def _joined(self, sequences: Sequence[Tensor]) -> Tensor:
-        ends = self.asked.eos_token_id
+        pad, ends = self.asked.pad_token_id, self.asked.eos_token_id
         end = ends[0] if isinstance(ends, (list, tuple)) else ends
-        fill = next((i for i in (self.asked.pad_token_id, end) if i is not None), 0)
-        return _padded(sequences, fill)
+        if (self.asked.num_beams or 1) > 1:
+            # What transformers' beam search fills up with.
+            return _padded(sequences, -1 if end is None else pad or end)
+        return _padded(sequences, next((i for i in (pad, end) if i is not None), 0))
 
 
 def _padded(parts: Sequence[Tensor], fill: int) -> Tensor:

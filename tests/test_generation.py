@@ -13,6 +13,7 @@ from transformers.generation import CompileConfig, MaxLengthCriteria, StoppingCr
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_opt_trn import NeuronOPTForCausalLM
+from optimum_opt_trn.inputs import compact
 from optimum_opt_trn.sampling import Selection
 
 
@@ -130,7 +131,8 @@ def test_default_cache_is_within_its_tolerance_while_decoding(load_opt):
     (row,) = prompts([8], source.config.vocab_size)
     reference, sequence = rounded(source), list(row)
     selection = Selection.greedy(1)
-    tokens, logits = model.runtime.prefill(*model.compact(torch.tensor([row]), None), selection)
+    ids = torch.tensor([row])
+    tokens, logits = model.runtime.prefill(*compact(ids, torch.ones_like(ids, dtype=torch.bool)), selection)
     for _ in range(60):
         with torch.no_grad():
             theirs = reference(torch.tensor([sequence])).logits[0, -1]

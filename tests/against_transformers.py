@@ -1,0 +1,123 @@
+"""One call of generate() on both sides: transformers' OPT is the reference, and the judge of what may be sampled."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from typing import Any
+
+import torch
+from conftest import KINDS, rounded, tiny_opt
+from torch import Tensor
+from transformers import LogitsProcessorList, OPTForCausalLM, StoppingCriteriaList, set_seed
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import ModelOutput
+
+from optimum_opt_trn import NeuronOPTForCausalLM
+
+
+# Of scores and logits, whose spread is about 1 in the random models: float32 rounding, and no more.
+TOLERANCE = 1e-3
+
+
+@functools.cache
+def pair(
+    kind: str = "pre_norm", tp_degree: int = 1, batch_size: int = 3, sequence_length: int = 64
+) -> tuple[NeuronOPTForCausalLM, OPTForCausalLM]:
+    """A random model of ours, eager and with a float32 cache, and transformers' on the same rounded weights."""
+    source = tiny_opt(**KINDS[kind])
+    with tempfile.TemporaryDirectory() as directory:
+        source.save_pretrained(directory)
+        ours = NeuronOPTForCausalLM.from_pretrained(
+            directory,
+            eager=True,
+            batch_size=batch_size,
+            tp_degree=tp_degree,
+            sequence_length=sequence_length,
+            kv_cache_dtype="f32",
+        )
+    return ours, rounded(source)
+
+
+def ragged(lengths: list[int], vocab_size: int = 128, seed: int = 0) -> dict[str, Tensor]:
+    """Prompts of these lengths, random and padded at the left with 1, as a tokenizer returns them."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids, mask = torch.ones(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(4, vocab_size, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_same(ours: Any, theirs: Any, waves: bool = False) -> None:
+    """The same tokens, and where more was asked for, the same scores and beams.
+
+    With `waves`, but for the rows of steps that their wave did not come to, whose scores are -inf.
+    """
+    if isinstance(theirs, Tensor):
+        assert isinstance(ours, Tensor)
+        assert torch.equal(ours, theirs), f"{ours.tolist()}\n{theirs.tolist()}"
+        return
+    assert type(ours) is type(theirs)
+    assert torch.equal(ours.sequences, theirs.sequences), f"{ours.sequences.tolist()}\n{theirs.sequences.tolist()}"
+    for name in ("scores", "logits"):
+        mine, reference = ours.get(name), theirs.get(name)
+        assert (mine is None) == (reference is None)
+        for step, other in zip(mine or (), reference or (), strict=True):
+            if waves:
+                reached = ~step.eq(-torch.inf).all(dim=-1)
+                step, other = step[reached], other[reached]
+            torch.testing.assert_close(step, other, atol=TOLERANCE, rtol=1e-4)
+    for name in ("sequences_scores", "beam_indices"):
+        mine, reference = ours.get(name), theirs.get(name)
+        assert (mine is None) == (reference is None)
+        if reference is not None:
+            torch.testing.assert_close(mine, reference, atol=TOLERANCE, rtol=1e-4)
+
+
+def generate(model: GenerationMixin, options: dict[str, Any], seed: int = 0) -> Tensor | ModelOutput:
+    """generate() from a seed, with options of its own: what is stateful in them is copied."""
+    set_seed(seed)
+    shared = ("assistant_model", "tokenizer", "assistant_tokenizer", "past_key_values")
+    own = {name: value if name in shared else copy.deepcopy(value) for name, value in options.items()}
+    return model.generate(**own)
+
+
+def assert_possible(reference: GenerationMixin, sequences: Tensor, options: dict[str, Any]) -> None:
+    """What was sampled has a probability under transformers' own scores, and ends where its criteria say so.
+
+    The reference goes along the sequences, by the processors and criteria that it prepares for the same options.
+    """
+
+    def follow(
+        model: OPTForCausalLM,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        attention_mask = kwargs["attention_mask"]
+        assert torch.equal(sequences[:, : input_ids.shape[1]], input_ids)
+        unfinished = torch.ones(len(sequences), dtype=torch.bool)
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        for column in range(input_ids.shape[1], sequences.shape[1]):
+            assert unfinished.any(), "it went on after its end"
+            before, chosen = sequences[:, :column], sequences[:, column]
+            mask = torch.nn.functional.pad(attention_mask, (0, column - input_ids.shape[1]), value=1)
+            scores = logits_processor(before, model(before, attention_mask=mask).logits[:, -1])
+            possible = scores.gather(1, chosen[:, None])[:, 0] > -torch.inf
+            if ends:  # else transformers goes on with rows that a criterion has ended
+                possible = torch.where(unfinished, possible, chosen == generation_config._pad_token_tensor)
+            assert possible.all(), f"column {column}: {chosen.tolist()}"
+            unfinished &= ~stopping_criteria(sequences[:, : column + 1], None)
+        assert not unfinished.any(), "it ended too early"
+        return sequences
+
+    dropped = ("return_dict_in_generate", "output_scores", "output_logits")
+    rest = {name: value for name, value in options.items() if name not in dropped}
+    # An assertion in there must not look like a call that transformers refuses.
+    with torch.no_grad():
+        reference.generate(custom_generate=follow, **rest)

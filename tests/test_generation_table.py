@@ -1,0 +1,16 @@
+"""The tables in docs/generation.md are what the script makes, and leave no option out."""
+
+import pytest
+from generation_table import ASKED, MADE, committed, options
+
+from optimum_opt_trn.generation import REFUSED_OPTIONS
+
+
+def test_no_option_is_left_out():
+    assert {*ASKED} == {*options()}
+    assert {*REFUSED_OPTIONS} <= {*options()}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_page_says_what_running_every_option_gives(name):
+    assert committed(name) == MADE[name](), "run: python tests/generation_table.py --write"

@@ -1,0 +1,170 @@
+"""Who selects tokens: the choice, and that both give the same wherever both could."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from against_transformers import generate, pair, ragged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, set_seed
+from transformers.generation.logits_process import (
+    LogitNormalization,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from optimum_opt_trn.sampling import select_tokens
+from optimum_opt_trn.selectors import DeviceSelector, HostSelector, device_refusal, make_selector
+
+
+MAX_TOPK = 20
+VOCABULARY = 40
+
+
+def ends(*ids: int) -> Tensor:
+    return torch.tensor(ids)
+
+
+# Every processor that the device does, in its order.
+DEVICE = {
+    "min_length": MinLengthLogitsProcessor(6, ends(3, 4)),
+    "min_new_tokens": MinNewTokensLengthLogitsProcessor(3, 4, ends(3, 5)),
+    "temperature": TemperatureLogitsWarper(1.6),
+    "top_k": TopKLogitsWarper(9),
+    "top_p": TopPLogitsWarper(0.8),
+    "min_p": MinPLogitsWarper(0.05),
+    "renormalize": LogitNormalization(),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    names=st.sets(st.sampled_from([name for name in DEVICE if name != "top_k"])),
+    do_sample=st.booleans(),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_device_and_host_select_the_same(names, do_sample, width, seed):
+    processors = LogitsProcessorList(p for name, p in DEVICE.items() if name in names or name == "top_k")
+    config = GenerationConfig(do_sample=do_sample)
+    assert device_refusal(processors, config, MAX_TOPK) is None
+    logits = 2 * torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    input_ids = torch.zeros(5, width, dtype=torch.long)
+    chosen = []
+    for selector in (DeviceSelector(processors, do_sample), HostSelector(processors, config)):
+        set_seed(seed)
+        steps = []
+        for _ in range(3):  # numbers drawn at one step must not shift those of the next
+            selection = selector.selection(5, width)
+            tokens = select_tokens(logits, selection.params, selection.uniforms, selection.suppressed, MAX_TOPK)
+            steps.append(selector.select(input_ids, tokens, logits))
+            assert steps[-1].dtype == torch.int64
+        chosen.append(torch.stack(steps))
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 30},
+        {"do_sample": True, "top_k": 12, "top_p": 0.8, "temperature": 1.4, "min_p": 0.01},
+        {"do_sample": True, "min_new_tokens": 8, "num_return_sequences": 2},
+        {"do_sample": False, "min_length": 12},
+        {"do_sample": True, "top_k": 128},
+    ],
+)
+def test_a_seed_gives_the_same_sequences_on_device_and_host(options, caplog):
+    ours, _ = pair("pre_norm", 2, 6)
+    options = {**ragged([4, 1, 6]), "max_new_tokens": 12, "eos_token_id": [7, 20, 33], "pad_token_id": 1, **options}
+    scores = {"return_dict_in_generate": True, "output_scores": True}
+    with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.selectors"):
+        caplog.clear()
+        on_device = generate(ours, options, seed=3)
+        assert caplog.messages == ["Tokens are selected on the device."]
+        on_host = generate(ours, {**options, **scores}, seed=3)
+    assert caplog.messages[1:] == ["Tokens are selected on the host: output_scores was asked for."]
+    assert torch.equal(on_device, on_host.sequences)
+
+
+class OwnTemperature(TemperatureLogitsWarper):
+    """Might do anything."""
+
+
+SAMPLE = {"do_sample": True}
+REASONS: dict[str, tuple[list[LogitsProcessor], dict, str]] = {
+    "scores": ([TopKLogitsWarper(5)], {**SAMPLE, "return_dict_in_generate": True, "output_scores": True}, "output_s"),
+    "logits": ([], {"return_dict_in_generate": True, "output_logits": True}, "output_logits was asked for"),
+    "another": ([RepetitionPenaltyLogitsProcessor(1.2)], {}, "RepetitionPenaltyLogitsProcessor is not done"),
+    "a subclass": ([OwnTemperature(1.2), TopKLogitsWarper(5)], SAMPLE, "OwnTemperature is not done"),
+    "order": ([TopKLogitsWarper(5), TemperatureLogitsWarper(2.0)], SAMPLE, "TemperatureLogitsWarper comes after TopK"),
+    "twice": ([TopKLogitsWarper(5), TopKLogitsWarper(6)], SAMPLE, "TopKLogitsWarper comes after TopKLogitsWarper"),
+    "filter": ([TopKLogitsWarper(5, filter_value=-9.0)], SAMPLE, "TopKLogitsWarper has a filter_value"),
+    "several": ([TopPLogitsWarper(0.5, min_tokens_to_keep=2)], SAMPLE, "TopPLogitsWarper keeps several"),
+    "top_k 0": ([], SAMPLE, "top_k=0 is not within the 20"),
+    "top_k large": ([TopKLogitsWarper(21)], SAMPLE, "top_k=21 is not within the 20"),
+    "ends": ([MinLengthLogitsProcessor(5, torch.arange(9))], {}, "9 end-of-sequence ids.*can do 8"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_why_the_host_selects(case, caplog):
+    processors, options, reason = REASONS[case]
+    with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.selectors"):
+        selector = make_selector(LogitsProcessorList(processors), GenerationConfig(**options), MAX_TOPK)
+    assert isinstance(selector, HostSelector)
+    assert reason.split(".*")[0] in caplog.text and reason.split(".*")[-1] in caplog.text
+
+
+def test_what_the_device_serves():
+    config = GenerationConfig(do_sample=True)
+    assert isinstance(make_selector(LogitsProcessorList(DEVICE.values()), config, MAX_TOPK), DeviceSelector)
+    # As many as are looked at; and greedy search needs no top_k, nor are scores kept that nobody can see.
+    assert device_refusal(LogitsProcessorList([TopKLogitsWarper(MAX_TOPK)]), config, MAX_TOPK) is None
+    assert device_refusal(LogitsProcessorList(), GenerationConfig(output_scores=True), MAX_TOPK) is None
+
+
+def test_the_device_is_told_what_was_asked_for():
+    selector = DeviceSelector(LogitsProcessorList(DEVICE.values()), do_sample=True)
+    for width, suppressed in ((3, {3, 4, 5}), (5, {3, 4, 5}), (6, {3, 5}), (7, set())):
+        selection = selector.selection(2, width)
+        torch.testing.assert_close(selection.params, torch.tensor([[9, 0.8, 1.6, 0.05]] * 2))
+        assert {*selection.suppressed[0].tolist()} - {-1} == suppressed
+        assert selection.uniforms.shape == (2,)
+    greedy = DeviceSelector(LogitsProcessorList(DEVICE.values()), do_sample=False).selection(2, 3)
+    assert greedy.params[:, 0].tolist() == [1, 1]
+
+
+def test_greedy_draws_no_numbers():
+    set_seed(0)
+    expected = torch.rand(3)
+    set_seed(0)
+    DeviceSelector(LogitsProcessorList(), do_sample=False).selection(3, 1)
+    config = GenerationConfig()
+    HostSelector(LogitsProcessorList(), config).select(torch.zeros(3, 1), torch.zeros(3), torch.randn(3, 9).clone())
+    set_seed(0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_host_keeps_scores_and_raw_logits_apart():
+    config = GenerationConfig(return_dict_in_generate=True, output_scores=True, output_logits=True)
+    selector = HostSelector(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]), config)
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    tokens = selector.select(torch.tensor([[1]]), torch.tensor([0]), logits)
+    assert tokens.tolist() == [2]
+    assert selector.scores[0].tolist() == [[1.0, 1.5, 2.0]] and selector.raw_logits[0].tolist() == [[1.0, 3.0, 2.0]]
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_nothing_to_sample_is_an_error(value):
+    selector = HostSelector(LogitsProcessorList(), GenerationConfig(do_sample=True))
+    with pytest.raises(ValueError, match="nothing to sample"):
+        selector.select(torch.zeros(1, 1), torch.zeros(1), torch.full((1, 4), value))

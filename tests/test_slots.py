@@ -1,0 +1,245 @@
+"""Slots and the caches that hold them, on a runtime that does nothing but really move rows."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+from optimum_opt_trn.sampling import Selection
+from optimum_opt_trn.slots import SlotCache, Slots
+from optimum_opt_trn.targets import Runtime
+
+
+BATCH, LENGTH = 6, 12
+
+
+class Rows(Runtime):
+    """A cache `(BATCH, LENGTH)` of numbers, and the copies that it was asked for."""
+
+    def __init__(self) -> None:
+        self.cache = torch.zeros(BATCH, LENGTH)
+        self.copies: list[tuple[list[int], int]] = []
+        self.interrupt = False
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def decode(self, tokens: Tensor, positions: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def copy(self, sources: Tensor, length: int) -> None:
+        self.copies.append((sources.tolist(), length))
+        if self.interrupt:
+            raise KeyboardInterrupt
+        self.cache[:, :length] = self.cache[sources.long(), :length]
+
+
+class Both:
+    """A SlotCache and transformers' DynamicCache, written alike."""
+
+    def __init__(self, slots: Slots, rows: int):
+        self.ours, self.theirs = slots.lend(rows), DynamicCache()
+        self.written = 0
+
+    def write(self, count: int = 1) -> None:
+        numbers = torch.arange(self.written, self.written + len(self.ours.rows) * count, dtype=torch.float)
+        self.written += len(numbers)
+        new = numbers.reshape(-1, count)
+        for row, slot in enumerate(self.ours.rows):
+            at = int(self.ours.lengths[row])
+            self.ours._slots.runtime.cache[slot, at : at + count] = new[row]
+        self.ours.append(torch.ones(len(new), count, dtype=torch.bool))
+        self.theirs.update(new[:, None, :, None], new[:, None, :, None], 0)
+
+    def check(self) -> None:
+        expected = self.theirs.layers[0].keys[:, 0, :, 0]
+        runtime = self.ours._slots.runtime
+        held = torch.stack([runtime.cache[slot, : expected.shape[1]] for slot in self.ours.rows])
+        assert torch.equal(held, expected)
+        assert self.ours.get_seq_length() == self.theirs.get_seq_length()
+        assert self.ours.lengths.tolist() == [expected.shape[1]] * len(expected)
+        assert len(set(self.ours.rows)) == len(self.ours.rows) == len(expected)
+        self.ours._slots.check(self.ours)
+
+
+@pytest.fixture
+def slots() -> Slots:
+    return Slots(Rows(), BATCH, LENGTH)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_reordered_as_transformers_reorders(data):
+    slots = Slots(Rows(), BATCH, LENGTH)
+    rows = data.draw(st.integers(1, BATCH))
+    other = slots.lend(BATCH - rows) if rows < BATCH else None
+    both = Both(slots, rows)
+    both.write(2)
+    for _ in range(data.draw(st.integers(1, 6))):
+        beams = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
+        both.ours.reorder_cache(beams)
+        both.theirs.reorder_cache(beams)
+        both.check()
+        if both.theirs.get_seq_length() > 2 and data.draw(st.booleans()):
+            length = data.draw(st.integers(1, both.theirs.get_seq_length()))
+            both.ours.crop(length)
+            both.theirs.crop(length)
+        both.write()
+        both.check()
+    if other is not None:
+        slots.check(other)
+
+
+def test_a_permutation_moves_nothing(slots):
+    both = Both(slots, 4)
+    both.write(3)
+    both.ours.reorder_cache(torch.tensor([3, 0, 2, 1]))
+    both.theirs.reorder_cache(torch.tensor([3, 0, 2, 1]))
+    both.check()
+    assert slots.runtime.copies == []
+
+
+def test_duplicates_copy_what_is_filled_alone(slots):
+    both = Both(slots, 3)
+    both.write(5)
+    both.ours.reorder_cache(torch.tensor([1, 1, 1]))
+    both.theirs.reorder_cache(torch.tensor([1, 1, 1]))
+    both.check()
+    ((sources, length),) = slots.runtime.copies
+    assert length == 5 and sorted(sources[:3]) == [1, 1, 1] and sources[3:] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("picked", [[2, 0], [1], [True, False, True]])
+def test_rows_selected_as_transformers_selects_them(picked, slots):
+    both = Both(slots, 3)
+    both.write(2)
+    indices = torch.tensor(picked)
+    both.ours.batch_select_indices(indices)
+    both.theirs.batch_select_indices(indices)
+    both.check()
+    # The slots of dropped rows are free.
+    slots.lend(BATCH - len(both.ours.rows))
+    slots.check(both.ours)
+
+
+def test_rows_repeated_as_transformers_repeats_them(slots):
+    both = Both(slots, 2)
+    both.write(3)
+    both.ours.batch_repeat_interleave(3)
+    both.theirs.batch_repeat_interleave(3)
+    both.check()
+    assert both.ours.max_batch_size == 6
+    with pytest.raises(ValueError, match="6 more rows do not fit the batch_size=6"):
+        both.ours.batch_repeat_interleave(2)
+    both.check()
+
+
+@pytest.mark.parametrize("length", [0, 2, 4, 9, -1, -3, -9])
+def test_cropped_as_transformers_crops(length, slots):
+    both = Both(slots, 2)
+    both.write(4)
+    both.ours.crop(length)
+    if length > -4:  # beyond that, transformers' keeps columns
+        both.theirs.crop(length)
+        assert both.ours.get_seq_length() == both.theirs.get_seq_length()
+    assert both.ours.get_seq_length() == (min(length, 4) if length >= 0 else max(4 + length, 0))
+
+
+def test_a_copy_is_a_cache_of_its_own(slots):
+    both = Both(slots, 2)
+    both.write(3)
+    ours, theirs = copy.deepcopy(both.ours), copy.deepcopy(both.theirs)
+    both.write(2)
+    both.check()
+    assert ours.get_seq_length() == theirs.get_seq_length() == 3
+    held = torch.stack([slots.runtime.cache[slot, :3] for slot in ours.rows])
+    assert torch.equal(held, theirs.layers[0].keys[:, 0, :, 0])
+    assert not set(ours.rows) & set(both.ours.rows)
+    # There is no room for a third, but its first is safe: the other gives way.
+    lost = slots.lend(2)
+    copy.deepcopy(both.ours)
+    slots.check(both.ours)
+    del lost
+
+
+def test_an_interrupted_move_leaves_a_cache_that_says_so(slots):
+    both = Both(slots, 2)
+    both.write(3)
+    other = slots.lend(1)
+    slots.runtime.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        both.ours.reorder_cache(torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="lost its slots"):
+        slots.check(both.ours)
+    slots.check(other)
+    slots.runtime.interrupt = False
+    again = Both(slots, 5)
+    again.write(2)
+    again.check()
+    slots.check(other)
+
+
+def test_slots_go_from_who_used_them_least_recently(slots):
+    first, second = slots.lend(2), slots.lend(2)
+    slots.assign(first)  # what a call does that uses it
+    third = slots.lend(3)
+    slots.check(first)
+    slots.check(third)
+    with pytest.raises(ValueError, match="lost its slots to another call.*batch_size"):
+        slots.check(second)
+    with pytest.raises(ValueError, match="7 more rows"):
+        slots.lend(7)
+    slots.check(first)
+
+
+def test_what_nobody_holds_is_free(slots):
+    kept, dropped = slots.lend(2), slots.lend(4)
+    assert set(kept.rows) | set(dropped.rows) == set(range(BATCH))
+    del dropped
+    gc.collect()
+    slots.lend(4)
+    slots.check(kept)
+
+
+def test_slots_that_a_caller_counts_are_nobody_elses(slots):
+    first, second = slots.lend(2), slots.lend(2)
+    slots.seize([1])
+    with pytest.raises(ValueError, match="lost its slots"):
+        slots.check(first)
+    slots.check(second)
+    with pytest.raises(ValueError, match="another model"):
+        Slots(Rows(), BATCH, LENGTH).check(second)
+
+
+def test_tokens_forgotten_by_the_mask(slots):
+    cache = slots.lend(2)
+    cache.append(torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]]).bool())
+    assert cache.lengths.tolist() == [3, 3]
+    cache.remask(torch.tensor([[0, 1, 1, 0], [1, 1, 0, 1]]).bool())
+    assert cache.lengths.tolist() == [2, 3] and cache.get_seq_length() == 4
+    for bad in ([[1, 1, 1, 0], [1, 1, 0, 1]], [[0, 1, 1, 1], [1, 1, 0, 1]], [[0, 0, 1, 0], [1, 1, 0, 1]]):
+        with pytest.raises(ValueError, match="attention_mask differs"):
+            cache.remask(torch.tensor(bad).bool())
+    assert cache.lengths.tolist() == [2, 3]
+    cache.reset()
+    assert cache.get_seq_length() == 0 and not cache.is_initialized
+
+
+def test_a_transformers_cache_whose_tensors_are_elsewhere(slots):
+    cache = slots.lend(2)
+    assert isinstance(cache, SlotCache) and cache and not cache.is_compileable
+    assert cache.get_max_cache_shape() == cache.max_cache_len == LENGTH
+    assert "slots=[0, 1]" in repr(cache)
+    for use in (lambda: cache[0], lambda: list(cache), lambda: len(cache), lambda: cache.update(None, None, 0)):
+        with pytest.raises(NotImplementedError):
+            use()
