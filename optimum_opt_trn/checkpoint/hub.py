@@ -159,4 +159,4 @@ def push_to_hub(
         commit_message="Upload an OPT export of optimum_opt_trn",
         ignore_patterns=[".*", "*/.*", "*.partial"],
     )
-    return str(commit)
+    return commit.commit_url

@@ -1,10 +1,16 @@
-"""Puts OPT into `optimum-cli export neuron`. Read at every start of optimum-cli: imports nothing heavy."""
+"""Puts OPT into `optimum-cli export neuron`, and our commands into `optimum-cli neuron`.
+
+Read at every start of optimum-cli: imports nothing heavy.
+"""
 
 from optimum.commands.export.base import ExportCommand
 from optimum.commands.register import register_export
 
 import optimum_opt_trn  # noqa: F401  the other commands read configurations, and have to know ours
 from optimum_opt_trn.commands.export import OPTExportCommand, extend
+from optimum_opt_trn.commands.neuron import add_commands
+from optimum_opt_trn.commands.split import SplitCommand
+from optimum_opt_trn.commands.verify import VerifyCommand
 
 
 # optimum-neuron registers its own `export neuron` where the Neuron SDK is installed. argparse refuses a second command
@@ -13,3 +19,5 @@ _existing = [command for command, _ in register_export.REGISTER_COMMANDS if comm
 if _existing:
     extend(_existing[0])
 REGISTER_COMMANDS = [] if _existing else [(OPTExportCommand, ExportCommand)]
+
+REGISTER_COMMANDS += add_commands([SplitCommand, VerifyCommand])
