@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,32 @@ def write_tensors(
     names = sorted(specs, key=lambda name: (-specs[name].dtype(amp).itemsize, name))
     header = _header({name: specs[name] for name in names}, amp)
     digest = hashlib.sha256(header)
-    # A thread hashes (which frees the interpreter) while this one writes, and reads and casts the next chunk.
-    with file.open("wb", buffering=0) as output, ThreadPoolExecutor(1) as hasher:
+    # Two threads hash and write a chunk (both free the interpreter) while this one reads and casts the next.
+    with file.open("wb", buffering=0) as output, ThreadPoolExecutor(2) as threads, _one_torch_thread():
         _write_all(output, memoryview(header))
-        hashing = None
+        pending: list[Future[None]] = []
         for name in names:
             for chunk in chunks(name):
                 content = chunk.flatten().view(torch.uint8).numpy().data
-                if hashing is not None:
-                    hashing.result()
-                hashing = hasher.submit(digest.update, content)
-                _write_all(output, content)
+                for future in pending:
+                    future.result()
+                pending = [threads.submit(digest.update, content), threads.submit(_write_all, output, content)]
                 progress(len(content))
-        if hashing is not None:
-            hashing.result()
+        for future in pending:
+            future.result()
         size = output.tell()
     return size, digest.hexdigest()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """One thread casts faster than one hashes; torch's others spin while they wait, on cores that are needed."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def sha256_file(file: Path, progress: Progress = lambda _: None) -> str:

@@ -38,6 +38,8 @@ def find_problems(directory: Path, contents: bool = True) -> list[str]:
         directory: the checkpoint or export.
         contents: whether to read the files and compare their hashes; else names, sizes, shapes and dtypes alone.
     """
+    if not directory.is_dir():
+        return [f"{directory} is not a directory: give a split checkpoint, or an export."]
     if not (directory / INDEX_NAME).is_file() and (directory / CHECKPOINT_DIR).is_dir():
         directory = directory / CHECKPOINT_DIR
     try:

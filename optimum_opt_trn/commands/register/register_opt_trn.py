@@ -18,6 +18,5 @@ from optimum_opt_trn.commands.verify import VerifyCommand
 _existing = [command for command, _ in register_export.REGISTER_COMMANDS if command.COMMAND.name == "neuron"]
 if _existing:
     extend(_existing[0])
-REGISTER_COMMANDS = [] if _existing else [(OPTExportCommand, ExportCommand)]
-
-REGISTER_COMMANDS += add_commands([SplitCommand, VerifyCommand])
+_export = [] if _existing else [(OPTExportCommand, ExportCommand)]
+REGISTER_COMMANDS = [*_export, *add_commands([SplitCommand, VerifyCommand])]
