@@ -77,21 +77,21 @@ def _pytorch(file: Path) -> Readers:
 
 def _load(file: Path) -> object:
     zipped = zipfile.is_zipfile(file)
-    if zipped:
-        with zipfile.ZipFile(file) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("it is compressed, which PyTorch's own files are not")
-    elif file.stat().st_size > 1 << 28:
+    if not zipped and file.stat().st_size > 1 << 28:
         logger.warning(
             f"{file} has the format of PyTorch before 1.6, which cannot be mapped: all of it "
             f"({file.stat().st_size / 1e9:.1f} GB) is read into memory. If that is too much, convert it where there "
             "is more, by torch.save(torch.load(file, weights_only=True), file)."
         )
     try:
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    raise ValueError("it is compressed, which PyTorch's own files are not")
         return torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
     except (RuntimeError, OSError):
         raise
-    except Exception as error:  # a pickle that was tampered with fails in any way
+    except Exception as error:  # an archive or pickle that was tampered with fails in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             reason = f"it holds more than tensors: {reason}"
