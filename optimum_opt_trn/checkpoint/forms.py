@@ -76,7 +76,8 @@ def _pytorch(file: Path) -> Readers:
 
 
 def _load(file: Path) -> object:
-    zipped = zipfile.is_zipfile(file)
+    with file.open("rb") as opened:
+        zipped = opened.read(4) == b"PK\x03\x04"  # what torch.load goes by
     if not zipped and file.stat().st_size > 1 << 28:
         logger.warning(
             f"{file} has the format of PyTorch before 1.6, which cannot be mapped: all of it "

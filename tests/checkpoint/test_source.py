@@ -279,6 +279,27 @@ def test_an_archive_that_was_compressed(tmp_path):
         open_directory(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("mark", "offset", "value"),
+    [
+        (b"PK\x01\x02", 0, 0),
+        (b"PK\x06\x07", 4, 1),
+        (b"PK\x05\x06", 12, 255),
+        (b"data.pkl", 0, 0),
+        (b"\x80\x02", 1, 255),
+    ],
+)
+def test_archives_that_fuzzing_found(mark, offset, value, tmp_path):
+    """A signature and a number at which zipfile raises an error of its own kind."""
+    tiny_opt().save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    content[content.index(mark) + offset] = value
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is broken or not a checkpoint file"):
+        open_directory(tmp_path)
+
+
 def test_pieces_are_opened_once_and_closed_when_they_are_done(tmp_path):
     """So that a file fetched for its tensors can go as soon as they are written."""
     model = tiny_opt(num_hidden_layers=4)
