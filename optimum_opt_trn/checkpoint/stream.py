@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from .layout import TensorSpec
 
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# How many chunks may wait to be hashed and written.
+_AHEAD = 4
 
 # Called with the number of bytes that were written or read since the last call.
 Progress = Callable[[int], Any]
@@ -51,15 +55,20 @@ def write_tensors(
     header = _header({name: specs[name] for name in names}, amp)
     digest = hashlib.sha256(header)
     # Two threads hash and write a chunk (both free the interpreter) while this one reads and casts the next.
-    with file.open("wb", buffering=0) as output, ThreadPoolExecutor(2) as threads, _one_torch_thread():
+    with (
+        file.open("wb", buffering=0) as output,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as writer,
+        _one_torch_thread(),
+    ):
         _write_all(output, memoryview(header))
-        pending: list[Future[None]] = []
+        pending: deque[Future[None]] = deque()
         for name in names:
             for chunk in chunks(name):
                 content = chunk.flatten().view(torch.uint8).numpy().data
-                for future in pending:
-                    future.result()
-                pending = [threads.submit(digest.update, content), threads.submit(_write_all, output, content)]
+                while len(pending) >= 2 * _AHEAD:
+                    pending.popleft().result()
+                pending += hasher.submit(digest.update, content), writer.submit(_write_all, output, content)
                 progress(len(content))
         for future in pending:
             future.result()

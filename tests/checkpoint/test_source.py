@@ -279,16 +279,7 @@ def test_an_archive_that_was_compressed(tmp_path):
         open_directory(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("mark", "offset", "value"),
-    [
-        (b"PK\x01\x02", 0, 0),
-        (b"PK\x06\x07", 4, 1),
-        (b"PK\x05\x06", 12, 255),
-        (b"data.pkl", 0, 0),
-        (b"\x80\x02", 1, 255),
-    ],
-)
+@pytest.mark.parametrize(("mark", "offset", "value"), [(b"PK\x01\x02", 0, 0), (b"PK\x06\x07", 4, 1)])
 def test_archives_that_fuzzing_found(mark, offset, value, tmp_path):
     """A signature and a number at which zipfile raises an error of its own kind."""
     tiny_opt().save_pretrained(tmp_path, safe_serialization=False)
