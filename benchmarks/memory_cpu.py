@@ -34,7 +34,7 @@ from transformers import OPTConfig
 
 from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.checkpoint.layout import checkpoint_files
-from optimum_opt_trn.checkpoint.source import WeightSource
+from optimum_opt_trn.checkpoint.source import Piece, WeightSource
 from optimum_opt_trn.checkpoint.split import write_split
 from optimum_opt_trn.instances import this_host
 from optimum_opt_trn.memory import Setup, plan_memory
@@ -65,7 +65,8 @@ def write_checkpoint(config: OPTConfig, amp: str, directory: Path) -> None:
     specs = {name: spec for file in checkpoint_files(config).values() for name, spec in file.items()}
     readers = {name: (lambda spec=spec: torch.full(spec.shape, 0.01)) for name, spec in specs.items()}
     amp_dtype = OPTNeuronConfig(amp=amp).amp_dtype
-    write_split(WeightSource(readers, "constant weights"), config, directory / CHECKPOINT_DIR, amp_dtype)
+    source = WeightSource([Piece(lambda: readers, lambda names: "constant")], "constant weights")
+    write_split(source, config, directory / CHECKPOINT_DIR, amp_dtype)
 
 
 def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path) -> dict[str, int]:

@@ -17,8 +17,9 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from .checkpoint.config import check_opt, load_config, save_config
-from .checkpoint.source import open_directory
-from .checkpoint.split import fetch, save_companions, write_split
+from .checkpoint.hub import fetch, open_weights
+from .checkpoint.lock import exclusive
+from .checkpoint.split import save_companions, write_split
 from .configuration_opt import OPTNeuronConfig
 from .fit import check_fit
 from .targets import get_target
@@ -43,7 +44,8 @@ def export_opt(
 
     `output` gets config.json, generation_config.json, neuron_config.json, the tokenizer, `checkpoint/` (an ordinary
     Hugging Face checkpoint, one file a layer) and `compiled/`. It is written beside and renamed when it is whole: an
-    interrupted export leaves what was there before.
+    interrupted export leaves what was there before. Of a source that is a split checkpoint in the same amp, or an
+    export with one, the files are hard links where the file system allows.
 
     Args:
         source: a local directory or an id on the hub; an export is exported anew from its `checkpoint/`.
@@ -62,7 +64,7 @@ def export_opt(
             needs more memory than there is; CheckpointError if its weights do not
             fit its config.json.
         FileExistsError: if `output` holds anything but an export.
-        OSError: if the source is not there.
+        OSError: if the source is not there, the disk is full, or another process is writing this output.
         RuntimeError: if the target is not to be had on this host.
     """
     output = Path(output)
@@ -81,7 +83,7 @@ def export_opt(
 
     path = fetch(source, **hub)
     with _staged(output) as staging:
-        weights = open_directory(path / CHECKPOINT_DIR if _is_export(path) else path)
+        weights = open_weights(source, path, CHECKPOINT_DIR if _is_export(path) else "", **hub)
         write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
         save_config(opt_config, staging, neuron_config.amp_dtype)
         save_companions(path, opt_config, staging)
@@ -112,7 +114,7 @@ def copy_export(source: Path, output: Path, generation_config: GenerationConfig)
         FileExistsError: if `output` holds anything but an export.
     """
     _check_output(output, source)
-    with _staged(output) as staging:
+    with _staged(output, keep=()) as staging:
         shutil.copytree(source, staging, copy_function=_link_or_copy, dirs_exist_ok=True)
         generation_config.save_pretrained(staging)
 
@@ -129,23 +131,35 @@ def _check_output(output: Path, source: str | os.PathLike) -> None:
 
 
 @contextmanager
-def _staged(output: Path) -> Iterator[Path]:
+def _staged(output: Path, keep: tuple[str, ...] = (CHECKPOINT_DIR,)) -> Iterator[Path]:
     """A directory beside `output` that takes its place when the block ends well, and is removed when it does not.
 
-    At every moment either what was at `output` before is whole there, or what was written is.
+    At every moment either what was at `output` before is whole there, or what was written is. What a process left
+    there that was killed is removed, but for `keep`.
+
+    Raises:
+        BlockingIOError: if another process is writing the same output.
     """
     output = output.resolve()  # of a link, what it points to is replaced
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    try:
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        if output.exists():
-            _exchange(staging, output)
-        else:
-            os.rename(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging = output.with_name(f".{output.name}.partial")
+    with exclusive(staging):
+        try:
+            for left in staging.iterdir():
+                if left.name not in keep:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield staging
+            if not output.exists():
+                os.rename(staging, output)
+                return
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        # The lock that is held moves along with what was written; another one keeps others from the remains.
+        with exclusive(output):
+            try:
+                _exchange(staging, output)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def _exchange(staging: Path, output: Path) -> None:
@@ -166,9 +180,3 @@ def _link_or_copy(source: str, target: str) -> None:
             os.link(source, target)
             return
     shutil.copy2(source, target)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from optimum.neuron import NeuronModelForCausalLM
 from optimum.neuron.utils.instance import current_instance_type
 from optimum.neuron.utils.system import get_available_cores, get_neuron_major
 from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .checkpoint import push_to_hub, verify_checkpoint
 from .checkpoint.config import check_opt, load_config
 from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
 from .export import copy_export, export_opt, find_export
@@ -207,9 +207,10 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         Args:
             model_id: a local directory or an id on the hub.
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
-                `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice; and for
-                a checkpoint that is not exported yet, what `get_neuron_config` takes (`tp_degree` is another name of
-                `tensor_parallel_size`).
+                `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice;
+                `verify=True` to compare the weights with the hashes that they were written with, which reads all of
+                them; and for a checkpoint that is not exported yet, what `get_neuron_config` takes (`tp_degree` is
+                another name of `tensor_parallel_size`).
 
         Raises:
             TypeError: for an unknown option, naming the nearest.
@@ -231,6 +232,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force")}
         directory = find_export(model_id, hub)
         if directory is not None:
+            if options.get("verify"):
+                verify_checkpoint(directory)
             return cls._open(directory, load=True, **how, expected=chosen)
         where = {name: hub[name] for name in ("token", "revision") if name in hub}
         neuron_config = cls.get_neuron_config(model_id, config=config, **where, **chosen)
@@ -238,7 +241,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> None:
-        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", "force", *export_options())
+        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", "force", "verify", *export_options())
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
         for alias, name in _ALIASES.items():
             if {alias, name} <= options.keys() and options[alias] != options[name]:
@@ -305,11 +308,9 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         token: bool | str = True,
         endpoint: str | None = None,
     ) -> str:
-        """Uploads the export in `save_directory`; the address of the commit."""
-        api = HfApi(endpoint=endpoint)
-        api.create_repo(repository_id, token=token, private=private, exist_ok=True)
-        return str(
-            api.upload_folder(repo_id=repository_id, folder_path=save_directory, token=token, revision=revision)
+        """Uploads the export in `save_directory`; the address of the commit. See `checkpoint.push_to_hub`."""
+        return push_to_hub(
+            save_directory, repository_id, private=private, revision=revision, token=token, endpoint=endpoint
         )
 
     @classmethod

@@ -1,5 +1,6 @@
 """Export: what a directory holds, what is refused, and what an interruption leaves."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,8 +15,11 @@ import torch
 from conftest import KINDS, SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, OPTConfig, OPTForCausalLM
 
-from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig
+from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split
+from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
+from optimum_opt_trn.checkpoint.lock import exclusive
+from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import WeightSource
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.targets.cpu import CPUTarget
@@ -60,7 +64,7 @@ def test_directory(with_tokenizer, tmp_path):
     own = {"config.json", "generation_config.json", "neuron_config.json", "checkpoint", "compiled"}
     assert {path.name for path in output.iterdir()} == own | tokenizer
     assert {path.name for path in (output / "checkpoint").iterdir()} == {
-        *("config.json", INDEX_NAME, "embeddings_and_head.safetensors"),
+        *("config.json", INDEX_NAME, MANIFEST_NAME, "embeddings_and_head.safetensors"),
         *("layer_000.safetensors", "layer_001.safetensors"),
     }
     assert [path.name for path in (output / "compiled").iterdir()] == ["manifest.json"]
@@ -171,14 +175,14 @@ def test_output_that_is_the_source_is_refused(source, tmp_path, monkeypatch):
 
 
 def fail_reading(monkeypatch, error) -> None:
-    read, count = WeightSource.read, iter(range(1000))
+    chunks, count = WeightSource.chunks, iter(range(1000))
 
     def failing(self, *args):
         if next(count) == 20:  # in the second layer
             raise error
-        return read(self, *args)
+        return chunks(self, *args)
 
-    monkeypatch.setattr(WeightSource, "read", failing)
+    monkeypatch.setattr(WeightSource, "chunks", failing)
 
 
 def fail_compiling(monkeypatch, error) -> None:
@@ -229,17 +233,18 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
         from optimum_opt_trn.checkpoint.source import WeightSource
         from optimum_opt_trn.export import export_opt
 
-        read = WeightSource.read
+        chunks = WeightSource.chunks
         def slow(self, name, *args):
             if name.startswith("model.decoder.layers.1."):
                 os.write(1, b"half-way\\n")  # one call, since two threads write
                 time.sleep(600)
-            return read(self, name, *args)
-        WeightSource.read = slow
+            return chunks(self, name, *args)
+        WeightSource.chunks = slow
         source, *outputs = sys.argv[1:]
         config = OPTNeuronConfig(sequence_length=64, batch_size=2)
         for output in outputs:
             threading.Thread(target=export_opt, args=(source, output, config), kwargs={"eager": True}).start()
+        time.sleep(600)
     """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     child = subprocess.Popen(
@@ -256,14 +261,62 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
         finally:
             child.kill()
     assert child.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob(".*.partial-*"))) == 2  # it was in the middle of both
     assert snapshot(earlier) == before
-    assert not (tmp_path / "new").exists()
-    # What is left over is hidden, and does not stand in the way.
-    left_over = {path.name for path in tmp_path.iterdir()} - {"source", "earlier"}
-    assert all(name.startswith((".earlier.partial-", ".new.partial-")) for name in left_over)
+    # It was in the middle of both. What is left over is hidden.
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", ".earlier.partial", ".new.partial"}
+    # The next export of the same output goes on from it.
+    (tmp_path / ".new.partial" / "of another version").mkdir()
+    done = tmp_path / ".new.partial" / "checkpoint" / "layer_000.safetensors"
+    inode = done.stat().st_ino
     export_opt(source, tmp_path / "new", neuron_config(), eager=True)
     assert snapshot(tmp_path / "new") == before
+    assert (tmp_path / "new" / "checkpoint" / "layer_000.safetensors").stat().st_ino == inode
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", "new", ".earlier.partial"}
+
+
+def test_two_exports_of_the_same_output(source, tmp_path):
+    config = neuron_config()
+    with exclusive(tmp_path / ".out.partial"), pytest.raises(BlockingIOError, match=rf"process {os.getpid()}\b.*wait"):
+        export_opt(source, tmp_path / "out", config, eager=True)
+    assert not (tmp_path / "out").exists()
+    export_opt(source, tmp_path / "out", config, eager=True)
+
+
+def test_a_split_source_of_the_same_amp_is_linked(source, tmp_path):
+    split = save_pretrained_split(source, tmp_path / "split", "f16")
+    before = snapshot(split)
+    for source_of_it in (split, export_opt(split, tmp_path / "export", neuron_config(), eager=True)):
+        output = export_opt(source_of_it, tmp_path / "out", neuron_config(batch_size=2), eager=True)
+        for file in split.glob("*.safetensors"):
+            assert (output / "checkpoint" / file.name).samefile(file)
+        verify_checkpoint(output)
+    shutil.rmtree(tmp_path / "export")
+    assert snapshot(split) == before
+    other = export_opt(split, tmp_path / "other", neuron_config(amp="bf16"), eager=True)
+    assert not any((other / "checkpoint" / file.name).samefile(file) for file in split.glob("*.safetensors"))
+    verify_checkpoint(other)
+
+
+def test_a_split_source_that_is_damaged_is_not_linked(source, tmp_path):
+    split = save_pretrained_split(source, tmp_path / "split", "f16")
+    file = split / "layer_001.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="layer_001.safetensors is broken"):
+        export_opt(split, tmp_path / "out", neuron_config(), eager=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_links_are_not_to_be_had_files_are_copied(source, tmp_path, monkeypatch):
+    split = save_pretrained_split(source, tmp_path / "split", "f16")
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    output = export_opt(split, tmp_path / "out", neuron_config(), eager=True)
+    for file in split.glob("*.safetensors"):
+        copy = output / "checkpoint" / file.name
+        assert copy.read_bytes() == file.read_bytes() and not copy.samefile(file)
 
 
 def test_other_models_are_refused(tmp_path):

@@ -1,23 +1,34 @@
-"""The split checkpoint: what is in it, how it is written, and how ranks read it."""
+"""The split checkpoint: what is in it, how it is written, verified and published, and how ranks read it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .hub import push_to_hub
     from .load import ModelWeights, load_weights
     from .source import CheckpointError
     from .split import save_pretrained_split
+    from .verify import verify_checkpoint
 
 # Public name -> the module that has it; imported when it is first asked for.
 _EXPORTS = {
     "CheckpointError": "source",
     "ModelWeights": "load",
     "load_weights": "load",
+    "push_to_hub": "hub",
     "save_pretrained_split": "split",
+    "verify_checkpoint": "verify",
 }
 
-__all__ = ["CheckpointError", "ModelWeights", "load_weights", "save_pretrained_split"]
+__all__ = [
+    "CheckpointError",
+    "ModelWeights",
+    "load_weights",
+    "push_to_hub",
+    "save_pretrained_split",
+    "verify_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

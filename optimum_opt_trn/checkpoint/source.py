@@ -1,16 +1,14 @@
-"""Reading OPT weights, one tensor at a time, from the forms in which they are found."""
+"""Reading OPT weights, a few megabytes at a time, from the forms in which they are found."""
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
-from collections.abc import Callable, Mapping
-from functools import partial
+import hashlib
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import OPTConfig
 from transformers.utils import (
@@ -20,8 +18,15 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from .forms import Readers, open_file, open_tensor, read_index
 from .layout import TensorSpec, checkpoint_files
 
+
+# What of a tensor is read, cast, checked and written at a time.
+CHUNK_BYTES = 16 << 20
+
+# transformers-neuronx's split form: a directory of this name with a file for each tensor, and their names in a JSON.
+OLD_SPLIT_DIR, OLD_SPLIT_INDEX = WEIGHTS_NAME, "key_to_filename.json"
 
 # Written by the first OPT conversions, and ignored by transformers as well.
 _IGNORED = {"model.decoder.version"}
@@ -31,45 +36,166 @@ class CheckpointError(ValueError):
     """A checkpoint that is not whole, or not of the model that its config.json describes."""
 
 
+class Files(Protocol):
+    """The files of a checkpoint, here or to be had.
+
+    `origin` is what messages call it. `find` gives a file's path, None if there is no such file; it may take long.
+    `identity` changes when the file does. `discard` is told that a file is not needed any more.
+    """
+
+    origin: str
+
+    def find(self, name: str) -> Path | None: ...
+    def identity(self, name: str) -> str: ...
+    def discard(self, name: str) -> None: ...
+
+
+class LocalFiles:
+    """The files in a directory."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.origin = directory, str(directory)
+
+    def find(self, name: str) -> Path | None:
+        file = self.directory / name
+        return file if file.is_file() else None
+
+    def identity(self, name: str) -> str:
+        file = (self.directory / name).resolve()
+        return f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+
+    def discard(self, name: str) -> None:
+        """Nothing: the files are the user's."""
+
+
+class Piece:
+    """A part of a source, usually a file: opened when a tensor of it is asked for, closed after the last one.
+
+    Args:
+        open_readers: opens it.
+        identity: changes when any of the named tensors does.
+        close: what else to do when none of it is needed any more.
+        names: its tensors; by default opening it tells.
+    """
+
+    def __init__(
+        self,
+        open_readers: Callable[[], Readers],
+        identity: Callable[[Collection[str]], str],
+        close: Callable[[], None] = lambda: None,
+        names: Collection[str] | None = None,
+    ):
+        self._open, self.identity, self._close = open_readers, identity, close
+        self._readers = self._open() if names is None else None
+        self.names = list(self._readers or ()) if names is None else list(names)
+
+    @property
+    def is_open(self) -> bool:
+        return self._readers is not None
+
+    def read(self, name: str) -> Tensor:
+        if self._readers is None:
+            self._readers = self._open()
+        return self._readers[name]()
+
+    def close(self) -> None:
+        self._readers = None
+        self._close()
+
+
 class WeightSource:
     """Named tensors that are read when they are asked for.
 
     Args:
-        readers: for each name, as the source spells it, a function that reads the tensor.
+        pieces: what they come in.
         origin: what error messages call the source.
+        directory: of a source that is a local directory.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]], origin: str):
+    def __init__(self, pieces: list[Piece], origin: str, directory: Path | None = None):
         self.origin = origin
-        named = {_canonical_name(name): reader for name, reader in readers.items()}
-        self._readers = {name: reader for name, reader in named.items() if name not in _IGNORED}
+        self.directory = directory
+        self._pieces = pieces
+        # Our name -> the piece that has it, and the name there.
+        self._tensors: dict[str, tuple[int, str]] = {}
+        for index, piece in enumerate(pieces):
+            for name in piece.names:
+                if (ours := _canonical_name(name)) not in _IGNORED:
+                    self._tensors[ours] = index, name
+        self._needed = set(self._tensors)
 
     def check(self, config: OPTConfig) -> None:
-        """Checks that the tensors are those of a model of `config`.
+        """Checks that the tensors are those of a model of `config`; their shapes, too, where their file is open.
 
         Raises:
-            CheckpointError: naming tensors that are missing or that do not belong.
+            CheckpointError: naming tensors that are missing, that do not belong, or that are of another shape.
         """
-        expected = {name for specs in checkpoint_files(config).values() for name in specs}
+        expected = {name: spec for specs in checkpoint_files(config).values() for name, spec in specs.items()}
         # A tied head is often written out all the same; the embedding is what counts.
-        found = set(self._readers) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-        for names, what in ((expected - found, "lacks"), (found - expected, "holds, beyond what config.json says,")):
+        found = set(self._tensors) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+        missing, foreign = expected.keys() - found, found - expected.keys()
+        for names, what in ((missing, "lacks"), (foreign, "holds, beyond what config.json says,")):
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
                 raise CheckpointError(f"{self.origin} {what} {len(names)} tensors: {shown}. Is it whole, and an OPT?")
+        for name, spec in expected.items():
+            if self._pieces[self._tensors[name][0]].is_open:
+                self._tensor(name, spec)
+        self._needed = set(expected)
 
-    def read(self, name: str, spec: TensorSpec, amp: torch.dtype) -> Tensor:
-        """The tensor, cast as `spec` and `amp` say, contiguous.
+    def last_piece(self, names: Collection[str]) -> int:
+        """The position of the last piece that `names` are in, by which to order reading: each piece is opened once."""
+        return max(self._tensors[name][0] for name in names)
+
+    def identity(self, names: Collection[str]) -> str:
+        """Some text that changes when the source of any of these tensors does."""
+        pieces: dict[int, list[str]] = {}
+        for name in sorted(names):
+            index, theirs = self._tensors[name]
+            pieces.setdefault(index, []).append(theirs)
+        return "\n".join(self._pieces[index].identity(theirs) for index, theirs in sorted(pieces.items()))
+
+    def release(self, names: Collection[str]) -> None:
+        """Says that these tensors will not be read any more; pieces without any other are closed."""
+        self._needed -= set(names)
+        needed = {self._tensors[name][0] for name in self._needed}
+        for index in {self._tensors[name][0] for name in names} - needed:
+            self._pieces[index].close()
+
+    def chunks(self, name: str, spec: TensorSpec, amp: torch.dtype) -> Iterator[Tensor]:
+        """The tensor's rows, some at a time, cast as `spec` and `amp` say, contiguous.
 
         Raises:
             CheckpointError: if it is not there, is of another shape, is not of floating point, or is not finite
                 after the cast.
         """
-        if name not in self._readers:
+        tensor = self._tensor(name, spec)
+        row_bytes = max(1, tensor[0].numel() * tensor.element_size())
+        for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
+            try:
+                cast = rows.to("cpu", spec.dtype(amp)).contiguous()
+                # Both are NaN if any element is; several times faster than isfinite of each.
+                extremes = torch.stack(torch.aminmax(cast))
+            except RuntimeError as error:
+                raise CheckpointError(f"{self.origin}: {name} cannot be read ({error}).") from error
+            if not torch.isfinite(extremes).all():
+                cause = "in the source" if not torch.isfinite(rows).all() else f"once cast to {cast.dtype}: try bf16"
+                raise CheckpointError(f"{self.origin}: {name} has values that are not finite {cause}.")
+            yield cast
+
+    def read(self, name: str, spec: TensorSpec, amp: torch.dtype) -> Tensor:
+        """The tensor as a whole; see `chunks`."""
+        return torch.cat(list(self.chunks(name, spec, amp)))
+
+    def _tensor(self, name: str, spec: TensorSpec) -> Tensor:
+        if name not in self._tensors:
             raise CheckpointError(f"{self.origin} lacks the tensor {name}.")
+        index, theirs = self._tensors[name]
         try:
-            tensor = self._readers[name]()
-        except (OSError, RuntimeError, SafetensorError) as error:
+            tensor = self._pieces[index].read(theirs)
+        except KeyError as error:
+            raise CheckpointError(f"{self.origin} lacks the tensor {name}, which its index names.") from error
+        except (RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{self.origin}: {name} cannot be read ({error}).") from error
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(
@@ -77,71 +203,89 @@ class WeightSource:
             )
         if not tensor.is_floating_point():
             raise CheckpointError(f"{self.origin}: {name} has dtype {tensor.dtype}, not one of floating point.")
-        cast = tensor.to(spec.dtype(amp)).contiguous()
-        if not torch.isfinite(cast).all():
-            cause = "in the source" if not torch.isfinite(tensor).all() else f"once cast to {cast.dtype}: try bf16"
-            raise CheckpointError(f"{self.origin}: {name} has values that are not finite {cause}.")
-        return cast
+        if tensor.is_meta:
+            raise CheckpointError(f"{self.origin}: {name} has no data: it is on the meta device.")
+        return tensor
 
 
 def open_model(model: torch.nn.Module) -> WeightSource:
     """The weights of a loaded `OPTForCausalLM`, which is not changed."""
-    return WeightSource({name: tensor.detach for name, tensor in model.state_dict().items()}, "the loaded model")
+    state = model.state_dict()
+
+    def identity(names: Collection[str]) -> str:
+        digest = hashlib.sha256()
+        for name in names:
+            tensor = state[name].detach()
+            digest.update(f"{name} {tensor.dtype}".encode())
+            for rows in tensor.split(max(1, CHUNK_BYTES * len(tensor) // max(1, tensor.nbytes))):
+                digest.update(rows.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    readers: Readers = {name: tensor.detach for name, tensor in state.items()}
+    return WeightSource([Piece(lambda: readers, identity)], "the loaded model")
 
 
 def open_directory(directory: Path) -> WeightSource:
-    """The weights in a local directory: safetensors or PyTorch files, in one piece or sharded with an index.
+    """The weights in a local directory.
+
+    They may be safetensors or PyTorch files, in one piece or sharded with an index, or a split checkpoint of
+    transformers-neuronx.
 
     Raises:
         CheckpointError: if there are none, or if a file that the index names is missing or broken.
     """
+    source = open_files(LocalFiles(directory), lazily=False)
+    source.directory = directory
+    return source
+
+
+def open_files(files: Files, lazily: bool) -> WeightSource:
+    """The weights in `files`; see `open_directory`.
+
+    Args:
+        files: the checkpoint.
+        lazily: whether to believe the index, and to find and open each shard when a tensor of it is needed.
+    """
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (directory / single).is_file():
-            files = [directory / single]
-        elif (directory / index).is_file():
-            files = _indexed_files(directory, index)
-        else:
-            continue
-        readers: dict[str, Callable[[], Tensor]] = {}
-        for file in files:
-            if not file.is_file():
-                raise CheckpointError(f"{directory} lacks {file.name}, which its {index} names.")
-            try:
-                readers.update(_safetensors(file) if file.suffix == ".safetensors" else _pytorch_file(file))
-            except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-                raise CheckpointError(f"{file} is broken or not a checkpoint file ({error}).") from error
-        return WeightSource(readers, str(directory))
+        if files.find(single):
+            return WeightSource([_file(files, single)], files.origin)
+        if path := files.find(index):
+            shards: dict[str, list[str]] = {}
+            for name, file in _indexed(path).items():
+                shards.setdefault(file, []).append(name)
+            pieces = [_file(files, file, shards[file] if lazily else None, index) for file in sorted(shards)]
+            return WeightSource(pieces, files.origin)
+    if path := files.find(f"{OLD_SPLIT_DIR}/{OLD_SPLIT_INDEX}"):
+        named = _indexed(path, None)
+        for file in named.values():
+            if not lazily and not files.find(f"{OLD_SPLIT_DIR}/{file}"):
+                raise CheckpointError(f"{files.origin} lacks {OLD_SPLIT_DIR}/{file}, which {OLD_SPLIT_INDEX} names.")
+        pieces = [_file(files, f"{OLD_SPLIT_DIR}/{file}", [name], OLD_SPLIT_INDEX) for name, file in named.items()]
+        return WeightSource(pieces, files.origin)
     raise CheckpointError(
-        f"{directory} has no weights: expected {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME} or "
+        f"{files.origin} has no weights: expected {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME} or "
         f"{WEIGHTS_INDEX_NAME}."
     )
 
 
-def _indexed_files(directory: Path, index: str) -> list[Path]:
+def _indexed(path: Path, key: str | None = "weight_map") -> dict[str, str]:
     try:
-        names = sorted(set(json.loads((directory / index).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{directory / index} is not a checkpoint index ({error!r}).") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{directory / index} points outside of its directory: {name!r}.")
-    return [directory / name for name in names]
+        return read_index(path, key)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
-    opened = safe_open(file, framework="pt")
-    return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
+def _file(files: Files, name: str, tensors: list[str] | None = None, index: str = "") -> Piece:
+    def open_readers() -> Readers:
+        file = files.find(name)
+        if file is None:
+            raise CheckpointError(f"{files.origin} lacks {name}, which its {index} names.")
+        try:
+            return open_tensor(file, *(tensors or ())) if index == OLD_SPLIT_INDEX else open_file(file)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{file} is broken or not a checkpoint file ({error}).") from error
 
-
-def _pytorch_file(file: Path) -> dict[str, Callable[[], Tensor]]:
-    # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"it holds a {type(tensors).__name__}, not tensors by their names")
-    return {name: tensor.detach for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return Piece(open_readers, lambda _: files.identity(name), lambda: files.discard(name), tensors)
 
 
 def _canonical_name(name: str) -> str:

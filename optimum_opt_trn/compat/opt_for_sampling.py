@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.config import load_config
+from ..checkpoint.hub import fetch, open_weights
 from ..checkpoint.layout import layer_prefix, layer_specs
-from ..checkpoint.source import open_directory
-from ..checkpoint.split import fetch
 from ..configuration_opt import normalize_dtype, reject_unknown
 from ..modeling_neuron_opt import NeuronOPTForCausalLM
 from .options import GenerationConfig, NeuronConfig, buckets, check_environment, refuse
@@ -88,11 +87,6 @@ class OPTForSampling:
         """
         check_environment(os.environ)
         checkpoint = os.fspath(pretrained_model_path)
-        if (Path(checkpoint) / "pytorch_model.bin" / "key_to_filename.json").is_file():
-            raise ValueError(
-                f"{checkpoint} is a split checkpoint of transformers-neuronx, which only that library reads: "
-                "split the model again, with optimum_opt_trn.save_pretrained_split(source, directory)."
-            )
         config = load_config(checkpoint)
         _check_overrides(kwargs, config)
         config = copy.deepcopy(config)
@@ -149,7 +143,7 @@ class OPTForSampling:
             saved = getattr(model.neuron_config, name, value)
             if value is not None and saved != value:
                 raise ValueError(f"{self._artifacts} was saved with {name}={saved!r}, and this model has {value!r}.")
-        if not _same_weights(Path(self._artifacts) / "checkpoint", fetch(self._checkpoint), self.config, model.dtype):
+        if not _same_weights(Path(self._artifacts) / "checkpoint", self._checkpoint, self.config, model.dtype):
             raise ValueError(f"{self._artifacts} was saved with other weights than those of {self._checkpoint}.")
         self._model = model
 
@@ -289,10 +283,10 @@ def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) 
             refuse(name, overrides[name], f"the checkpoint has {getattr(config, name)!r}. Change its config.json")
 
 
-def _same_weights(left: Path, right: Path, config: transformers.OPTConfig, dtype: torch.dtype) -> bool:
+def _same_weights(left: Path, right: str, config: transformers.OPTConfig, dtype: torch.dtype) -> bool:
     """Whether two checkpoints have the same last layer, as far as `dtype` tells."""
     prefix = layer_prefix(config.num_hidden_layers - 1)
-    sources = open_directory(left), open_directory(right)
+    sources = open_weights(left, left), open_weights(right, fetch(right))
     for name, spec in layer_specs(config).items():
         one, other = (source.read(prefix + name, spec, dtype) for source in sources)
         if not torch.equal(one, other):

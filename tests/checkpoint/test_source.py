@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import OPTForCausalLM
 
 from optimum_opt_trn import CheckpointError
 from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
-from optimum_opt_trn.checkpoint.source import WeightSource, open_directory, open_model
+from optimum_opt_trn.checkpoint.source import LocalFiles, WeightSource, open_directory, open_files, open_model
+from optimum_opt_trn.checkpoint.split import write_split
 
 
 FORMS = {
@@ -54,6 +56,72 @@ def test_loaded_model(kind, dtype):
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) and after[name].dtype == dtype for name, tensor in before.items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def save_old_split(model: OPTForCausalLM, directory) -> None:
+    """As transformers-neuronx's save_pretrained_split did: one torch.save for each entry of the state dictionary."""
+    files = directory / "pytorch_model.bin"
+    files.mkdir(parents=True)
+    names = {name: f"p{index}.{name}" for index, name in enumerate(model.state_dict())}
+    (files / "key_to_filename.json").write_text(json.dumps(names, indent=2))
+    for name, tensor in model.state_dict().items():
+        torch.save(tensor, files / names[name])
+    model.config.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_split_form_of_transformers_neuronx(kind, tmp_path):
+    model = tiny_opt(**KINDS[kind])
+    save_old_split(model, tmp_path)
+    assert_same_tensors(open_directory(tmp_path), model)
+
+
+def test_faults_of_that_form(tmp_path):
+    model = tiny_opt()
+    save_old_split(model, tmp_path)
+    files = tmp_path / "pytorch_model.bin"
+    names = json.loads((files / "key_to_filename.json").read_text())
+    content = (files / names[FC1]).read_bytes()
+    for change, message in {
+        content[:-9]: f"{names[FC1]} is broken",
+        b"": f"{names[FC1]} is broken",
+        None: f"lacks pytorch_model.bin/{names[FC1]}, which key_to_filename.json names",
+    }.items():
+        (files / names[FC1]).unlink()
+        if change is not None:
+            (files / names[FC1]).write_bytes(change)
+        with pytest.raises(CheckpointError, match=message):
+            assert_same_tensors(open_directory(tmp_path), model)
+    torch.save({"a": torch.zeros(1)}, files / names[FC1])
+    with pytest.raises(CheckpointError, match="it holds a dict, not a tensor"):
+        assert_same_tensors(open_directory(tmp_path), model)
+    (files / "x.empty_json").write_text("{}")
+    (files / "key_to_filename.json").write_text(json.dumps({**names, FC1: "x.empty_json"}))
+    with pytest.raises(CheckpointError, match="random values instead of holding a tensor"):
+        assert_same_tensors(open_directory(tmp_path), model)
+    (files / "key_to_filename.json").write_text(json.dumps({**names, FC1: "../outside"}))
+    with pytest.raises(CheckpointError, match="points outside of its directory"):
+        open_directory(tmp_path)
+
+
+def test_a_form_of_its_own_for_each_source_gives_the_same_files(tmp_path):
+    """Byte for byte, whatever the source: in each form, with and without the prefix and a tied head."""
+    model = tiny_opt(num_hidden_layers=3)
+    sources = {form: tmp_path / form for form in (*FORMS, "old split", "without prefix", "tied head")}
+    for form, options in FORMS.items():
+        model.save_pretrained(sources[form], **options)
+    save_old_split(model, sources["old split"])
+    model.model.save_pretrained(sources["without prefix"])
+    sources["tied head"].mkdir()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, sources["tied head"] / "model.safetensors")
+    write_split(open_model(model), model.config, tmp_path / "expected", torch.float16)
+    expected = {file.name: file.read_bytes() for file in (tmp_path / "expected").glob("*.safetensors")}
+    assert len(expected) == 4
+    for form, source in sources.items():
+        write_split(open_directory(source), model.config, tmp_path / "out" / form, torch.float16)
+        for name, content in expected.items():
+            assert (tmp_path / "out" / form / name).read_bytes() == content, (form, name)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -181,6 +249,72 @@ def test_pytorch_files_that_hold_something_else(content, zipped, tmp_path, capsy
     with pytest.raises(CheckpointError, match="broken or not a checkpoint file"):
         open_directory(tmp_path)
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(2).to_sparse(),
+        torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8),
+        torch.empty(2, device="meta"),
+    ],
+    ids=["sparse", "quantized", "meta"],
+)
+def test_tensors_that_are_not_plain(tensor, tmp_path):
+    torch.save({FC1: tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="broken or not a checkpoint file.*sparse, quantized or without data"):
+        open_directory(tmp_path)
+
+
+def test_an_archive_that_was_compressed(tmp_path):
+    """Mapped, it would give other values."""
+    tiny_opt().save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        records = [(record.filename, archive.read(record)) for record in archive.infolist()]
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records:
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match="it is compressed"):
+        open_directory(tmp_path)
+
+
+@pytest.mark.parametrize(("mark", "offset", "value"), [(b"PK\x01\x02", 0, 0), (b"PK\x06\x07", 4, 1)])
+def test_archives_that_fuzzing_found(mark, offset, value, tmp_path):
+    """A signature and a number at which zipfile raises an error of its own kind."""
+    tiny_opt().save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    content[content.index(mark) + offset] = value
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is broken or not a checkpoint file"):
+        open_directory(tmp_path)
+
+
+def test_pieces_are_opened_once_and_closed_when_they_are_done(tmp_path):
+    """So that a file fetched for its tensors can go as soon as they are written."""
+    model = tiny_opt(num_hidden_layers=4)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    events: list[str] = []
+
+    class Files(LocalFiles):
+        def find(self, name):
+            if name.startswith("model-"):
+                events.append(f"open {name}")
+            return super().find(name)
+
+        def discard(self, name):
+            events.append(f"close {name}")
+
+    shards = sorted(file.name for file in tmp_path.glob("model-*"))
+    assert len(shards) > 4
+    write_split(open_files(Files(tmp_path), lazily=True), model.config, tmp_path / "out", torch.float16)
+    assert sorted(events) == sorted([f"{what} {name}" for name in shards for what in ("open", "close")])
+    held, most = 0, 0
+    for event in events:
+        held += 1 if event.startswith("open") else -1
+        most = max(most, held)
+    assert most < len(shards)
 
 
 def test_plain_pickle_is_not_run(tmp_path, capsys):

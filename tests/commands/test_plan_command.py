@@ -49,18 +49,6 @@ def test_optimum_cli_has_it_beside_its_own_subcommands(opt_13b):
     assert {"cache", "consolidate", "serve", "plan"} <= set(ran.stderr.splitlines()[-1].split())
 
 
-def test_where_optimum_neuron_has_no_neuron_command_it_is_ours(opt_13b):
-    code = (
-        "import sys; sys.modules['optimum.commands.neuron.base'] = None\n"
-        "from optimum_opt_trn.commands.plan import PlanCommand\n"
-        "from optimum.commands.register import register_opt_trn as register\n"
-        "command = register.REGISTER_COMMANDS[-1]\n"
-        "print(command.COMMAND.name, *(info.name for info in command.SUBCOMMANDS))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.stdout.split() == ["neuron", "plan"], ran.stderr
-
-
 def test_as_a_module_it_imports_neither_torch_nor_transformers(opt_13b):
     code = (
         "import sys; from optimum_opt_trn.commands.plan import main; sys.argv[0] = 'plan'; main()\n"

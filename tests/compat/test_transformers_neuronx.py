@@ -1,5 +1,6 @@
 """Old transformers-neuronx scripts on this library, compared with transformers and with the old loop written anew."""
 
+import json
 import re
 from pathlib import Path
 
@@ -449,13 +450,19 @@ def test_names_that_are_gone(loaded):
     assert loaded.eval() is loaded
 
 
-def test_old_split_checkpoint_and_other_models(tmp_path, model):
+def test_old_split_checkpoint_and_other_models(tmp_path, model, loaded):
     old = tmp_path / "old" / "pytorch_model.bin"
     old.mkdir(parents=True)
-    (old / "key_to_filename.json").write_text("{}")
+    names = {name: f"p{index}.{name}" for index, name in enumerate(model.state_dict())}
+    for name, tensor in model.state_dict().items():
+        torch.save(tensor, old / names[name])
+    (old / "key_to_filename.json").write_text(json.dumps(names))
     model.config.save_pretrained(old.parent)
-    with pytest.raises(ValueError, match=r"split.*transformers-neuronx.*save_pretrained_split"):
-        OPTForSampling.from_pretrained(old.parent, n_positions=64)
+    again = load(old.parent, batch_size=3, amp="f32", tp_degree=2)
+    torch.testing.assert_close(again.forward(prompts(3)), loaded.forward(prompts(3)))
+    (old / "key_to_filename.json").write_text("{}")
+    with pytest.raises(ValueError, match="key_to_filename.json is not a checkpoint index"):
+        load(old.parent)
     transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="gpt2"):
         OPTForSampling.from_pretrained(tmp_path / "gpt2")

@@ -1,0 +1,121 @@
+"""Writing and hashing safetensors files in pieces, so that neither a file nor a tensor is in memory as a whole.
+
+The format is https://github.com/huggingface/safetensors#format: the header's length in eight bytes, a JSON header
+padded to a multiple of eight, and the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import TensorSpec
+
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# How many chunks may wait to be hashed and written.
+_AHEAD = 4
+
+# Called with the number of bytes that were written or read since the last call.
+Progress = Callable[[int], Any]
+
+
+def tensor_bytes(spec: TensorSpec, amp: torch.dtype) -> int:
+    return torch.Size(spec.shape).numel() * spec.dtype(amp).itemsize
+
+
+def write_tensors(
+    file: Path,
+    specs: Mapping[str, TensorSpec],
+    amp: torch.dtype,
+    chunks: Callable[[str], Iterator[Tensor]],
+    progress: Progress,
+) -> tuple[int, str]:
+    """Writes a safetensors file; the file's size in bytes, and its SHA-256.
+
+    Args:
+        file: written to from the start, and no temporary of its own is made.
+        specs: the tensors.
+        amp: what a spec's dtype depends on.
+        chunks: gives the contiguous pieces that make up a tensor, of its dtype and in its order.
+        progress: told of the bytes of tensors.
+    """
+    # Wide types first, then by name: every tensor is aligned, and the order is that of safetensors' own writer.
+    names = sorted(specs, key=lambda name: (-specs[name].dtype(amp).itemsize, name))
+    header = _header({name: specs[name] for name in names}, amp)
+    digest = hashlib.sha256(header)
+    # Two threads hash and write a chunk (both free the interpreter) while this one reads and casts the next.
+    with (
+        file.open("wb", buffering=0) as output,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as writer,
+        _one_torch_thread(),
+    ):
+        _write_all(output, memoryview(header))
+        pending: deque[Future[None]] = deque()
+        for name in names:
+            for chunk in chunks(name):
+                content = chunk.flatten().view(torch.uint8).numpy().data
+                while len(pending) >= 2 * _AHEAD:
+                    pending.popleft().result()
+                pending += hasher.submit(digest.update, content), writer.submit(_write_all, output, content)
+                progress(len(content))
+        for future in pending:
+            future.result()
+        size = output.tell()
+    return size, digest.hexdigest()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """One thread casts faster than one hashes; torch's others spin while they wait, on cores that are needed."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+def sha256_file(file: Path, progress: Progress = lambda _: None) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(buffer[:count])
+            progress(count)
+    return digest.hexdigest()
+
+
+def file_size(specs: Mapping[str, TensorSpec], amp: torch.dtype) -> int:
+    """The bytes of tensors in a file of `specs`: the header, a few kilobytes, left aside."""
+    return sum(tensor_bytes(spec, amp) for spec in specs.values())
+
+
+def _header(specs: Mapping[str, TensorSpec], amp: torch.dtype) -> bytes:
+    # The metadata is what transformers reads to know that the tensors are PyTorch's.
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + tensor_bytes(spec, amp)
+        entries[name] = {"dtype": _DTYPES[spec.dtype(amp)], "shape": spec.shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(output: Any, content: memoryview) -> None:
+    while len(content):
+        content = content[output.write(content) :]

@@ -1,0 +1,60 @@
+"""Streamed safetensors files: those that safetensors' own writer makes, with the hash that hashlib gives."""
+
+import hashlib
+
+import pytest
+import torch
+from conftest import KINDS, tiny_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
+from optimum_opt_trn.checkpoint.stream import file_size, sha256_file, write_tensors
+
+
+def random_tensors(specs, amp):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(spec.shape, generator=generator).to(spec.dtype(amp)) for name, spec in specs.items()}
+
+
+@pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_those_of_safetensors(kind, amp, tmp_path):
+    for specs in checkpoint_files(tiny_config(**KINDS[kind])).values():
+        tensors = random_tensors(specs, amp)
+        seen: list[int] = []
+        file = tmp_path / "ours.safetensors"
+        size, digest = write_tensors(file, specs, amp, lambda name, t=tensors: iter(t[name].split(3)), seen.append)
+        save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+        content = file.read_bytes()
+        assert content == (tmp_path / "theirs.safetensors").read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
+        assert sum(seen) == file_size(specs, amp) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3), min_size=1, max_size=5),
+    kept=st.lists(st.booleans(), min_size=5, max_size=5),
+    rows=st.integers(1, 4),
+)
+def test_any_shapes_and_pieces(shapes, kept, rows, tmp_path):
+    specs = {f"t{i}": TensorSpec(tuple(shape), kept[i]) for i, shape in enumerate(shapes)}
+    tensors = random_tensors(specs, torch.bfloat16)
+    file = tmp_path / "file.safetensors"
+    write_tensors(file, specs, torch.bfloat16, lambda name: iter(tensors[name].split(rows)), lambda _: None)
+    read = load_file(file)
+    assert read.keys() == tensors.keys()
+    assert all(
+        torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+
+
+def test_hash_of_a_file(tmp_path):
+    for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
+        content = bytes(range(256)) * (size // 256 + 1)
+        (tmp_path / "file").write_bytes(content[:size])
+        seen: list[int] = []
+        assert sha256_file(tmp_path / "file", seen.append) == hashlib.sha256(content[:size]).hexdigest()
+        assert sum(seen) == size
