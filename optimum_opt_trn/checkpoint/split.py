@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ def _write_files(
     manifest: Manifest,
 ) -> None:
     """Writes what `manifest` does not have yet, and adds it there."""
-    done, written = manifest.files, []
+    done, syncs = manifest.files, []
     for left in directory.glob("*.safetensors.partial"):
         left.unlink()
     for file in done:
@@ -230,7 +231,10 @@ def _write_files(
     total = sum(file_size(specs, amp) for specs in files.values())
     _check_space(directory, {file: file_size(files[file], amp) for file in missing if file not in linked})
     initial = total - sum(file_size(files[file], amp) for file in missing)
-    with tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc="Splitting") as progress:
+    with (
+        tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc="Splitting") as progress,
+        ThreadPoolExecutor(1) as disk,
+    ):
         for file in missing:
             specs, new = files[file], directory / f"{file}.partial"
             if file in linked and _link(linked[file][0], new):
@@ -238,14 +242,16 @@ def _write_files(
                 progress.update(file_size(specs, amp))
             else:
                 size, digest = _stream(weights, specs, amp, new, progress.update)
-                written.append(directory / file)
             os.replace(new, directory / file)
+            # A file reaches the disk while the next is written.
+            syncs.append(disk.submit(_sync, directory / file))
             done[file] = FileEntry(size, digest, keys[file])
             manifest.write(directory / UNFINISHED_NAME, sync=False)
             weights.release(specs)
         progress.set_description("Waiting for the disk")
-        for path in (*written, directory):
-            _sync(path)
+        for sync in syncs:
+            sync.result()
+        _sync(directory)
         progress.set_description("Splitting")
 
 
