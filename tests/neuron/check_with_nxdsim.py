@@ -54,9 +54,8 @@ def prepare() -> argparse.Namespace:
     parser.add_argument("--nxd", type=Path, default=Path("neuronx-distributed"), metavar="DIR", help="a checkout")
     parser.add_argument("--quick", action="store_true", help="one kind, on two ranks")
     options = parser.parse_args()
-    here = Path(__file__).resolve()
-    sys.path[:0] = [str(folder.resolve()) for folder in (options.nxdsim, options.nxd / "src")]
-    sys.path[:0] = [str(here.parents[2]), str(here.parents[1]), str(here.parent)]
+    folders = (options.nxdsim, options.nxd / "src", Path(__file__).parents[2])
+    sys.path[:0] = [str(folder.resolve()) for folder in folders]
     # The simulator compiles a C++ shim when first used; its own folder may be read-only.
     build = Path(os.environ.setdefault("NXDSIM_BUILD", str(Path(tempfile.gettempdir(), "nxdsim-build"))))
     build.mkdir(parents=True, exist_ok=True)
@@ -74,18 +73,23 @@ def prepare() -> argparse.Namespace:
 
 
 def complete_the_sdk() -> str:
-    """Adds what optimum-neuron looks for beside NxD: versions, a compile cache, a host with cores; NxD's version."""
+    """Adds what the simulator has not: an SDK that optimum-neuron finds, a host with cores; NxD's version.
+
+    optimum-neuron's own parts stay as they are without an SDK. Its compile cache is left out.
+    """
+    import contextlib
     import importlib.metadata
 
-    from double import compile_cache
     from neuronx_distributed._version import __version__ as version
 
-    sys.modules["libneuronxla.neuron_cc_cache"] = compile_cache
-    os.environ["NEURON_COMPILE_CACHE_URL"] = tempfile.mkdtemp(prefix="nxdsim-cache-")
-    known, versions = importlib.metadata.version, {"torch_neuronx": "2.9.0", "neuronx_distributed": version}
-    importlib.metadata.version = lambda name: versions.get(name) or known(name)
-    from optimum_opt_trn.targets.neuron import host
+    known = importlib.metadata.version
+    importlib.metadata.version = lambda name: version if name == "neuronx_distributed" else known(name)
+    from optimum.neuron.utils import import_utils
 
+    from optimum_opt_trn.targets.neuron import builder, host
+
+    import_utils.is_neuronx_available = lambda: True
+    builder.hub_neuronx_cache = lambda entry: contextlib.nullcontext()
     host.get_neuron_major = lambda: 1
     host.current_instance_type = lambda: "trn1"
     host.get_available_cores = lambda: 24
