@@ -6,7 +6,7 @@ and this package's dependencies:
     python tests/neuron/check_with_nxdsim.py --nxdsim DIR --nxd DIR [--quick]
 
 nxdsim stands in for the closed half of the Neuron SDK; NxD is a checkout of neuronx-distributed (0.15 to 0.18). Each
-row of the table is one small model: exported, saved, loaded, and asked for tokens in the ways below. This tells whether
+row of the table is one small model: exported, saved, loaded, and asked for tokens in these ways. This tells whether
 graphs can be traced, whether shards, ranks and aliased states come out right, and what is in the HLO; not whether
 neuronx-cc accepts it. Exit status: 1 if a row fails; 0 otherwise, and where nxdsim or NxD are not to be had.
 
@@ -54,7 +54,7 @@ def prepare() -> argparse.Namespace:
     parser.add_argument("--nxd", type=Path, default=Path("neuronx-distributed"), metavar="DIR", help="a checkout")
     parser.add_argument("--quick", action="store_true", help="one kind, on two ranks")
     options = parser.parse_args()
-    folders = (options.nxdsim, options.nxd / "src", Path(__file__).parents[2])
+    folders = (options.nxdsim, options.nxd / "src", Path(__file__).parents[2], Path(__file__).parent)
     sys.path[:0] = [str(folder.resolve()) for folder in folders]
     # The simulator compiles a C++ shim when first used; its own folder may be read-only.
     build = Path(os.environ.setdefault("NXDSIM_BUILD", str(Path(tempfile.gettempdir(), "nxdsim-build"))))
@@ -100,6 +100,7 @@ OPTIONS = prepare()
 NXD_VERSION = complete_the_sdk()
 
 import torch  # noqa: E402
+from opcodes import ALLOWED  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import OPTConfig, OPTForCausalLM  # noqa: E402
 from transformers.modeling_utils import no_init_weights  # noqa: E402
@@ -128,13 +129,21 @@ class Recorder:
 
     def opcodes(self, graph: str) -> Counter[str]:
         """Of the longest bucket."""
-        computations = self.modules(graph)[-1].computations
-        return Counter(instruction.opcode for computation in computations for instruction in computation.instructions)
+        return _opcodes(self.modules(graph)[-1])
+
+    def unknown(self) -> set[str]:
+        """Opcodes of any graph that are not in the list of those that may be there."""
+        graphs = self.builder.model_collection
+        return {code for graph in graphs for module in self.modules(graph) for code in _opcodes(module)} - set(ALLOWED)
 
     def aliases(self) -> set[int]:
         """How many states each graph aliases."""
         graphs = self.builder.model_collection
         return {len(module.input_output_alias.entries) for graph in graphs for module in self.modules(graph)}
+
+
+def _opcodes(module) -> Counter[str]:
+    return Counter(instruction.opcode for part in module.computations for instruction in part.instructions)
 
 
 def make_model(changes: dict) -> OPTForCausalLM:
@@ -206,6 +215,7 @@ def check(changes: dict, amp: str, tp: int, workdir: Path, recorder: Recorder) -
         "all-reduce": opcodes["all-reduce"],
         "all-gather": opcodes["all-gather"],
         "aliases": recorder.aliases(),
+        "unknown": recorder.unknown(),
     }
 
 
@@ -221,7 +231,7 @@ def judge(row: dict, amp: str, tp: int, layers: int = 2) -> list[str]:
         faults.append("collectives")
     if row["aliases"] != {2 * layers}:
         faults.append("aliases")
-    return faults
+    return faults + sorted(row["unknown"])
 
 
 def main() -> int:
@@ -229,7 +239,7 @@ def main() -> int:
     print(f"neuronx-distributed {NXD_VERSION}, torch {torch.__version__}\n")
     print("| kind | tp | amp | error, σ | allowed | tokens | sampled | beams | all-reduce | all-gather | aliases | |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    seen: dict[str, Counter[str]] = {}
+    opcodes: dict[str, Counter[str]] = {}
     for kind, changes in list(KINDS.items())[: 1 if OPTIONS.quick else None]:
         for tp in (2,) if OPTIONS.quick else DEGREES:
             for amp, allowed in TOLERANCE.items():
@@ -245,13 +255,10 @@ def main() -> int:
                     flush=True,
                 )
                 for graph in recorder.builder.model_collection:
-                    seen.setdefault(graph, Counter()).update(recorder.opcodes(graph).keys())
-                    if tp == 2 and kind == "pre-LN" and amp == "bf16":
-                        counts = ", ".join(f"{code} {n}" for code, n in sorted(recorder.opcodes(graph).items()))
-                        (Path(tempfile.gettempdir()) / f"nxdsim-{graph}.opcodes").write_text(counts + "\n")
-    print(f"\n{time.monotonic() - start:.0f} s. Opcodes:")
-    for graph, opcodes in seen.items():
-        print(f"- {graph}: {', '.join(sorted(opcodes))}")
+                    opcodes[graph] = recorder.opcodes(graph)
+    print(f"\n{time.monotonic() - start:.0f} s. Opcodes of the last row:")
+    for graph, counts in opcodes.items():
+        print(f"- {graph}: {', '.join(f'{code} {count}' for code, count in sorted(counts.items()))}")
     return int(failed)
 
 

@@ -55,7 +55,9 @@ def touched(tree: ast.Module) -> Iterator[str]:
     objects: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and chain(node.value.func) in makers:
-            objects.update({t.id: makers[str(chain(node.value.func))] for t in node.targets if isinstance(t, ast.Name)})
+            objects.update(
+                {t.id: makers[str(chain(node.value.func))] for t in node.targets if isinstance(t, ast.Name)}
+            )
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             bases = [str(chain(base)) for base in node.bases if chain(base) in classes]
