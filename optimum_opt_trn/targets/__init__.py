@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from ..configuration_opt import OPTNeuronConfig
-from .base import Runtime, Target
+from .base import Runtime, Target, TargetError
 
 
-__all__ = ["Runtime", "Target", "get_target"]
+__all__ = ["Runtime", "Target", "TargetError", "get_target"]
 
 
 def get_target(neuron_config: OPTNeuronConfig) -> Target:
     """The target of an export.
 
     Raises:
-        RuntimeError: if it is not to be had on this host; the message says why, and what is.
+        TargetError: if it is not to be had on this host; the message says why, and what is.
     """
     if neuron_config.target == "cpu":
         from .cpu import CPUTarget
@@ -22,7 +22,7 @@ def get_target(neuron_config: OPTNeuronConfig) -> Target:
     from optimum.neuron.utils.import_utils import is_neuronx_available
 
     if not is_neuronx_available():
-        raise RuntimeError(
+        raise TargetError(
             f"instance_type={neuron_config.instance_type!r}: the Neuron SDK (torch-neuronx) is not installed here. "
             "Install optimum-opt-trn[neuronx] from https://pip.repos.neuron.amazonaws.com, where no device is needed "
             "to export; or use instance_type='cpu'."

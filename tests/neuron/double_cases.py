@@ -22,6 +22,7 @@ from double import runtime as cores  # noqa: E402
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
+from optimum_opt_trn.targets import TargetError  # noqa: E402
 from optimum_opt_trn.targets.neuron import host  # noqa: E402
 from optimum_opt_trn.targets.neuron.rank_module import EXTENSION  # noqa: E402
 
@@ -143,6 +144,34 @@ def test_compile_cache_and_environment(tmp_path, monkeypatch):
     assert "--lnc=2 --target trn2" in manifest["compiler_arguments"]
 
 
+def test_command_auto_class_and_pipeline_reach_it(tmp_path, monkeypatch):
+    import fake_sdk
+    from conftest import SHIPPED_MODEL
+    from optimum.commands import optimum_cli
+
+    fake_sdk.PACKAGES.add("sentence_transformers")  # which optimum.neuron.pipeline imports, for another task
+    from optimum.neuron import NeuronModelForCausalLM
+    from optimum.neuron.pipelines.transformers.base import pipeline
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = "--instance_type inf2 --tensor_parallel_size 2 --batch_size 2 --sequence_length 32 --auto_cast_type fp32"
+    buckets = "--prompt_buckets 32 --cache_buckets 32"
+    command = f"optimum-cli export neuron -m {SHIPPED_MODEL} {options} {buckets} {tmp_path / 'out'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    optimum_cli.main()
+    loaded = NeuronModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (type(loaded).__name__, type(loaded.runtime).__name__) == ("NeuronOPTForCausalLM", "NeuronRuntime")
+    cpu = NeuronOPTForCausalLM.from_pretrained(
+        SHIPPED_MODEL, instance_type="cpu", batch_size=2, sequence_length=32, amp="f32", eager=True
+    )
+    pipe = pipeline("text-generation", str(tmp_path / "out"))
+    results = pipe(["It was", "Mr."], max_new_tokens=6, do_sample=False)
+    inputs = pipe.tokenizer(["It was", "Mr."], return_tensors="pt", padding=True, padding_side="left")
+    tokens = cpu.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = pipe.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert [result[0]["generated_text"] for result in results] == expected
+
+
 class TestErrors:
     @pytest.fixture(scope="class")
     def exported(self, tmp_path_factory):
@@ -167,7 +196,7 @@ class TestErrors:
     def test_host(self, exported, monkeypatch, family, count, words):
         Host(monkeypatch, family, count)
         monkeypatch.setenv("NEURON_RT_NUM_CORES", "1")
-        with pytest.raises(RuntimeError, match=words):
+        with pytest.raises(TargetError, match=words):
             NeuronOPTForCausalLM.from_pretrained(exported)
         NeuronOPTForCausalLM.from_pretrained(exported, eager=True)
 
@@ -175,18 +204,18 @@ class TestErrors:
         manifest = json.loads((copy / "compiled" / "manifest.json").read_text())
         manifest["versions"]["neuronxcc"] = "2.0"
         (copy / "compiled" / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(RuntimeError, match="neuronxcc 2.0 .here 2.21.18209.*Export it again"):
+        with pytest.raises(TargetError, match="neuronxcc 2.0 .here 2.21.18209.*Export it again"):
             NeuronOPTForCausalLM.from_pretrained(copy)
 
     def test_other_shapes(self, copy):
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-        with pytest.raises(RuntimeError, match="compiled for other shapes"):
+        with pytest.raises(TargetError, match="compiled for other shapes"):
             NeuronOPTForCausalLM.from_pretrained(copy)
 
     def test_not_compiled(self, tmp_path):
         out = export(tmp_path, tiny_opt(), eager=True)
-        with pytest.raises(RuntimeError, match="exported without compilation.*eager=True"):
+        with pytest.raises(TargetError, match="exported without compilation.*eager=True"):
             NeuronOPTForCausalLM.from_pretrained(out)
 
     @pytest.mark.parametrize("file", ["model.pt", "manifest.json"])
@@ -204,7 +233,7 @@ class TestErrors:
             raise RuntimeError("NEURONCORE_NOT_AVAILABLE")
 
         monkeypatch.setattr(torch.ops.neuron, "_parallel_load", busy)
-        with pytest.raises(RuntimeError, match="NEURONCORE_NOT_AVAILABLE.*neuron-ls.*NEURON_RT_VISIBLE_CORES"):
+        with pytest.raises(TargetError, match="NEURONCORE_NOT_AVAILABLE.*neuron-ls.*NEURON_RT_VISIBLE_CORES"):
             NeuronOPTForCausalLM.from_pretrained(exported)
 
     def test_weights_missing_for_a_rank(self, exported, monkeypatch):
@@ -215,7 +244,7 @@ class TestErrors:
             return place(checkpoint)
 
         monkeypatch.setattr(torch.ops.neuron, "_parallel_load", forget)
-        with pytest.raises(RuntimeError, match="rank 1: there is no weight layer_1__fc1__weight"):
+        with pytest.raises(TargetError, match="rank 1: there is no weight layer_1__fc1__weight"):
             NeuronOPTForCausalLM.from_pretrained(exported)
 
     def test_calls_that_no_graph_serves(self, exported):
@@ -228,7 +257,7 @@ class TestErrors:
             runtime.model(*inputs, *selection, torch.zeros(1))
 
     def test_degree_that_the_family_does_not_connect(self, tmp_path):
-        with pytest.raises(ValueError, match="tp_degree=4: trn1 connects 1, 2, 8, 32"):
+        with pytest.raises(TargetError, match="tp_degree=4: trn1 connects 1, 2, 8, 32"):
             export(tmp_path, tiny_opt(), instance_type="trn1", tp_degree=4)
 
     def test_compilation_fails(self, tmp_path, monkeypatch):
@@ -238,6 +267,6 @@ class TestErrors:
             raise RuntimeError("NCC_ABCD")
 
         monkeypatch.setattr(ModelBuilder, "trace", trace)
-        with pytest.raises(RuntimeError, match="inf2 .NCC_ABCD.*BASE_COMPILE_WORK_DIR"):
+        with pytest.raises(TargetError, match="inf2 .NCC_ABCD.*BASE_COMPILE_WORK_DIR"):
             export(tmp_path, tiny_opt())
         assert not (tmp_path / "export").exists()

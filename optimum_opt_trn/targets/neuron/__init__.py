@@ -11,7 +11,7 @@ from ...checkpoint import load_weights
 from ...configuration_opt import OPTNeuronConfig
 from ...parallel import RankGroup
 from ...products import Products
-from ..base import CHECKPOINT_DIR, COMPILED_DIR, Runtime, Target
+from ..base import CHECKPOINT_DIR, COMPILED_DIR, Runtime, Target, TargetError
 from ..cpu.runtime import CPURuntime
 from ..cpu.stages import eager_stages
 from .artifacts import MODEL_NAME, check_artifacts, write_manifest
@@ -28,8 +28,7 @@ class NeuronTarget(Target):
         """See `Target`.
 
         Raises:
-            ValueError: if the instance family does not connect `tp_degree` cores.
-            RuntimeError: if the compiler refuses a graph.
+            TargetError: if the instance family does not connect `tp_degree` cores, or the compiler refuses a graph.
         """
         check_degree(neuron_config)
         compiled = directory / COMPILED_DIR
@@ -49,7 +48,7 @@ class NeuronTarget(Target):
         """See `Target`; with `eager`, runs the same program on the host's CPU, in the dtypes of the device.
 
         Raises:
-            RuntimeError: if this host has not what the export was compiled for: a device of the family, enough cores
+            TargetError: if this host has not what the export was compiled for: a device of the family, enough cores
                 that no other process holds, the compiler's version.
         """
         degree = neuron_config.tp_degree
@@ -64,7 +63,7 @@ class NeuronTarget(Target):
             return NeuronRuntime(neuron_config, load_model(file, parameters_of(weights, degree), degree))
         except (RuntimeError, torch.jit.Error) as error:
             cause = str(error).splitlines()[-1]  # TorchScript puts its own trace before it
-            raise RuntimeError(
+            raise TargetError(
                 f"The export could not be loaded onto {degree} NeuronCores ({cause}). If another process holds them "
                 "(neuron-ls says which), end it, or choose others by NEURON_RT_VISIBLE_CORES."
             ) from error

@@ -11,6 +11,7 @@ from transformers import OPTConfig
 from ... import modeling_opt, parallel, products, sampling
 from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
+from ..base import TargetError
 from ..manifest import MANIFEST_NAME, graph_key, sha256
 from . import rank_module
 
@@ -41,14 +42,14 @@ def check_artifacts(
 
     Raises:
         CheckpointError: if the manifest or the model is missing or broken.
-        RuntimeError: if there is no compiled model, or one of other shapes or of another version of the compiler.
+        TargetError: if there is no compiled model, or one of other shapes or of another version of the compiler.
     """
     manifest = _read(directory / MANIFEST_NAME)
     again = f"Export it again, from its own checkpoint if you like: optimum-cli export neuron -m {directory.parent} …"
     if not manifest["artifacts"]:
-        raise RuntimeError(f"{directory.parent} was exported without compilation: load it with eager=True. {again}")
+        raise TargetError(f"{directory.parent} was exported without compilation: load it with eager=True. {again}")
     if manifest["graph"] != _graph_key(config, neuron_config):
-        raise RuntimeError(
+        raise TargetError(
             f"{directory.parent} was compiled for other shapes, or by another version of optimum_opt_trn. {again}"
         )
     differing = [
@@ -57,7 +58,7 @@ def check_artifacts(
         if manifest["versions"].get(name) != here
     ]
     if differing:
-        raise RuntimeError(f"{directory.parent} was compiled by {', '.join(differing)}. {again}")
+        raise TargetError(f"{directory.parent} was compiled by {', '.join(differing)}. {again}")
     file, entry = directory / MODEL_NAME, manifest["artifacts"].get(MODEL_NAME)
     if not file.is_file() or entry != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
         raise CheckpointError(f"{file} is missing or not what the manifest says. {again}")

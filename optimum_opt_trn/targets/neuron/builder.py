@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 
 from ...configuration_opt import OPTNeuronConfig
+from ..base import TargetError
 from .rank_module import VISIBLE_RESULTS, RankModule, example_inputs
 
 
@@ -105,7 +106,7 @@ def compile_model(
     """Compiles all graphs, for which no device is needed, and saves them without weights to `file`.
 
     Raises:
-        RuntimeError: if the compiler refuses a graph.
+        TargetError: if the compiler refuses a graph.
     """
     entry = None
     if neuron_config.checkpoint_id is not None:
@@ -116,7 +117,7 @@ def compile_model(
             with hub_neuronx_cache(entry=entry):
                 traced = builder.trace(initialize_model_weights=False)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise TargetError(
                 f"The model could not be compiled for {neuron_config.instance_type} ({error}). Set {WORKDIR_VARIABLE} "
                 "to a directory and try again: it keeps the graphs and the compiler's log-neuron-cc.txt. If memory "
                 "ran out, compile on a larger host and copy the export (docs/neuron.md)."
