@@ -3,7 +3,7 @@
 To be run by hand, in an environment with what nxdsim's README lists, jax 0.7.2 (jaxlib needs it to hand bfloat16 back)
 and this package's dependencies:
 
-    python tests/neuron/check_with_nxdsim.py --nxdsim DIR --nxd DIR [--quick]
+    python tests/neuron/check_with_nxdsim.py --nxdsim DIR --nxd DIR
 
 nxdsim stands in for the closed half of the Neuron SDK; NxD is a checkout of neuronx-distributed (0.15 to 0.18). Each
 row of the table is one small model: exported, saved, loaded, and asked for tokens in these ways. This tells whether
@@ -43,8 +43,8 @@ KINDS: dict[str, dict] = {
     "pre-LN, odd, untied": {"vocab_size": 203, "tie_word_embeddings": False},
     "post-LN, odd, projections": {"vocab_size": 203, "do_layer_norm_before": False, "word_embed_proj_dim": 32},
     "Galactica-like": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    "no final LN": {"_remove_final_layer_norm": True},
 }
-DEGREES = (1, 2, 4)
 
 
 def prepare() -> argparse.Namespace:
@@ -52,7 +52,8 @@ def prepare() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nxdsim", type=Path, default=Path("nxdsim"), metavar="DIR", help="the simulator")
     parser.add_argument("--nxd", type=Path, default=Path("neuronx-distributed"), metavar="DIR", help="a checkout")
-    parser.add_argument("--quick", action="store_true", help="one kind, on two ranks")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="(default: all)")
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4], help="(default: 1 2 4)")
     options = parser.parse_args()
     folders = (options.nxdsim, options.nxd / "src", Path(__file__).parents[2], Path(__file__).parent)
     sys.path[:0] = [str(folder.resolve()) for folder in folders]
@@ -240,11 +241,11 @@ def main() -> int:
     print("| kind | tp | amp | error, σ | allowed | tokens | sampled | beams | all-reduce | all-gather | aliases | |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     opcodes: dict[str, Counter[str]] = {}
-    for kind, changes in list(KINDS.items())[: 1 if OPTIONS.quick else None]:
-        for tp in (2,) if OPTIONS.quick else DEGREES:
+    for kind in OPTIONS.kinds:
+        for tp in OPTIONS.tp:
             for amp, allowed in TOLERANCE.items():
                 with tempfile.TemporaryDirectory() as workdir:
-                    row = check(changes, amp, tp, Path(workdir), recorder)
+                    row = check(KINDS[kind], amp, tp, Path(workdir), recorder)
                 faults = judge(row, amp, tp)
                 failed |= bool(faults)
                 figures = (row["tokens"], row["sampled"], row["beams"], row["all-reduce"], row["all-gather"])

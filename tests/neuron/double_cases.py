@@ -172,6 +172,17 @@ def test_command_auto_class_and_pipeline_reach_it(tmp_path, monkeypatch):
     assert [result[0]["generated_text"] for result in results] == expected
 
 
+def test_an_instance_is_exported_for_by_default(tmp_path, monkeypatch):
+    from optimum_opt_trn import modeling_neuron_opt
+
+    tiny_opt().save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_neuron_opt, "get_neuron_major", lambda: 1)
+    monkeypatch.setattr(modeling_neuron_opt, "get_instance_name", lambda: "inf2.24xlarge\n")
+    monkeypatch.setattr(modeling_neuron_opt, "get_available_cores", lambda: 4)
+    config = NeuronOPTForCausalLM.get_neuron_config(tmp_path, sequence_length=48)
+    assert (config.instance_type, config.target, config.tp_degree) == ("inf2", "trn1", 4)
+
+
 class TestErrors:
     @pytest.fixture(scope="class")
     def exported(self, tmp_path_factory):
