@@ -39,14 +39,17 @@ def install() -> None:
 
 
 def _register_configuration(module: ModuleType) -> None:
-    ours = importlib.import_module("optimum_opt_trn.configuration_opt").OPTNeuronConfig
+    importlib.import_module("optimum_opt_trn.configuration_opt")
     base = module.NeuronConfig
     original = base.from_dict.__func__
 
     @functools.wraps(original)
     def from_dict(cls: Any, config_dict: dict[str, Any]) -> Any:
-        if cls is base and config_dict.get("_serialized_key") == ours.__name__:
-            return ours.from_dict(config_dict)
+        if cls is base and config_dict.get("_serialized_key") == "OPTNeuronConfig":
+            # Not above: that module may be what is importing this one.
+            from .configuration_opt import OPTNeuronConfig
+
+            return OPTNeuronConfig.from_dict(config_dict)
         return original(cls, config_dict)
 
     base.from_dict = classmethod(from_dict)
