@@ -130,12 +130,13 @@ def test_no_more_than_a_layer_is_staged(tp, tmp_path):
 def test_compile_cache_and_environment(tmp_path, monkeypatch):
     """The registry of the compile cache gets an entry for a model of the hub; the environment is as it was."""
     monkeypatch.delenv("NEURON_PLATFORM_TARGET_OVERRIDE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("BASE_COMPILE_WORK_DIR", str(tmp_path / "work"))
     config = OPTNeuronConfig(**OPTIONS, instance_type="trn2", tp_degree=4, checkpoint_id="org/tiny")
     tiny_opt().save_pretrained(tmp_path / "source")
     NeuronOPTForCausalLM.export(tmp_path / "source", config).save_pretrained(tmp_path / "out")
-    assert "NEURON_PLATFORM_TARGET_OVERRIDE" not in os.environ
+    assert "NEURON_PLATFORM_TARGET_OVERRIDE" not in os.environ and os.environ["LOCAL_WORLD_SIZE"] == "7"
     entries = [json.loads(file.read_text()) for file in (tmp_path / "compile-cache").rglob("*.json")]
     assert any(entry.get("neuron", {}).get("_serialized_key") == "OPTNeuronConfig" for entry in entries)
     assert (tmp_path / "work" / "graphs").is_dir()

@@ -43,8 +43,6 @@ LOGICAL_CORES = {"trn1": 1, "trn2": 2}
 
 # Where NxD compiles, if it is to be kept: optimum-neuron's variable (backend/pretrained_model.py, get_builder).
 WORKDIR_VARIABLE = "BASE_COMPILE_WORK_DIR"
-# What the compiler's target follows; optimum.neuron.utils.instance.align_compilation_target sets the same.
-TARGET_VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 
 
 def compiler_arguments(neuron_config: OPTNeuronConfig) -> str:
@@ -111,7 +109,13 @@ def compile_model(
     entry = None
     if neuron_config.checkpoint_id is not None:
         entry = SingleModelCacheEntry(neuron_config.checkpoint_id, "text-generation", config, neuron_config)
-    with _workdir() as workdir, _environment(TARGET_VARIABLE, str(neuron_config.target)):
+    variables = {
+        # What the compiler's target follows; optimum.neuron.utils.instance.align_compilation_target sets it as well.
+        "NEURON_PLATFORM_TARGET_OVERRIDE": str(neuron_config.target),
+        # NxD 0.15 wants it for four ranks on this hardware; 0.18 has this default (parallel_layers/parallel_state.py).
+        "LOCAL_WORLD_SIZE": str(neuron_config.tp_degree),
+    }
+    with _workdir() as workdir, _environment(**variables):
         builder = make_builder(config, neuron_config, shapes, workdir / "graphs")
         try:
             with hub_neuronx_cache(entry=entry):
@@ -157,13 +161,14 @@ def _workdir() -> Iterator[Path]:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -131,6 +131,9 @@ class ModelBuilder:
         if os.path.exists(self.compiler_workdir):
             shutil.rmtree(self.compiler_workdir)
         os.makedirs(self.compiler_workdir)
+        if self.tp_degree == 4:
+            # NxD 0.15 looks it up for four ranks on trn1, and divides by it.
+            assert int(os.environ["LOCAL_WORLD_SIZE"]) // self.tp_degree == 1
         runtime.world_size = self.tp_degree
         neffs, shapes, weights, states, results = [], {}, {}, {}, None
         for key, (instance, examples, arguments) in self.models.items():
