@@ -118,13 +118,16 @@ def test_speculation_in_pieces_beams_and_waves(tmp_path):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_no_more_than_a_layer_is_staged(tp, tmp_path):
-    out = export(tmp_path, tiny_opt(num_hidden_layers=6), amp="f16", tp_degree=tp)
+    out = export(tmp_path, tiny_opt(num_hidden_layers=5), amp="f16", tp_degree=tp)
     files = sorted((out / "checkpoint").glob("*.safetensors"), key=lambda file: file.stat().st_size)
     cores.staging = cores.Staging()
     loaded = NeuronOPTForCausalLM.from_pretrained(out)
     placed = sum(t.nbytes for tensors in loaded.runtime.model.nxd_model.weights for t in tensors.values())
     assert 0 < cores.staging.peak <= files[-1].stat().st_size
-    assert cores.staging.peak < placed / 4
+    assert cores.staging.peak < placed / 3
+    print(
+        f"{cores.staging.peak} bytes staged of {placed} placed on {tp} ranks; largest file {files[-1].stat().st_size}"
+    )
 
 
 def test_compile_cache_and_environment(tmp_path, monkeypatch):
@@ -248,15 +251,27 @@ class TestErrors:
         with pytest.raises(TargetError, match="NEURONCORE_NOT_AVAILABLE.*neuron-ls.*NEURON_RT_VISIBLE_CORES"):
             NeuronOPTForCausalLM.from_pretrained(exported)
 
-    def test_weights_missing_for_a_rank(self, exported, monkeypatch):
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda rank, name: rank.pop(name), "rank 1: there is no weight layer_1__fc1__weight"),
+            (
+                lambda rank, name: rank.update({name: rank[name][:7]}),
+                "layer_1__fc1__weight has another shape or dtype",
+            ),
+            (lambda rank, name: rank.update({name: rank[name].float()}), "fc1__weight has another shape or dtype"),
+        ],
+    )
+    def test_weights_of_a_rank(self, exported, monkeypatch, change, words):
         place = torch.ops.neuron._parallel_load
 
-        def forget(checkpoint):
-            checkpoint[1].pop("layer_1__fc1__weight", None)
+        def spoil(checkpoint):
+            if "layer_1__fc1__weight" in checkpoint[1]:
+                change(checkpoint[1], "layer_1__fc1__weight")
             return place(checkpoint)
 
-        monkeypatch.setattr(torch.ops.neuron, "_parallel_load", forget)
-        with pytest.raises(TargetError, match="rank 1: there is no weight layer_1__fc1__weight"):
+        monkeypatch.setattr(torch.ops.neuron, "_parallel_load", spoil)
+        with pytest.raises(TargetError, match=words):
             NeuronOPTForCausalLM.from_pretrained(exported)
 
     def test_calls_that_no_graph_serves(self, exported):
@@ -267,6 +282,10 @@ class TestErrors:
             runtime.model(*inputs, *selection)
         with pytest.raises(RuntimeError, match="argument"):
             runtime.model(*inputs, *selection, torch.zeros(1))
+        inputs[2] = torch.zeros(24, dtype=torch.int32)
+        with pytest.raises(Exception, match="another dtype"):
+            runtime.model(inputs[0].long(), *inputs[1:], *selection)
+        runtime.model(*inputs, *selection)
 
     def test_degree_that_the_family_does_not_connect(self, tmp_path):
         with pytest.raises(TargetError, match="tp_degree=4: trn1 connects 1, 2, 8, 32"):

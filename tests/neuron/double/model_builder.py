@@ -34,12 +34,18 @@ class NxDModel(nn.Module):
     state: List[Dict[str, Tensor]]  # noqa: UP006
     neffs: List[Tensor]  # noqa: UP006
     input_shape_map: Dict[str, int]  # noqa: UP006
+    input_examples: List[List[Tensor]]  # noqa: UP006
+    weight_examples: Dict[str, Tensor]  # noqa: UP006
     weight_shapes: Dict[str, List[int]]  # noqa: UP006
     state_names: List[str]  # noqa: UP006
     state_zeros: List[Tensor]  # noqa: UP006
 
-    def __init__(self, neffs, shapes, weight_shapes, states: dict[str, Tensor], size: int):
+    def __init__(self, neffs, shapes, examples, weights: dict[str, Tensor], states: dict[str, Tensor], size: int):
         super().__init__()
+        # Empty tensors stand for dtypes.
+        self.input_examples = [[tensor[..., :0].flatten() for tensor in inputs] for inputs in examples]
+        self.weight_examples = {name: tensor.new_empty(0) for name, tensor in weights.items()}
+        weight_shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
         self.neffs, self.input_shape_map, self.weight_shapes = neffs, shapes, weight_shapes
         self.state_names, self.state_zeros = list(states), list(states.values())
         self.size = size
@@ -56,8 +62,9 @@ class NxDModel(nn.Module):
             for name, shape in self.weight_shapes.items():
                 if name not in self.weights[rank]:
                     raise RuntimeError(f"rank {rank}: there is no weight {name}")
-                if self.weights[rank][name].shape != shape:
-                    raise RuntimeError(f"rank {rank}: {name} has another shape than it was compiled with")
+                weight = self.weights[rank][name]
+                if weight.shape != shape or weight.dtype != self.weight_examples[name].dtype:
+                    raise RuntimeError(f"rank {rank}: {name} has another shape or dtype than it was compiled with")
             zeros: Dict[str, Tensor] = {}  # noqa: UP006
             for name, zero in zip(self.state_names, self.state_zeros):  # noqa: B905
                 zeros[name] = torch.zeros_like(zero)
@@ -71,6 +78,10 @@ class NxDModel(nn.Module):
             raise ValueError("Input shape not found in input_shape_map")
         if not self.initialized:
             raise ValueError("This model is not initialized")
+        graph = self.input_shape_map[shapes]
+        for given, example in zip(inputs, self.input_examples[graph]):  # noqa: B905
+            if given.dtype != example.dtype:
+                raise ValueError("Input of another dtype than it was compiled with")
         parameters: List[Tensor] = []  # noqa: UP006
         for rank in range(self.size):
             for name in self.weight_shapes.keys():  # noqa: SIM118
@@ -79,8 +90,7 @@ class NxDModel(nn.Module):
                 parameters.append(self.state[rank][name])
         weights = len(self.weight_shapes)
         states = [weights + place for place in range(len(self.state_names))]
-        neff = self.neffs[self.input_shape_map[shapes]]
-        results = torch.ops.neuron_double.run(neff, inputs, parameters, states, self.size)
+        results = torch.ops.neuron_double.run(self.neffs[graph], inputs, parameters, states, self.size)
         return results[0], results[1]
 
 
@@ -135,7 +145,7 @@ class ModelBuilder:
             # NxD 0.15 looks it up for four ranks on trn1, and divides by it.
             assert int(os.environ["LOCAL_WORLD_SIZE"]) // self.tp_degree == 1
         runtime.world_size = self.tp_degree
-        neffs, shapes, weights, states, results = [], {}, {}, {}, None
+        neffs, shapes, calls, weights, states, results = [], {}, [], {}, {}, None
         for key, (instance, examples, arguments) in self.models.items():
             target = os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE")
             if f"--target {target}" not in arguments or f"--lnc={self.logical_nc_config}" not in arguments:
@@ -160,13 +170,14 @@ class ModelBuilder:
                     raise AssertionError(f"{key}: NxD would serve calls of {shape} by this graph alone")
                 shapes[shape] = len(neffs)
                 neffs.append(traced)
+                calls.append(inputs)
                 found = {name: module.get_parameter(name) for name in (*own_weights, *own_states)}
-                mine = {name: list(found[name].shape) for name in own_weights}
-                if weights and (weights != mine or list(states) != own_states):
+                if weights and (list(weights) != own_weights or list(states) != own_states):
                     raise RuntimeError(f"{key} has other weights or states than the graphs before it")
-                weights, states = mine, {name: found[name].detach() for name in own_states}
+                weights = {name: found[name].detach() for name in own_weights}
+                states = {name: found[name].detach() for name in own_states}
         runtime.world_size = 1
-        model = torch.jit.script(NxDModel(neffs, shapes, weights, states, self.tp_degree))
+        model = torch.jit.script(NxDModel(neffs, shapes, calls, weights, states, self.tp_degree))
         return torch.jit.script(NxDModelExecutor(model))
 
     @staticmethod
