@@ -7,7 +7,7 @@ OPT alone, and the SDK is neither needed nor faked:
 
 | module | amendment | why |
 |---|---|---|
-| `optimum.neuron.configuration_utils` | `OPTNeuronConfig` is registered | the generic `NeuronConfig.from_pretrained` looks a class up by the name in neuron_config.json |
+| `optimum.neuron.configuration_utils` | `OPTNeuronConfig` is registered, and reads its own dictionaries | the generic `NeuronConfig.from_pretrained` looks a class up by the name in neuron_config.json, but first refuses what another version of itself or of the compiler wrote; for ours, the format version and the manifest decide |
 | `optimum.neuron.models.auto_model` | `has_neuron_model_class` answers for OPT, and registers our model | the original imports all of optimum-neuron's models first, which takes the SDK |
 | `optimum.neuron.models.inference.modeling_utils` | `get_neuron_config` of the auto classes passes an OPT model on to our class | the original turns `cpu` down, chooses 0 ranks where there is no NeuronCore, and knows neither `amp` nor `kv_cache_dtype` |
 """  # noqa: E501
@@ -40,6 +40,19 @@ def install() -> None:
 
 def _register_configuration(module: ModuleType) -> None:
     importlib.import_module("optimum_opt_trn.configuration_opt")
+    base = module.NeuronConfig
+    original = base.from_dict.__func__
+
+    @functools.wraps(original)
+    def from_dict(cls: Any, config_dict: dict[str, Any]) -> Any:
+        if cls is base and config_dict.get("_serialized_key") == "OPTNeuronConfig":
+            # Not above: that module may be what is importing this one.
+            from .configuration_opt import OPTNeuronConfig
+
+            return OPTNeuronConfig.from_dict(config_dict)
+        return original(cls, config_dict)
+
+    base.from_dict = classmethod(from_dict)
 
 
 def _answer_for_opt(module: ModuleType) -> None:

@@ -175,7 +175,7 @@ def _exchange(staging: Path, output: Path) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    if source.endswith((".safetensors", ".pt2")):
+    if source.endswith((".safetensors", ".pt2", ".pt")):
         with suppress(OSError):  # another file system, or one without links
             os.link(source, target)
             return

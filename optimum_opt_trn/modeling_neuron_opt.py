@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from optimum.neuron import NeuronModelForCausalLM
-from optimum.neuron.utils.instance import current_instance_type
-from optimum.neuron.utils.system import get_available_cores, get_neuron_major
+from optimum.neuron.utils.system import get_available_cores, get_instance_name, get_neuron_major
 from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -140,7 +139,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             config = load_config(model_name_or_path, token=token, revision=revision)
         opt_config = check_opt(config, model_name_or_path)
         if instance_type is None:
-            instance_type = "cpu" if get_neuron_major() == -1 else current_instance_type()
+            # optimum-neuron's current_instance_type says trn1 of an inf2, which connects other numbers of cores.
+            instance_type = "cpu" if get_neuron_major() == -1 else get_instance_name().partition(".")[0]
         if tensor_parallel_size is None:
             # An unknown family is for OPTNeuronConfig to refuse.
             on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"

@@ -49,7 +49,14 @@ class OPTRankProgram:
         return hidden + F.embedding(positions.clamp(min=0) + POSITION_OFFSET, w["embed_positions.weight"][0])
 
     def layer(
-        self, w: Weights, hidden: Tensor, keys: list[Tensor], values: list[Tensor], positions: Tensor, prompt: bool
+        self,
+        w: Weights,
+        hidden: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        positions: Tensor,
+        prompt: bool,
+        window: int | None = None,
     ) -> Tensor:
         """One decoder layer, which writes its keys and values of the new tokens to the cache.
 
@@ -60,15 +67,17 @@ class OPTRankProgram:
                 slot stays as it is.
             prompt: the new tokens are all there is, at positions 0 to n - 1 (the graph `context_encoding`). Else each
                 attends to what the cache holds up to its position.
+            window: reads the first so many of the `c` positions alone, by default all. For XLA, which rebuilds a
+                whole tensor for a view of it that is written: there the cache is passed whole, and read in part.
 
         Returns:
             float32 `(b, n, hidden)`.
         """
         if self.pre_layer_norm:
             normed = layer_norm(hidden, w, "self_attn_layer_norm")
-            hidden = hidden + self._attention(w, normed, keys, values, positions, prompt)
+            hidden = hidden + self._attention(w, normed, keys, values, positions, prompt, window)
             return hidden + self._mlp(w, layer_norm(hidden, w, "final_layer_norm"))
-        hidden = hidden + self._attention(w, hidden, keys, values, positions, prompt)
+        hidden = hidden + self._attention(w, hidden, keys, values, positions, prompt, window)
         hidden = layer_norm(hidden, w, "self_attn_layer_norm")
         return layer_norm(hidden + self._mlp(w, hidden), w, "final_layer_norm")
 
@@ -83,7 +92,14 @@ class OPTRankProgram:
         return self.group.gather(parts)[..., : self.vocab_size]
 
     def _attention(
-        self, w: Weights, x: Tensor, keys: list[Tensor], values: list[Tensor], positions: Tensor, prompt: bool
+        self,
+        w: Weights,
+        x: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        positions: Tensor,
+        prompt: bool,
+        window: int | None,
     ) -> Tensor:
         column = self.group.column
         query, key, value = (
@@ -96,6 +112,8 @@ class OPTRankProgram:
             write_cache(values[rank], v, positions, prompt)
             # A prompt attends to what later steps will read: keys and values as the cache rounds them.
             k, v = (k.to(keys[rank].dtype), v.to(values[rank].dtype)) if prompt else (keys[rank], values[rank])
+            if window is not None and not prompt:
+                k, v = k[:, :, :window], v[:, :, :window]
             seen = torch.arange(k.shape[2], dtype=torch.int32, device=x.device) <= positions[:, None, :, None]
             scores = self.products.scores(q, k)
             scores = torch.where(seen, scores, torch.full_like(scores, MASKED))

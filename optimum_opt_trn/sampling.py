@@ -56,7 +56,7 @@ def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
     keeps all tokens that tie with the k-th (among the `max_topk` best, which is all that is looked at).
     """
     words = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
-    excluded = (words[None, None, :] == suppressed[:, :, None]).any(dim=1)
+    excluded = (words[None, None, :] == suppressed[:, :, None]).to(torch.int32).amax(dim=1) > 0
     logits = torch.where(excluded, torch.full_like(logits, MASKED), logits)
 
     best, tokens = torch.topk(logits, min(max_topk, logits.shape[1]), dim=-1)
@@ -67,21 +67,34 @@ def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
 
     scaled = (best - best[:, :1]) / temperature
     weights = torch.where(kept, torch.exp(scaled), torch.zeros_like(scaled))
-    before = torch.cumsum(weights, dim=-1) - weights
+    before = running_sum(weights) - weights
     # Tokens are kept until the ones before them reach top_p; the best always is.
-    kept = kept & ((before < top_p * weights.sum(-1, keepdim=True)) | (place < 1))
+    kept = kept & torch.where(place < 1, place < 1, before < top_p * weights.sum(-1, keepdim=True))
     # The best token's weight is 1, so that weights are probabilities relative to it.
     kept = kept & (weights >= min_p)
     weights = torch.where(kept, weights, torch.zeros_like(weights))
 
-    cumulative = torch.cumsum(weights, dim=-1)
+    cumulative = running_sum(weights)
     total = cumulative[:, -1:]
     # The first place whose cumulative weight exceeds the drawn share; rounding must not lead beyond the last kept.
-    drawn = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True)
-    drawn = torch.minimum(drawn, kept.sum(-1, keepdim=True) - 1)
-    drawn_tokens = tokens.gather(1, drawn).squeeze(1).to(torch.int32)
+    drawn = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True, dtype=torch.int32)
+    drawn = torch.minimum(drawn, kept.sum(-1, keepdim=True, dtype=torch.int32) - 1)
+    drawn_tokens = tokens.gather(1, drawn.long()).squeeze(1).to(torch.int32)
     # Without a second choice there is nothing to draw: of tokens that tie, the first is taken, as by argmax (topk
     # returns them in any order).
     unequal = torch.full_like(words, logits.shape[1] - 1)
     first = torch.where(logits == best[:, :1], words, unequal).amin(dim=-1)
     return torch.where(params[:, 0] > 1, drawn_tokens, first)
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """The sums of each row up to each place, float32 `(b, n)`.
+
+    By doubling (Hillis and Steele, 1986): additions alone, in the same order on every target. torch.cumsum would be a
+    reduction over windows as wide as the row on Neuron, where optimum-neuron's sampler has a kernel in its place.
+    """
+    shift = 1
+    while shift < x.shape[1]:
+        x = x + torch.cat([torch.zeros_like(x[:, :shift]), x[:, :-shift]], dim=1)
+        shift *= 2
+    return x

@@ -37,12 +37,18 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
 
     def find_distributions(self, context=importlib.metadata.DistributionFinder.Context()):  # noqa: B008
         if context.name in PACKAGES:
-            yield Distribution()
+            yield Distribution(context.name)
 
 
 class Distribution(importlib.metadata.Distribution):
+    versions: dict[str, str] = {}  # where they are not the modules' common one
+
+    def __init__(self, package):
+        self.package = package
+
     def read_text(self, filename):
-        return f"Metadata-Version: 2.1\nVersion: {Module.__version__}\n" if filename == "METADATA" else None
+        version = self.versions.get(self.package, Module.__version__)
+        return f"Metadata-Version: 2.1\nVersion: {version}\n" if filename == "METADATA" else None
 
     def locate_file(self, path):
         raise NotImplementedError

@@ -126,6 +126,20 @@ print(json.dumps([NeuronConfig.from_pretrained(sys.argv[2]) == config, type(pipe
     assert results == ours(["It was", "Mr."], max_new_tokens=4, do_sample=False)
 
 
+def test_with_the_sdk_the_generic_loader_takes_what_was_exported_without(export):
+    """Which says that no compiler was there; optimum-neuron's own classes are refused for that, as before."""
+    code = """
+import fake_sdk, optimum_opt_trn
+from optimum.neuron.configuration_utils import NeuronConfig
+made = NeuronConfig.from_pretrained(sys.argv[1])
+try:
+    NeuronConfig.from_dict({**made.to_dict(), "_serialized_key": "Other", "neuronxcc_version": None})
+except RuntimeError as error:
+    print(json.dumps([type(made).__name__, made.sequence_length, str(error)]))"""
+    name, length, error = fresh(code, export, path=Path(__file__).parent)
+    assert (name, length) == ("OPTNeuronConfig", 64) and "neuronxcc" in error
+
+
 def test_transformers_pipeline_takes_our_class_without_complaint(export, caplog):
     model = NeuronOPTForCausalLM.from_pretrained(export)
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)

@@ -198,3 +198,17 @@ def text_of(result: subprocess.CompletedProcess[str]) -> str:
 def test_fixture_tokenizer_is_opts(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert tokenizer("It")["input_ids"][0] == 2 and tokenizer.pad_token_id == 1
+
+
+def test_validation_rehearsed_on_a_host_without_devices(tmp_path):
+    """Every part but those that ask the devices; one that fails is told, and the others go on."""
+    model = EXAMPLES / "models" / "opt-austen"
+    arguments = ["--cpu", "--sequence_length", 64, "--batch_size", 2, "--output", "out", "--models", model, "nowhere"]
+    result = run("validate_on_trn", *arguments, cwd=tmp_path)
+    assert result.returncode == 1 and "1 of 2 models agree with the reference; 1 parts failed" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["environment"]["versions"]["optimum-opt-trn"] and "error" not in report["environment"]
+    assert report[str(model)]["parity"]["prompts_with_equal_tokens"] == "4 of 4"
+    assert report[str(model)]["speed"]["decode_ms"] > 0
+    assert "nowhere" in report["nowhere"]["export"]["error"]
+    assert "largest_logit_error_sigma" in (tmp_path / "out" / "report.md").read_text()

@@ -266,3 +266,21 @@ def test_last_token(data):
 def test_masked_positions_weigh_nothing():
     assert torch.isfinite(torch.tensor(MASKED))
     assert torch.softmax(torch.tensor([0.0, MASKED]), -1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_a_window_reads_as_much_of_a_whole_cache_as_a_view_of_it(prompt):
+    model, generator = tiny_opt(), torch.Generator().manual_seed(0)
+    program = OPTRankProgram(model.config, RankGroup())
+    weights = {name: [tensor] for name, tensor in model.model.decoder.layers[0].state_dict().items()}
+    hidden = torch.randn(2, 3, 64, generator=generator)
+    positions = torch.tensor([[0, 1, 2], [0, 1, 2]] if prompt else [[5, 6, 7], [9, 10, 11]], dtype=torch.int32)
+    caches = [torch.randn(2, 4, 32, 16, generator=generator) for _ in "kv"]
+    results = []
+    with torch.inference_mode():
+        for window in (12, None):
+            keys, values = (cache.clone() for cache in caches)
+            seen = (keys, values) if window else (keys[:, :, :12], values[:, :, :12])
+            output = program.layer(weights, hidden, [seen[0]], [seen[1]], positions, prompt, window)
+            results.append((output, keys, values))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

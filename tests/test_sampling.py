@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from optimum_opt_trn.sampling import MAX_SUPPRESSED, select_tokens
+from optimum_opt_trn.sampling import MAX_SUPPRESSED, running_sum, select_tokens
 
 
 LAST_UNIFORM = 1 - 2**-24  # the largest that torch.rand gives in float32
@@ -201,3 +201,11 @@ def test_distribution_is_that_of_transformers(top_k, top_p, temperature):
     assert not counts[~kept].any()
     result = scipy.stats.chisquare(counts[kept], draws * expected[kept] / expected.sum())
     assert result.pvalue > 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 128, 255, 256])
+def test_running_sum(width):
+    x = torch.rand(3, width, generator=torch.Generator().manual_seed(width))
+    expected = np.cumsum(x.numpy().astype(np.float64), axis=1)
+    np.testing.assert_allclose(running_sum(x).numpy(), expected, rtol=1e-6)
+    assert torch.equal(running_sum(torch.ones(1, width)), torch.arange(1.0, width + 1)[None])

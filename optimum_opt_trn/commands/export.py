@@ -71,7 +71,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "--instance_type": {
         "choices": INSTANCE_TYPES,
-        "help": "What the export will run on (default: cpu, the only one yet).",
+        "help": "What the export will run on; all but cpu take the Neuron SDK, and no device to export (default: the "
+        "Neuron instance that this is, else cpu).",
     },
     "--cache_dir": {"metavar": "DIR", "help": "Where downloads are kept (default: the Hugging Face cache)."},
 }
@@ -191,7 +192,11 @@ def _run(options: dict[str, Any], foreign: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"Interrupted: {options['output']} is as it was.", file=sys.stderr)
         raise SystemExit(130) from None
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        from ..targets import TargetError
+
+        if not isinstance(error, (OSError, ValueError, TargetError)):
+            raise
         print(f"optimum-cli export neuron: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -212,6 +217,7 @@ def _export(
     Raises:
         ValueError: if the model is not an OPT, or an option does not fit it.
         OSError: if the model cannot be found, or the output cannot be written.
+        TargetError: if the target is not to be had on this host, or refuses the model.
     """
     from ..checkpoint.config import load_config
     from ..configuration_opt import normalize_dtype
@@ -230,10 +236,7 @@ def _export(
     neuron_config = NeuronOPTForCausalLM.get_neuron_config(
         model, config=config, revision=revision, amp=named[0] if named else None, **options
     )
-    try:
-        get_target(neuron_config)
-    except RuntimeError as error:  # no such target on this host, which is for the user to mend
-        raise ValueError(error) from error
+    get_target(neuron_config)
     how: dict[str, Any] = {"eager": eager, "force": force, "revision": revision, "cache_dir": cache_dir}
     export_opt(model, output, neuron_config, config=config, **how)
     print(f"Exported to {output}. Try it: optimum_opt_trn.pipeline('text-generation', {str(output)!r})")

@@ -17,6 +17,10 @@ CHECKPOINT_DIR = "checkpoint"
 COMPILED_DIR = "compiled"
 
 
+class TargetError(RuntimeError):
+    """What was asked for cannot be had on this host, or with this SDK; the message says why, and the way out."""
+
+
 class Runtime(ABC):
     """A loaded export, its weights and key/value cache in place.
 

@@ -22,7 +22,7 @@ def test_neuron_without_the_sdk_says_what_is_missing_and_the_way_out(instance_ty
     message = str(error.value)
     assert f"instance_type={instance_type!r}" in message
     assert "torch-neuronx) is not installed" in message
-    assert "Use instance_type='cpu'" in message
+    assert "use instance_type='cpu'" in message
 
 
 def test_a_target_does_everything():

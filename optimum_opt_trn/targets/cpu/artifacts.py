@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from transformers.utils import logging
 from ... import modeling_opt, parallel, products, sampling, sharding
 from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
-from ...kv_cache import cache_shape
+from ..manifest import MANIFEST_NAME, graph_key, sha256
 from . import stages as stages_module
 from .compiler import compile_stage, has_compiler
 from .compiler import host as this_host
@@ -28,8 +27,6 @@ from .stages import StageExport, Stages
 
 
 logger = logging.get_logger(__name__)
-
-MANIFEST_NAME = "manifest.json"
 
 
 def compile_stages(
@@ -55,7 +52,7 @@ def compile_stages(
             # torch.export's remarks on its own internals.
             warnings.simplefilter("ignore", FutureWarning)
             compile_stage(export(), file)
-        artifacts[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        artifacts[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     manifest = {"host": this_host(), "graph": _graph_key(config, neuron_config), "artifacts": artifacts}
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -94,7 +91,7 @@ def load_stages(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Pa
         return None
     for name, (size, digest) in artifacts.items():
         file = directory / f"{name}.pt2"
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise CheckpointError(
                 f"{file} is missing or not what the manifest says: export the model again, or load it with eager=True."
             )
@@ -113,18 +110,6 @@ def _load(file: Path) -> Callable[..., Any]:
 
 
 def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
-    """A hash of all that the graphs are made of: the model's shape, the export's options, and the code."""
-    options = {k: v for k, v in neuron_config.options().items() if not k.startswith("checkpoint_")}
-    model = (
-        *(config.hidden_size, config.ffn_dim, config.vocab_size, config.word_embed_proj_dim),
-        *(config.enable_bias, config.layer_norm_elementwise_affine, config.do_layer_norm_before),
-        *(config._remove_final_layer_norm, config.tie_word_embeddings, config.activation_function),
-    )
-    digest = hashlib.sha256(repr((model, cache_shape(config, neuron_config), sorted(options.items()))).encode())
-    for module in (modeling_opt, parallel, sharding, products, sampling, stages_module):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    # Not of the depth: one layer's graph serves all of them.
+    modules = (modeling_opt, parallel, sharding, products, sampling, stages_module)
+    return graph_key(config, neuron_config, modules)

@@ -1,0 +1,83 @@
+"""The compiled model on disk, and when it may be loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import OPTConfig
+
+from ... import modeling_opt, parallel, products, sampling, sharding
+from ...checkpoint import CheckpointError
+from ...configuration_opt import OPTNeuronConfig
+from ..base import TargetError
+from ..manifest import MANIFEST_NAME, graph_key, sha256
+from . import rank_module
+
+
+# TorchScript, with a NEFF for each graph in it; optimum-neuron's name for the same.
+MODEL_NAME = "model.pt"
+
+
+def write_manifest(
+    config: OPTConfig, neuron_config: OPTNeuronConfig, versions: dict[str, str], arguments: str, directory: Path
+) -> None:
+    """Writes the manifest of `directory`, last of all; it lists the model if that is there."""
+    file = directory / MODEL_NAME
+    artifacts = {MODEL_NAME: {"bytes": file.stat().st_size, "sha256": sha256(file)}} if file.is_file() else {}
+    manifest = {
+        "versions": versions,
+        "compiler_arguments": arguments,
+        "graph": _graph_key(config, neuron_config),
+        "artifacts": artifacts,
+    }
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def check_artifacts(
+    config: OPTConfig, neuron_config: OPTNeuronConfig, versions: dict[str, str], directory: Path
+) -> Path:
+    """The compiled model, which may be loaded here.
+
+    Raises:
+        CheckpointError: if the manifest or the model is missing or broken.
+        TargetError: if there is no compiled model, or one of other shapes or of another version of the compiler.
+    """
+    manifest = _read(directory / MANIFEST_NAME)
+    again = f"Export it again, from its own checkpoint if you like: optimum-cli export neuron -m {directory.parent} …"
+    if not manifest["artifacts"]:
+        raise TargetError(f"{directory.parent} was exported without compilation: load it with eager=True. {again}")
+    if manifest["graph"] != _graph_key(config, neuron_config):
+        raise TargetError(
+            f"{directory.parent} was compiled for other shapes, or by another version of optimum_opt_trn. {again}"
+        )
+    differing = [
+        f"{name} {manifest['versions'].get(name)} (here {here})"
+        for name, here in versions.items()
+        if manifest["versions"].get(name) != here
+    ]
+    if differing:
+        raise TargetError(f"{directory.parent} was compiled by {', '.join(differing)}. {again}")
+    file, entry = directory / MODEL_NAME, manifest["artifacts"].get(MODEL_NAME)
+    if not file.is_file() or entry != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
+        raise CheckpointError(f"{file} is missing or not what the manifest says. {again}")
+    return file
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        manifest = dict(json.loads(file.read_text()))
+        wrong = [key for key in ("versions", "artifacts") if not isinstance(manifest[key], dict)]
+        if wrong or not isinstance(manifest["graph"], str):
+            raise ValueError("its entries are not those of a manifest")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is missing or broken ({error}): export the model again, or load it with eager=True."
+        ) from error
+    return manifest
+
+
+def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
+    modules = (modeling_opt, parallel, sharding, products, sampling, rank_module)
+    return graph_key(config, neuron_config, modules, config.num_hidden_layers, config.max_position_embeddings)

@@ -1,0 +1,174 @@
+"""neuronx-distributed: tracing and compiling with its older ModelBuilder, and loading what that saved.
+
+The only file that names NxD or torch_neuronx. `ModelBuilder` and `BaseModelInstance` of `trace/model_builder.py` are
+the same from NxD 0.15 to 0.18, and what optimum-neuron 0.4.5 runs on hardware (its
+models/inference/backend/pretrained_model.py).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_neuronx  # noqa: F401  registers torch.ops.neuron and torch.classes.neuron
+from neuronx_distributed.parallel_layers import mappings
+from neuronx_distributed.trace.model_builder import BaseModelInstance, ModelBuilder
+from optimum.neuron.cache.entries.single_model import SingleModelCacheEntry
+from optimum.neuron.cache.hub_cache import hub_neuronx_cache
+from optimum.neuron.utils.version_utils import get_neuronxcc_version
+from torch import Tensor, nn
+from transformers import OPTConfig
+
+from ...configuration_opt import OPTNeuronConfig
+from ..base import TargetError
+from .rank_module import VISIBLE_RESULTS, RankModule, example_inputs
+
+
+# optimum-neuron's own decoders are compiled with these (0.4.5, models/inference/backend/modules/decoder/
+# modeling_decoder.py, get_compiler_args). neuronx-cc would otherwise cast float32 to bf16 (--auto-cast).
+COMPILER_ARGUMENTS = (
+    "--auto-cast=none --model-type=transformer "
+    "--tensorizer-options='--enable-ccop-compute-overlap --cc-pipeline-tiling-factor=2 --vectorize-strided-dma ' -O2"
+)
+
+# Physical NeuronCores that are one logical core (same source, backend/config.py, logical_nc_config).
+LOGICAL_CORES = {"trn1": 1, "trn2": 2}
+
+# Where NxD compiles, if it is to be kept: optimum-neuron's variable (backend/pretrained_model.py, get_builder).
+WORKDIR_VARIABLE = "BASE_COMPILE_WORK_DIR"
+
+
+def compiler_arguments(neuron_config: OPTNeuronConfig) -> str:
+    """What neuronx-cc is called with."""
+    target = str(neuron_config.target)
+    return f"{COMPILER_ARGUMENTS} --lnc={LOGICAL_CORES[target]} --target {target}"
+
+
+def versions() -> dict[str, str]:
+    """What a compiled model depends on."""
+    return {"neuronxcc": get_neuronxcc_version(), "neuronx_distributed": metadata.version("neuronx_distributed")}
+
+
+class _Instance(BaseModelInstance):
+    """Tells the builder which results are which states; making the module is left to its base class."""
+
+    def get(self, bucket_rank: int, **kwargs: Any) -> tuple[nn.Module, dict[Tensor, int]]:
+        states = enumerate(self.module.states)
+        return self.module, {self.module.get_parameter(name): VISIBLE_RESULTS + index for index, name in states}
+
+
+def make_builder(
+    config: OPTConfig,
+    neuron_config: OPTNeuronConfig,
+    shapes: dict[str, tuple[torch.Size, torch.dtype]],
+    workdir: Path,
+) -> ModelBuilder:
+    """NxD's builder with every graph added; for the arguments see `RankModule`."""
+    builder = ModelBuilder(
+        router=None,
+        tp_degree=neuron_config.tp_degree,
+        checkpoint_loader=None,
+        # NxD joins paths to it, and removes what is there.
+        compiler_workdir=os.path.join(workdir, ""),
+        logical_nc_config=LOGICAL_CORES[str(neuron_config.target)],
+    )
+    collectives = (
+        mappings.reduce_from_tensor_model_parallel_region,
+        mappings.gather_from_tensor_model_parallel_region,
+    )
+    for graph, examples in example_inputs(neuron_config).items():
+        module = partial(RankModule, graph, config, neuron_config, shapes, *collectives)
+        # No priority_model_idx: without a layout that the compiler chose for one graph, weights can be streamed.
+        builder.add(
+            key=graph,
+            model_instance=_Instance(lambda module=module: module().eval(), input_output_aliases={}),
+            example_inputs=examples,
+            compiler_args=compiler_arguments(neuron_config),
+        )
+    return builder
+
+
+def compile_model(
+    config: OPTConfig,
+    neuron_config: OPTNeuronConfig,
+    shapes: dict[str, tuple[torch.Size, torch.dtype]],
+    file: Path,
+) -> None:
+    """Compiles all graphs, for which no device is needed, and saves them without weights to `file`.
+
+    Raises:
+        TargetError: if the compiler refuses a graph.
+    """
+    entry = None
+    if neuron_config.checkpoint_id is not None:
+        entry = SingleModelCacheEntry(neuron_config.checkpoint_id, "text-generation", config, neuron_config)
+    variables = {
+        # What the compiler's target follows; optimum.neuron.utils.instance.align_compilation_target sets it as well.
+        "NEURON_PLATFORM_TARGET_OVERRIDE": str(neuron_config.target),
+        # NxD 0.15 wants it for four ranks on this hardware; 0.18 has this default (parallel_layers/parallel_state.py).
+        "LOCAL_WORLD_SIZE": str(neuron_config.tp_degree),
+    }
+    with _workdir() as workdir, _environment(**variables):
+        builder = make_builder(config, neuron_config, shapes, workdir / "graphs")
+        try:
+            with hub_neuronx_cache(entry=entry):
+                traced = builder.trace(initialize_model_weights=False)
+        except RuntimeError as error:
+            raise TargetError(
+                f"The model could not be compiled for {neuron_config.instance_type} ({error}). Set {WORKDIR_VARIABLE} "
+                "to a directory and try again: it keeps the graphs and the compiler's log-neuron-cc.txt. If memory "
+                "ran out, compile on a larger host and copy the export (docs/neuron.md)."
+            ) from error
+        torch.jit.save(traced, file)
+
+
+def load_model(file: Path, parts: Iterable[list[dict[str, Tensor]]], ranks: int) -> torch.jit.ScriptModule:
+    """The model in `file`, its weights on the cores and its caches allocated there.
+
+    NxD's own `initialize` wants all weights of all ranks in host memory. What it does with them, `_parallel_load` and
+    `initialize_with_saved_weights` (trace/spmd.py, NxDModel), can be had piece by piece.
+
+    Args:
+        parts: the weights, a dictionary for each rank at a time; see `parameters_of`.
+    """
+    model = torch.jit.load(str(file))
+    placed: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for part in parts:
+        for on_core, tensors in zip(placed, torch.ops.neuron._parallel_load(part), strict=True):
+            on_core.update(tensors)
+        del part  # before the next is made
+    model.nxd_model.weights = placed
+    model.nxd_model.initialize_with_saved_weights(torch.tensor([0], dtype=torch.int32))
+    return model
+
+
+@contextmanager
+def _workdir() -> Iterator[Path]:
+    kept = os.environ.get(WORKDIR_VARIABLE)
+    if kept:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        yield Path(kept)
+        return
+    with tempfile.TemporaryDirectory(prefix="optimum_opt_trn-") as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,303 @@
+"""The Neuron target end to end on the double; run by test_target.py, each time in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+import double
+
+
+double.install()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from conftest import rounded, tiny_opt  # noqa: E402
+from double import runtime as cores  # noqa: E402
+
+from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
+from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
+from optimum_opt_trn.targets import TargetError  # noqa: E402
+from optimum_opt_trn.targets.neuron import host  # noqa: E402
+from optimum_opt_trn.targets.neuron.rank_module import EXTENSION  # noqa: E402
+
+
+SEQUENCE = 48
+OPTIONS = {"batch_size": 3, "sequence_length": SEQUENCE, "prompt_buckets": (16, 48), "cache_buckets": (24, 48)}
+
+
+class Host:
+    """An instance with NeuronCores."""
+
+    def __init__(self, monkeypatch, family: str = "trn1", count: int = 8):
+        monkeypatch.setattr(host, "get_neuron_major", lambda: 1 if count else -1)
+        monkeypatch.setattr(host, "current_instance_type", lambda: family)
+        monkeypatch.setattr(host, "get_available_cores", lambda: count)
+
+
+@pytest.fixture(autouse=True)
+def neuron_host(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", str(tmp_path / "compile-cache"))
+    return Host(monkeypatch)
+
+
+def export(tmp_path: Path, model, name: str = "export", eager: bool = False, **options) -> Path:
+    model.save_pretrained(tmp_path / f"{name}-source")
+    config = OPTNeuronConfig(**{**OPTIONS, "instance_type": "inf2", **options})
+    exported = NeuronOPTForCausalLM.export(tmp_path / f"{name}-source", config, eager=eager)
+    exported.save_pretrained(tmp_path / name)
+    return tmp_path / name
+
+
+def ragged(vocabulary: int) -> dict[str, torch.Tensor]:
+    """Three prompts of 13, 20 and 4 tokens, padded at the left."""
+    ids = torch.randint(4, vocabulary, (3, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[2, :16] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("kind", [{}, {"vocab_size": 203, "tie_word_embeddings": False}], ids=["tied", "odd, untied"])
+def test_tokens_are_those_of_transformers_and_of_the_cpu(tp, kind, tmp_path):
+    model = tiny_opt(**kind)
+    prompts = ragged(model.config.vocab_size)
+    neuron = NeuronOPTForCausalLM.from_pretrained(export(tmp_path, model, amp="f32", tp_degree=tp))
+    tokens = neuron.generate(**prompts, **GREEDY)
+    assert tokens.tolist() == rounded(model, torch.float32).generate(**prompts, **GREEDY).tolist()
+    options = {**OPTIONS, "tp_degree": tp, "amp": "f32", "eager": True}
+    cpu = NeuronOPTForCausalLM.from_pretrained(tmp_path / "export-source", **options)
+    sampled = {**GREEDY, "do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.3}
+    results = []
+    for loaded in (neuron, cpu):
+        torch.manual_seed(5)
+        results.append(loaded.generate(**prompts, **sampled).tolist())
+    assert results[0] == results[1] != tokens.tolist()
+
+
+@pytest.mark.parametrize("amp", ["f16", "bf16"])
+def test_16_bits_to_their_rounding(amp, tmp_path):
+    model = tiny_opt()
+    prompts = ragged(model.config.vocab_size)
+    out = export(tmp_path, model, amp=amp, tp_degree=2)
+    loaded = NeuronOPTForCausalLM.from_pretrained(out)
+    eager = NeuronOPTForCausalLM.from_pretrained(out, eager=True)
+    reference = rounded(model, loaded.dtype)(**prompts).logits[:, -1]
+    for ours in (loaded, eager):
+        logits = ours(**prompts, logits_to_keep=1).logits[:, -1]
+        assert (logits - reference).abs().max() < {"f16": 2e-2, "bf16": 16e-2}[amp] * reference.std()
+
+
+def test_speculation_in_pieces_beams_and_waves(tmp_path):
+    """`extend` beyond one piece, `cache_copy`, idle rows, rewinding."""
+    model = tiny_opt()
+    prompts = ragged(model.config.vocab_size)
+    reference = rounded(model, torch.float32)
+    loaded = NeuronOPTForCausalLM.from_pretrained(export(tmp_path, model, amp="f32", tp_degree=2))
+    more = torch.randint(4, 128, (3, EXTENSION + 7), generator=torch.Generator().manual_seed(2))
+    first = loaded(**prompts)
+    mask = torch.cat([prompts["attention_mask"], torch.ones_like(more)], dim=1)
+    second = loaded(more, attention_mask=mask, past_key_values=first.past_key_values).logits
+    whole = reference(torch.cat([prompts["input_ids"], more], dim=1), attention_mask=mask).logits
+    assert (second - whole[:, 20:]).abs().max() < 1e-3 * whole.std()
+    one = {"input_ids": prompts["input_ids"][1:2], "attention_mask": prompts["attention_mask"][1:2]}
+    for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}):
+        options = {**GREEDY, "eos_token_id": 2, **options}  # transformers' look-up needs one
+        assert loaded.generate(**one, **options).tolist() == reference.generate(**one, **options).tolist(), options
+    five = {name: torch.cat([tensor, tensor[:2]]) for name, tensor in prompts.items()}
+    assert loaded.generate(**five, **GREEDY).tolist() == reference.generate(**five, **GREEDY).tolist()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_no_more_than_a_layer_is_staged(tp, tmp_path):
+    out = export(tmp_path, tiny_opt(num_hidden_layers=5), amp="f16", tp_degree=tp)
+    files = sorted((out / "checkpoint").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    cores.staging = cores.Staging()
+    loaded = NeuronOPTForCausalLM.from_pretrained(out)
+    placed = sum(t.nbytes for tensors in loaded.runtime.model.nxd_model.weights for t in tensors.values())
+    assert 0 < cores.staging.peak <= files[-1].stat().st_size
+    assert cores.staging.peak < placed / 3
+    print(
+        f"{cores.staging.peak} bytes staged of {placed} placed on {tp} ranks; largest file {files[-1].stat().st_size}"
+    )
+
+
+def test_compile_cache_and_environment(tmp_path, monkeypatch):
+    """The registry of the compile cache gets an entry for a model of the hub; the environment is as it was."""
+    monkeypatch.delenv("NEURON_PLATFORM_TARGET_OVERRIDE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("BASE_COMPILE_WORK_DIR", str(tmp_path / "work"))
+    config = OPTNeuronConfig(**OPTIONS, instance_type="trn2", tp_degree=4, checkpoint_id="org/tiny")
+    tiny_opt().save_pretrained(tmp_path / "source")
+    NeuronOPTForCausalLM.export(tmp_path / "source", config).save_pretrained(tmp_path / "out")
+    assert "NEURON_PLATFORM_TARGET_OVERRIDE" not in os.environ and os.environ["LOCAL_WORLD_SIZE"] == "7"
+    entries = [json.loads(file.read_text()) for file in (tmp_path / "compile-cache").rglob("*.json")]
+    assert any(entry.get("neuron", {}).get("_serialized_key") == "OPTNeuronConfig" for entry in entries)
+    assert (tmp_path / "work" / "graphs").is_dir()
+    manifest = json.loads((tmp_path / "out" / "compiled" / "manifest.json").read_text())
+    assert manifest["versions"] == double.VERSIONS
+    assert "--lnc=2 --target trn2" in manifest["compiler_arguments"]
+
+
+def test_command_auto_class_and_pipeline_reach_it(tmp_path, monkeypatch):
+    import fake_sdk
+    from conftest import SHIPPED_MODEL
+    from optimum.commands import optimum_cli
+
+    fake_sdk.PACKAGES.add("sentence_transformers")  # which optimum.neuron.pipeline imports, for another task
+    from optimum.neuron import NeuronModelForCausalLM
+    from optimum.neuron.pipelines.transformers.base import pipeline
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = "--instance_type inf2 --tensor_parallel_size 2 --batch_size 2 --sequence_length 32 --auto_cast_type fp32"
+    buckets = "--prompt_buckets 32 --cache_buckets 32"
+    command = f"optimum-cli export neuron -m {SHIPPED_MODEL} {options} {buckets} {tmp_path / 'out'}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    optimum_cli.main()
+    loaded = NeuronModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (type(loaded).__name__, type(loaded.runtime).__name__) == ("NeuronOPTForCausalLM", "NeuronRuntime")
+    cpu = NeuronOPTForCausalLM.from_pretrained(
+        SHIPPED_MODEL, instance_type="cpu", batch_size=2, sequence_length=32, amp="f32", eager=True
+    )
+    pipe = pipeline("text-generation", str(tmp_path / "out"))
+    results = pipe(["It was", "Mr."], max_new_tokens=6, do_sample=False)
+    inputs = pipe.tokenizer(["It was", "Mr."], return_tensors="pt", padding=True, padding_side="left")
+    tokens = cpu.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = pipe.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert [result[0]["generated_text"] for result in results] == expected
+
+
+def test_an_instance_is_exported_for_by_default(tmp_path, monkeypatch):
+    from optimum_opt_trn import modeling_neuron_opt
+
+    tiny_opt().save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_neuron_opt, "get_neuron_major", lambda: 1)
+    monkeypatch.setattr(modeling_neuron_opt, "get_instance_name", lambda: "inf2.24xlarge\n")
+    monkeypatch.setattr(modeling_neuron_opt, "get_available_cores", lambda: 4)
+    config = NeuronOPTForCausalLM.get_neuron_config(tmp_path, sequence_length=48)
+    assert (config.instance_type, config.target, config.tp_degree) == ("inf2", "trn1", 4)
+
+
+class TestErrors:
+    @pytest.fixture(scope="class")
+    def exported(self, tmp_path_factory):
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", str(tmp_path_factory.mktemp("cache")))
+        yield export(tmp_path_factory.mktemp("exported"), tiny_opt(), amp="f16", tp_degree=2)
+        monkeypatch.undo()
+
+    @pytest.fixture
+    def copy(self, exported, tmp_path):
+        shutil.copytree(exported, tmp_path / "copy")
+        return tmp_path / "copy"
+
+    @pytest.mark.parametrize(
+        ("family", "count", "words"),
+        [
+            ("trn1", 0, "no Neuron device.*eager=True"),
+            ("trn2", 8, "this is a trn2"),
+            ("trn1", 1, "has 1 NeuronCores .*NEURON_RT_NUM_CORES=1.*0-1.*tp_degree=1"),
+        ],
+    )
+    def test_host(self, exported, monkeypatch, family, count, words):
+        Host(monkeypatch, family, count)
+        monkeypatch.setenv("NEURON_RT_NUM_CORES", "1")
+        with pytest.raises(TargetError, match=words):
+            NeuronOPTForCausalLM.from_pretrained(exported)
+        NeuronOPTForCausalLM.from_pretrained(exported, eager=True)
+
+    def test_compiler_version(self, copy):
+        manifest = json.loads((copy / "compiled" / "manifest.json").read_text())
+        manifest["versions"]["neuronxcc"] = "2.0"
+        (copy / "compiled" / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(TargetError, match="neuronxcc 2.0 .here 2.21.18209.*Export it again"):
+            NeuronOPTForCausalLM.from_pretrained(copy)
+
+    def test_other_shapes(self, copy):
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+        with pytest.raises(TargetError, match="compiled for other shapes"):
+            NeuronOPTForCausalLM.from_pretrained(copy)
+
+    def test_not_compiled(self, tmp_path):
+        out = export(tmp_path, tiny_opt(), eager=True)
+        with pytest.raises(TargetError, match="exported without compilation.*eager=True"):
+            NeuronOPTForCausalLM.from_pretrained(out)
+
+    @pytest.mark.parametrize("file", ["model.pt", "manifest.json"])
+    @pytest.mark.parametrize("broken", [True, False])
+    def test_files(self, copy, file, broken):
+        if broken:
+            (copy / "compiled" / file).write_bytes(b"{}")
+        else:
+            (copy / "compiled" / file).unlink()
+        with pytest.raises(CheckpointError, match=file):
+            NeuronOPTForCausalLM.from_pretrained(copy)
+
+    def test_busy_cores(self, exported, monkeypatch):
+        def busy(checkpoint):
+            raise RuntimeError("NEURONCORE_NOT_AVAILABLE")
+
+        monkeypatch.setattr(torch.ops.neuron, "_parallel_load", busy)
+        with pytest.raises(TargetError, match="NEURONCORE_NOT_AVAILABLE.*neuron-ls.*NEURON_RT_VISIBLE_CORES"):
+            NeuronOPTForCausalLM.from_pretrained(exported)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda rank, name: rank.pop(name), "rank 1: there is no weight layer_1__fc1__weight"),
+            (
+                lambda rank, name: rank.update({name: rank[name][:7]}),
+                "layer_1__fc1__weight has another shape or dtype",
+            ),
+            (lambda rank, name: rank.update({name: rank[name].float()}), "fc1__weight has another shape or dtype"),
+        ],
+    )
+    def test_weights_of_a_rank(self, exported, monkeypatch, change, words):
+        place = torch.ops.neuron._parallel_load
+
+        def spoil(checkpoint):
+            if "layer_1__fc1__weight" in checkpoint[1]:
+                change(checkpoint[1], "layer_1__fc1__weight")
+            return place(checkpoint)
+
+        monkeypatch.setattr(torch.ops.neuron, "_parallel_load", spoil)
+        with pytest.raises(TargetError, match=words):
+            NeuronOPTForCausalLM.from_pretrained(exported)
+
+    def test_calls_that_no_graph_serves(self, exported):
+        runtime = NeuronOPTForCausalLM.from_pretrained(exported).runtime
+        inputs = [torch.zeros(3, dtype=torch.int32)] * 2 + [torch.zeros(5, dtype=torch.int32)]
+        selection = [torch.ones(3, 4), torch.zeros(3), torch.full((3, 8), -1, dtype=torch.int32)]
+        with pytest.raises(Exception, match="Input shape"):
+            runtime.model(*inputs, *selection)
+        with pytest.raises(RuntimeError, match="argument"):
+            runtime.model(*inputs, *selection, torch.zeros(1))
+        inputs[2] = torch.zeros(24, dtype=torch.int32)
+        with pytest.raises(Exception, match="another dtype"):
+            runtime.model(inputs[0].long(), *inputs[1:], *selection)
+        runtime.model(*inputs, *selection)
+
+    def test_degree_that_the_family_does_not_connect(self, tmp_path):
+        with pytest.raises(TargetError, match="tp_degree=4: trn1 connects 1, 2, 8, 32"):
+            export(tmp_path, tiny_opt(), instance_type="trn1", tp_degree=4)
+
+    def test_compilation_fails(self, tmp_path, monkeypatch):
+        from double.model_builder import ModelBuilder
+
+        def trace(self, initialize_model_weights=True):
+            raise RuntimeError("NCC_ABCD")
+
+        monkeypatch.setattr(ModelBuilder, "trace", trace)
+        with pytest.raises(TargetError, match="inf2 .NCC_ABCD.*BASE_COMPILE_WORK_DIR"):
+            export(tmp_path, tiny_opt())
+        assert not (tmp_path / "export").exists()
