@@ -20,6 +20,9 @@ MAX_SUPPRESSED = 8
 # Each row's parameters: top_k, top_p, temperature (optimum-neuron's three, in its order) and min_p. These are greedy.
 GREEDY = (1.0, 1.0, 1.0, 0.0)
 
+# A weight, relative to the best token's, that no sum of float32 weights feels.
+NEVER_DRAWN = 1e-30
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -56,8 +59,9 @@ def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
     keeps all tokens that tie with the k-th (among the `max_topk` best, which is all that is looked at).
     """
     words = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
-    excluded = (words[None, None, :] == suppressed[:, :, None]).to(torch.int32).amax(dim=1) > 0
-    logits = torch.where(excluded, torch.full_like(logits, MASKED), logits)
+    masked = torch.full_like(logits, MASKED)
+    for ids in suppressed.unbind(dim=1):
+        logits = torch.where(words == ids[:, None], masked, logits)
 
     best, tokens = torch.topk(logits, min(max_topk, logits.shape[1]), dim=-1)
     top_k, top_p, temperature, min_p = params.split(1, dim=1)
@@ -70,8 +74,9 @@ def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
     before = running_sum(weights) - weights
     # Tokens are kept until the ones before them reach top_p; the best always is.
     kept = kept & torch.where(place < 1, place < 1, before < top_p * weights.sum(-1, keepdim=True))
-    # The best token's weight is 1, so that weights are probabilities relative to it.
-    kept = kept & (weights >= min_p)
+    # The best token's weight is 1, so that weights are probabilities relative to it. Those of excluded tokens are 0,
+    # and rounding must not have one drawn.
+    kept = kept & (weights >= min_p.clamp(min=NEVER_DRAWN))
     weights = torch.where(kept, weights, torch.zeros_like(weights))
 
     cumulative = running_sum(weights)

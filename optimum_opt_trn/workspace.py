@@ -87,10 +87,12 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     up = 4 * hidden + inner + matrix
     down = 4 * hidden + inner + summands + max(matrix, sums)
 
-    # Head: the logits with the matrix; or, where a token is selected, four more tensors of their size and two masks.
+    # Head: the logits with the matrix; or, where a token is selected, three more tensors of their size and a mask, and
+    # two of the vocabulary's.
     words = -(-config.vocab_size // ranks)
     logits = setup.batch_size * config.vocab_size * _F32
-    head = hidden + logits + max(_converted(setup, (words, config.word_embed_proj_dim)), 9 * logits // 2)
+    selected = 13 * logits // 4 + 2 * config.vocab_size * _F32
+    head = hidden + logits + max(_converted(setup, (words, config.word_embed_proj_dim)), selected)
     return masked, mixed, projected, output, activated, up, down, head
 
 

@@ -94,8 +94,8 @@ def test_on_cpu_it_is_what_an_eager_run_allocates(shape, amp, tp_degree):
     graphs = graph_workspace(config, Setup.of(neuron_config), on_neuron=False)
     for name, n in ((CONTEXT_ENCODING, neuron_config.sequence_length), (TOKEN_GENERATION, 1)):
         measured = widest(config, neuron_config, group, n, name == CONTEXT_ENCODING)
-        # Indices of a few rows are not counted.
-        assert graphs[name] == pytest.approx(measured, rel=0.02, abs=2048)
+        # Indices of a few rows, and the best tokens of each, are not counted.
+        assert graphs[name] == pytest.approx(measured, rel=0.02, abs=12 * 1024)
 
 
 def test_on_neuron_it_is_of_the_size_of_hidden_states_and_the_scores_are_apart():
