@@ -46,7 +46,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 # The options that optimum-neuron's command has too (with choices and defaults that are not made for OPT) ...
-_SHARED: dict[str, dict[str, Any]] = {
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--task": {"choices": TASKS, "help": "What to export the model for. OPT does text-generation (default: auto)."},
     "--batch_size": {"type": int, "metavar": "N", "help": "Sequences that a call holds at most (default: 1)."},
     "--sequence_length": {
@@ -77,7 +77,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--cache_dir": {"metavar": "DIR", "help": "Where downloads are kept (default: the Hugging Face cache)."},
 }
 # ... and those that it lacks.
-_OWN: dict[str, dict[str, Any]] = {
+OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "--kv_cache_dtype": {
         "choices": ("fp32", "fp16", "bf16"),
         "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: that of the "
@@ -131,9 +131,9 @@ class OPTExportCommand(BaseOptimumCLICommand):
             help="Directory to write: not there yet, empty, or an earlier export, which is replaced.",
         )
         group = parser.add_argument_group("options")
-        for flag, settings in (_SHARED | _OWN).items():
+        for flag, settings in (SHARED_OPTIONS | OWN_OPTIONS).items():
             group.add_argument(flag, **settings)
-        _explain_errors(parser)
+        explain_errors(parser)
 
     def run(self) -> None:
         _run({name: value for name, value in vars(self.args).items() if value is not None and name != "func"})
@@ -156,9 +156,9 @@ def extend(command: type[BaseOptimumCLICommand]) -> None:
             "--sequence_length, --tensor_parallel_size, --auto_cast_type or --torch_dtype, --instance_type and "
             "--cache_dir too; weights are fp16 unless told otherwise.",
         )
-        for flag, settings in _OWN.items():
+        for flag, settings in OWN_OPTIONS.items():
             group.add_argument(flag, **settings)
-        _explain_errors(parser)
+        explain_errors(parser)
 
     def run_with_opt(self: BaseOptimumCLICommand) -> None:
         # The namespace cannot tell a default from an option that was given, and the defaults are not for OPT.
@@ -169,7 +169,7 @@ def extend(command: type[BaseOptimumCLICommand]) -> None:
             action.default = SUPPRESS
         given = vars(parser.parse_args(argv))
         if given.get("task", "auto") in TASKS and _is_opt(given):
-            known = {"model", "output", *(flag.removeprefix("--") for flag in (*_SHARED, *_OWN))}
+            known = {"model", "output", *(flag.removeprefix("--") for flag in (*SHARED_OPTIONS, *OWN_OPTIONS))}
             foreign = [action.option_strings[-1] for action in parser._actions if action.dest in given.keys() - known]
             _run(given, foreign)
             return
@@ -256,7 +256,7 @@ def _action(parser: ArgumentParser, flag: str) -> Action:
     return next(action for action in parser._actions if flag in action.option_strings)
 
 
-def _explain_errors(parser: ArgumentParser) -> None:
+def explain_errors(parser: ArgumentParser) -> None:
     """Makes `parser` answer a usage error in one line, and an unknown option by naming the nearest known one."""
     parse = parser.parse_known_args
 

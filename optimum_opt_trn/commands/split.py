@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .export import _OWN, _SHARED, _explain_errors
+from .export import OWN_OPTIONS, SHARED_OPTIONS, explain_errors
 from .neuron import one_line_errors
 
 
@@ -56,16 +56,16 @@ class SplitCommand(BaseOptimumCLICommand):
             help="Directory to write: not there yet, or what an earlier split left.",
         )
         group = parser.add_argument_group("options")
-        group.add_argument("--auto_cast_type", default="fp16", **_SHARED["--auto_cast_type"])
+        group.add_argument("--auto_cast_type", default="fp16", **SHARED_OPTIONS["--auto_cast_type"])
         group.add_argument(
             "--delete_source_shards",
             action="store_true",
             help="Keep no copy of a Hub model's weights: fetch one file after the other to OUTPUT, and delete it when "
             "it is split. What is in the cache already stays there.",
         )
-        group.add_argument("--revision", **_OWN["--revision"])
-        group.add_argument("--cache_dir", **_SHARED["--cache_dir"])
-        _explain_errors(parser)
+        group.add_argument("--revision", **OWN_OPTIONS["--revision"])
+        group.add_argument("--cache_dir", **SHARED_OPTIONS["--cache_dir"])
+        explain_errors(parser)
 
     def run(self) -> None:
         output = self.args.output

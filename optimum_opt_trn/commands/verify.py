@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .export import _explain_errors
+from .export import explain_errors
 from .neuron import one_line_errors
 
 
@@ -34,7 +34,7 @@ class VerifyCommand(BaseOptimumCLICommand):
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description, parser.epilog = DESCRIPTION, EPILOG
         parser.add_argument("directory", metavar="DIR", type=Path, help="A split checkpoint or an export.")
-        _explain_errors(parser)
+        explain_errors(parser)
 
     def run(self) -> None:
         directory = self.args.directory

@@ -26,8 +26,8 @@ _OLD_NAMES = "optimum_opt_trn.compat.transformers_neuronx"
 
 _GONE_METHODS = {
     "cpu_compile": "compile on any host with `optimum-cli export neuron`.",
-    "enable_speculative_decoder": "speculation has no graph in this version. Leave it out.",
-    "enable_token_tree_decoder": "speculation has no graph in this version. Leave it out.",
+    "enable_speculative_decoder": "generate() takes an assistant_model, without set-up. Leave it out.",
+    "enable_token_tree_decoder": "generate() takes an assistant_model, without set-up. Leave it out.",
     "enable_window_context_decoder": "a prompt is computed in one call whatever its length. Leave it out.",
     "profile": "there is no device to profile on the cpu target. Use torch.profiler around sample().",
     "register_forward_hook": "this is no torch module; the steps of sample() can be timed with a streamer.",
