@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .products import Products
+from .arithmetic import Arithmetic
 from .sharding import SHARD_DIMS, shard_dim, shard_range
 
 
@@ -32,27 +32,42 @@ class RankGroup:
     Args:
         world_size: the tensor-parallel degree.
         ranks: the local ranks. All of them on `cpu`; on `neuron` one is traced, and stands for each.
-        products: how the target multiplies.
+        arithmetic: how the target computes.
         all_reduce: sums a tensor over the processes; None if all ranks are held here.
         all_gather: concatenates a tensor's last dimension over the processes; None likewise.
     """
 
     world_size: int = 1
     ranks: Sequence[int] = (0,)
-    products: Products = field(default_factory=Products)
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
     all_reduce: Callable[[Tensor], Tensor] | None = None
     all_gather: Callable[[Tensor], Tensor] | None = None
 
-    def column(self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None) -> list[Tensor]:
+    def column(
+        self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, relu: bool = False
+    ) -> list[Tensor]:
         """x float32 `(…, in)`, `(out / world, in)` weights → one float32 `(…, out / world)` for each local rank."""
+        linear = self.arithmetic.linear
         if biases is None:
-            return [self.products.linear(x, weight) for weight in weights]
-        return [self.products.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            return [linear(x, weight, relu=relu) for weight in weights]
+        return [linear(x, weight, bias, relu) for weight, bias in zip(weights, biases, strict=True)]
 
-    def row(self, xs: list[Tensor], weights: list[Tensor], bias: list[Tensor] | None) -> Tensor:
-        """One float32 `(…, in / world)` for each local rank, `(out, in / world)` weights → float32 `(…, out)`."""
-        y = self.sum([self.products.linear(x, weight) for x, weight in zip(xs, weights, strict=True)])
-        return y if bias is None else y + bias[0].float()
+    def row(self, xs: list[Tensor], weights: list[Tensor], bias: list[Tensor] | None, residual: Tensor) -> Tensor:
+        """One float32 `(…, in / world)` for each local rank, `(out, in / world)` weights → float32 `(…, out)`.
+
+        The bias, and the float32 residual `(…, out)`, are added once.
+        """
+        linear, shared = self.arithmetic.linear, bias[0] if bias else None
+        if self.all_reduce is None:
+            total = linear(xs[0], weights[0], shared, residual=residual)
+        else:
+            total = linear(xs[0], weights[0])
+        for x, weight in zip(xs[1:], weights[1:], strict=True):
+            total = linear(x, weight, residual=total)
+        if self.all_reduce is None:
+            return total
+        total = self.all_reduce(total)
+        return residual + (total if shared is None else total + shared.float())
 
     def embedding(self, ids: Tensor, weights: list[Tensor], ranks: Tensor) -> Tensor:
         """int32 ids `(…)`, `(vocabulary / world, dim)` weights → float32 `(…, dim)`.

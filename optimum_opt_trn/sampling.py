@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .modeling_opt import MASKED
+from .attention import MASKED
 
 
 # How many token ids a step can exclude (end-of-sequence ids, until the minimum length is reached).

@@ -1,8 +1,6 @@
-"""Runs the stages in order, with the memory-mapped weights and the cache."""
+"""Runs the rank program on packed tokens, with the memory-mapped weights and the cache."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,49 +8,45 @@ from transformers import OPTConfig
 
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
-from ...graphs import smallest_bucket
 from ...kv_cache import allocate_cache
-from ...modeling_opt import OPTRankProgram, last_token, prompt_positions
+from ...modeling_opt import OPTRankProgram
 from ...parallel import RankGroup
-from ...sampling import Selection
+from ...sampling import Selection, select_tokens
 from ..base import Runtime
-from .stages import Stages
+from .attention import PackedAttention
+from .kernels import KernelArithmetic
 
 
 class CPURuntime(Runtime):
-    """All ranks in this process, in lockstep."""
+    """All ranks of the group in this process, in lockstep. Padding and idle rows are left out of every product."""
 
     def __init__(
-        self,
-        config: OPTConfig,
-        neuron_config: OPTNeuronConfig,
-        group: RankGroup,
-        weights: ModelWeights,
-        stages: Stages,
-    ):
+        self, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup, weights: ModelWeights
+    ) -> None:
         self.neuron_config = neuron_config
         self.program = OPTRankProgram(config, group)
         self.weights = weights
         self.cache = allocate_cache(config, neuron_config, group)
-        self.stages = stages
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        hidden = self._layers(input_ids, prompt_positions(lengths, input_ids.shape[1]), self.stages.context_layer)
-        return self._select(last_token(hidden, lengths), selection)
+        slots, positions = (torch.arange(input_ids.shape[1]) < lengths[:, None]).nonzero(as_tuple=True)
+        rows = lengths.nonzero().squeeze(1)
+        hidden = self._layers(input_ids[slots, positions], slots, positions, int(lengths.max()))
+        return self._select(hidden[lengths[rows].cumsum(0) - 1], rows, selection)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, positions: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        hidden = self._layers(tokens.unsqueeze(1), positions.unsqueeze(1), self.stages.token_layer)
-        return self._select(hidden.squeeze(1), selection)
+        rows = (positions >= 0).nonzero().squeeze(1)
+        hidden = self._layers(tokens[rows], rows, positions[rows].long(), 1)
+        return self._select(hidden, rows, selection)
 
     @torch.inference_mode()
     def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
-        hidden = self._layers(tokens, positions, self.stages.context_layer)
-        # Compiled code takes the strides for granted that it was exported with.
-        chosen, last = self._select(hidden[:, -1].contiguous(), selection)
-        before = self.program.logits(self.weights.head, hidden[:, -keep:-1])
-        return chosen, torch.cat([before, last.unsqueeze(1)], dim=1)
+        rows, k = (positions[:, 0] >= 0).nonzero().squeeze(1), tokens.shape[1]
+        hidden = self._layers(tokens[rows].flatten(), rows.repeat_interleave(k), positions[rows].flatten().long(), k)
+        kept = hidden.unflatten(0, (-1, k))[:, k - keep :].contiguous()
+        return self._select(kept, rows, selection)
 
     @torch.inference_mode()
     def copy(self, sources: Tensor, length: int) -> None:
@@ -61,16 +55,25 @@ class CPURuntime(Runtime):
             for tensor in (*cache.keys, *cache.values):
                 tensor[moved, :, :length] = tensor[sources[moved].long(), :, :length]
 
-    def _layers(self, tokens: Tensor, positions: Tensor, layer: Callable[..., Tensor]) -> Tensor:
-        """int32 tokens and positions `(b, n)` → float32 `(b, n, hidden)`, after the last layer."""
-        bucket = smallest_bucket(self.neuron_config.cache_buckets, int(positions.max()) + 1)
-        hidden = self.program.embed(self.weights.embed, tokens, positions)
+    def _layers(self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """int32 tokens, int64 slots and positions `(t,)` → float32 `(t, hidden)`, after the last layer."""
+        program = self.program
+        arithmetic = program.arithmetic
+        kernels = isinstance(arithmetic, KernelArithmetic)
+        attention = PackedAttention(slots, positions, longest, program.scale, kernels, arithmetic.compute_dtype)
+        hidden = program.embed(self.weights.embed, tokens, positions)
         for weights, cache in zip(self.weights.layers, self.cache, strict=True):
-            hidden = layer(weights, hidden, *cache.first(bucket), positions)
+            hidden = program.layer(weights, hidden, attention.over(cache))
         return hidden
 
-    def _select(self, hidden: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        tokens, logits = self.stages.head(
-            self.weights.head, hidden, selection.params, selection.uniforms, selection.suppressed
-        )
-        return tokens, logits
+    def _select(self, hidden: Tensor, rows: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """float32 `(rows, hidden)` or `(rows, n, hidden)` → tokens `(b,)` and logits of that shape, of all slots."""
+        logits = self.program.logits(self.weights.head, hidden)
+        batch = self.neuron_config.batch_size
+        if len(rows) < batch:
+            logits = logits.new_zeros(batch, *logits.shape[1:]).index_copy_(0, rows, logits)
+        # What nobody asked for is not looked at: excluded ids that are none, and more than the best tokens.
+        suppressed = selection.suppressed[:, : int((selection.suppressed >= 0).sum(1).max())]
+        most = self.neuron_config.max_topk if bool((selection.params[:, 0] > 1).any()) else 1
+        last = logits if logits.dim() == 2 else logits[:, -1]
+        return select_tokens(last, selection.params, selection.uniforms, suppressed, most), logits

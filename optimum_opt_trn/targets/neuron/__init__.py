@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from transformers import OPTConfig
 
+from ...arithmetic import Arithmetic
 from ...checkpoint import load_weights
 from ...configuration_opt import OPTNeuronConfig
 from ...parallel import RankGroup
-from ...products import Products
 from ..base import CHECKPOINT_DIR, COMPILED_DIR, Runtime, Target, TargetError
 from ..cpu.runtime import CPURuntime
-from ..cpu.stages import eager_stages
 from .artifacts import MODEL_NAME, check_artifacts, write_manifest
 from .builder import compile_model, compiler_arguments, load_model, versions
 from .host import check_degree, check_host
@@ -52,13 +51,13 @@ class NeuronTarget(Target):
                 that no other process holds, the compiler's version.
         """
         degree = neuron_config.tp_degree
-        group = RankGroup(degree, tuple(range(degree)), Products(neuron_config.amp_dtype))
+        group = RankGroup(degree, tuple(range(degree)), Arithmetic(neuron_config.amp_dtype))
         if not eager:
             file = check_artifacts(config, neuron_config, versions(), directory / COMPILED_DIR)
             check_host(neuron_config)
         weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
         if eager:
-            return CPURuntime(config, neuron_config, group, weights, eager_stages(config, neuron_config, group))
+            return CPURuntime(config, neuron_config, group, weights)
         try:
             return NeuronRuntime(neuron_config, load_model(file, parameters_of(weights, degree), degree))
         except (RuntimeError, torch.jit.Error) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import OPTConfig
 
-from ... import modeling_opt, parallel, products, sampling, sharding
+from ... import arithmetic, attention, modeling_opt, parallel, sampling, sharding
 from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
 from ..base import TargetError
@@ -79,5 +79,5 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
-    modules = (modeling_opt, parallel, sharding, products, sampling, rank_module)
+    modules = (modeling_opt, arithmetic, attention, parallel, sharding, sampling, rank_module)
     return graph_key(config, neuron_config, modules, config.num_hidden_layers, config.max_position_embeddings)

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
+from ...arithmetic import Arithmetic
+from ...attention import StaticAttention
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
 from ...modeling_opt import OPTRankProgram, last_token, prompt_positions
 from ...parallel import RankGroup, Weights
-from ...products import Products
 from ...sampling import Selection, select_tokens
 from ...sharding import cache_shape
 
@@ -66,12 +67,13 @@ class RankModule(nn.Module):
         super().__init__()
         self.graph = graph
         self.max_topk = neuron_config.max_topk
+        self.compute_dtype = neuron_config.amp_dtype
         world = neuron_config.tp_degree
-        products = Products(neuron_config.amp_dtype)
+        arithmetic = Arithmetic(neuron_config.amp_dtype)
         # Alone, a rank has nothing to exchange.
-        group = RankGroup(world, (0,), products)
+        group = RankGroup(world, (0,), arithmetic)
         if world > 1:
-            group = RankGroup(world, (0,), products, all_reduce, all_gather)
+            group = RankGroup(world, (0,), arithmetic, all_reduce, all_gather)
         self.program = OPTRankProgram(config, group)
         self.layers = config.num_hidden_layers
         self.weights = list(shapes)
@@ -99,9 +101,8 @@ class RankModule(nn.Module):
         hidden = self.program.embed(self._part("embed"), ids, places)
         for index in range(self.layers):
             keys, values = states[2 * index], states[2 * index + 1]
-            hidden = self.program.layer(
-                self._part(f"layer_{index}"), hidden, [keys], [values], places, prompt, window=read
-            )
+            attend = StaticAttention([keys], [values], places, prompt, self.program.scale, self.compute_dtype, read)
+            hidden = self.program.layer(self._part(f"layer_{index}"), hidden, attend)
         if prompt:
             hidden = last_token(hidden, positions)
         elif self.graph == "token_generation":

@@ -1,0 +1,75 @@
+"""Attention of one rank's heads over the key/value cache, in static shapes, as compilers for a device take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+# What a layer asks of its target: `(rank, query, key, value)`, float32 `(…, heads * d)` each, of the local rank and
+# the new tokens → float32 `(…, heads * d)`; keys and values are written to the cache on the way.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# Finite, since -inf in a mask makes NaN on Neuron; exp of it is 0 in float32.
+MASKED = -1e30
+
+
+@dataclass(frozen=True)
+class StaticAttention:
+    """An `Attend` for `n` new tokens in each of `b` slots, heads of size `d`.
+
+    Args:
+        keys, values: for each local rank, the first `c` positions of its cache, `(b, heads, c, d)`; changed in place.
+        positions: int32 `(b, n)`, where in its slot each new token is; -1 throughout a row that is idle, whose slot
+            stays as it is.
+        prompt: the new tokens are all there is, at positions 0 to n - 1 (the graph `context_encoding`). Else each
+            attends to what the cache holds up to its position.
+        scale: what queries are multiplied with.
+        compute_dtype: dtype that both factors of a product have; softmax is float32.
+        window: reads the first so many of the `c` positions alone, by default all. For XLA, which rebuilds a whole
+            tensor for a view of it that is written: there the cache is passed whole, and read in part.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    positions: Tensor
+    prompt: bool
+    scale: float
+    compute_dtype: torch.dtype = torch.float32
+    window: int | None = None
+
+    def __call__(self, rank: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self.keys[rank], self.values[rank]
+        q, k, v = (x.unflatten(-1, (keys.shape[1], -1)).transpose(1, 2) for x in (query * self.scale, key, value))
+        write_cache(keys, k, self.positions, self.prompt)
+        write_cache(values, v, self.positions, self.prompt)
+        # A prompt attends to what later steps will read: keys and values as the cache rounds them.
+        k, v = (k.to(keys.dtype), v.to(values.dtype)) if self.prompt else (keys, values)
+        if self.window is not None and not self.prompt:
+            k, v = k[:, :, : self.window], v[:, :, : self.window]
+        seen = torch.arange(k.shape[2], dtype=torch.int32, device=q.device) <= self.positions[:, None, :, None]
+        scores = self._matmul(q, k.transpose(-1, -2))
+        scores = torch.where(seen, scores, torch.full_like(scores, MASKED))
+        return self._matmul(torch.softmax(scores, dim=-1), v).transpose(1, 2).flatten(2)
+
+    def _matmul(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.matmul(left.to(self.compute_dtype), right.to(self.compute_dtype)).float()
+
+
+def write_cache(cache: Tensor, new: Tensor, positions: Tensor, prompt: bool) -> None:
+    """Writes `new` `(b, h, n, d)` to `cache` `(b, h, c, d)`: at the start of the slots, or at int32 `(b, n)`.
+
+    Rows whose positions are -1 are idle, and left as they are.
+    """
+    busy = (positions >= 0)[:, None, :, None]
+    if prompt:
+        start = cache[:, :, : new.shape[2]]
+        start.copy_(torch.where(busy, new.to(cache.dtype), start))
+    else:
+        # Adjacent indices: with a slice among them, XLA would transpose the whole cache and back.
+        rows, heads = (torch.arange(size, dtype=torch.int32, device=cache.device) for size in cache.shape[:2])
+        places = (rows[:, None, None], heads[:, None], positions.clamp(min=0)[:, None])
+        cache[places] = torch.where(busy, new.to(cache.dtype), cache[places])

@@ -1,0 +1,69 @@
+"""Attention of packed tokens: those of all slots behind one another, without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...attention import Attend
+from ...kv_cache import LayerCache
+
+
+# The kernel reads the cache anew for each token of a slot. From so many tokens on, products of matrices are faster.
+LONG_RUN = 16
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """How `t` new tokens attend.
+
+    Args:
+        slots: int64 `(t,)`, each token's slot; the tokens of a slot are adjacent.
+        positions: int64 `(t,)`, where in its slot each token goes; the slot must be filled up to its first.
+        longest: the most tokens that a slot has.
+        scale: what queries are multiplied with.
+        kernels: whether `load_kernels` was called.
+        compute_dtype: dtype that both factors of a product have, without the kernels; sums are float32.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    longest: int
+    scale: float
+    kernels: bool
+    compute_dtype: torch.dtype
+
+    def over(self, cache: LayerCache) -> Attend:
+        """For the layer of `cache`."""
+
+        def attend(rank: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = cache.keys[rank], cache.values[rank]
+            if self.kernels and self.longest < LONG_RUN:
+                mixed: Tensor = torch.ops.optimum_opt_trn.attend(
+                    query, key, value, keys, values, self.slots, self.positions, self.scale
+                )
+                return mixed
+            return self._slot_by_slot(query, key, value, keys, values)
+
+        return attend
+
+    def _slot_by_slot(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        mixed = torch.empty_like(query)
+        begin = 0
+        for slot, run in groupby(self.slots.tolist()):
+            tokens = slice(begin, begin := begin + len(list(run)))
+            q, k, v = (x[tokens].unflatten(-1, (keys.shape[1], -1)).transpose(0, 1) for x in (query, key, value))
+            places = self.positions[tokens]
+            keys[slot, :, places], values[slot, :, places] = k.to(keys.dtype), v.to(values.dtype)
+            used = int(places[-1]) + 1
+            # What later steps will read: keys and values as the cache rounds them.
+            factors = (x[None].to(self.compute_dtype) for x in (q, keys[slot, :, :used], values[slot, :, :used]))
+            prompt = len(places) == used
+            seen = None if prompt else torch.arange(used) <= places[:, None]
+            attended = F.scaled_dot_product_attention(*factors, attn_mask=seen, is_causal=prompt, scale=self.scale)
+            mixed[tokens] = attended[0].transpose(0, 1).flatten(1)
+        return mixed

@@ -1,0 +1,135 @@
+"""The CPU target's C++ kernels: compiled for this host, loaded, and called by the rank program."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import cached_assets_path
+from torch import Tensor
+
+from ...arithmetic import LAYER_NORM_EPS, Arithmetic
+
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+LIBRARY_NAME = "kernels.so"
+
+
+class CompileError(RuntimeError):
+    """The kernels could not be compiled; the message says why."""
+
+
+class KernelArithmetic(Arithmetic):
+    """Products that read 16-bit weights as they are, once; sums are float32. Needs `load_kernels`."""
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        relu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See `Arithmetic.linear`; x and residual contiguous, rows of weight contiguous."""
+        result: Tensor = torch.ops.optimum_opt_trn.linear(x, weight, bias, relu, residual)
+        return result
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """See `Arithmetic.layer_norm`."""
+        return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+
+
+def host() -> dict[str, str]:
+    """What compiled kernels depend on: they run on an equal host alone."""
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        # They are compiled for the very processor (-march=native), of which the capability is but a part.
+        "cpu_flags": hashlib.sha256(_cpu_flags().encode()).hexdigest()[:16],
+    }
+
+
+def source_hash() -> str:
+    """A hash of the kernels' source."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+
+
+def compile_kernels(file: Path) -> None:
+    """Writes the kernels, compiled for this host, to `file`; what was compiled before is taken from a cache.
+
+    The cache is a folder of huggingface_hub's assets (`HF_ASSETS_CACHE`, else within `HF_HOME`); it may be deleted at
+    any time.
+
+    Raises:
+        CompileError: if there is no C++ compiler, or it fails.
+    """
+    flags = _flags()
+    described = repr((source_hash(), sorted(host().items()), flags))
+    cached = cached_assets_path("optimum_opt_trn", "compiled", hashlib.sha256(described.encode()).hexdigest())
+    library = cached / LIBRARY_NAME
+    if not library.is_file():
+        # Compiled beside and renamed, for other processes that want the same.
+        with tempfile.TemporaryDirectory(dir=cached) as scratch:
+            made = Path(scratch) / LIBRARY_NAME
+            _compile([_compiler(), *flags, str(SOURCE), *_libraries(), "-o", str(made)])
+            os.replace(made, library)
+    shutil.copyfile(library, file)
+
+
+def load_kernels(file: Path) -> None:
+    """Makes the operators of `file` known to torch, once a process: all files of one source define the same."""
+    if not hasattr(torch.ops.optimum_opt_trn, "linear"):
+        torch.ops.load_library(str(file))
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        cause = next((line for line in said if "error" in line), said[-1] if said else "no message")
+        raise CompileError(f"{command[0]} failed: {cause}") from error
+
+
+def _compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return str(get_cpp_compiler())
+    except (InvalidCxxCompiler, OSError) as error:
+        raise CompileError("no C++ compiler was found") from error
+
+
+def _flags() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    # ATen's vector headers know these two by name, and all else by what the compiler says of the machine.
+    vectors = capability if capability in ("AVX2", "AVX512") else "DEFAULT"
+    include = Path(torch.__file__).parent / "include"
+    return [
+        *("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC", "-shared"),
+        *(f"-DCPU_CAPABILITY={vectors}", f"-DCPU_CAPABILITY_{vectors}"),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
+    ]
+
+
+def _libraries() -> list[str]:
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu"]
+
+
+def _cpu_flags() -> str:
+    """The processor's features as the system lists them; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
