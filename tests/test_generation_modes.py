@@ -291,6 +291,60 @@ def test_beams_of_a_conversation():
     assert torch.equal(*results)
 
 
+# Options that are refused, some by transformers, after it has prepared the cache.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no room": ({"max_new_tokens": 64}, "do not fit the sequence_length=64"),
+    "no tokenizer": ({"stop_strings": ["x"]}, "tokenizer"),
+    "a processor": ({"repetition_penalty": -1.0}, "`penalty` has to be"),
+    "chunks": ({"prefill_chunk_size": 0}, "prefill_chunk_size=0"),
+    "a mask": (
+        {"attention_mask": torch.tensor([[1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])},
+        "attention_mask differs",
+    ),
+    "a mask of fewer columns": (
+        {"input_ids": torch.full((2, 4), 9), "attention_mask": torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])},
+        "attention_mask differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_call_forgets_nothing(case, beams):
+    ours, reference = pair("pre_norm", 1, 8)
+    inputs, new = ragged([5, 3]), torch.full((2, 2), 9)
+    past = ours(**inputs).past_key_values
+    past.batch_repeat_interleave(beams)
+    whole = {
+        "input_ids": torch.cat([inputs["input_ids"], new], dim=1),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1),
+    }
+    # The last of the prompts' tokens are forgotten.
+    fewer = {**whole, "attention_mask": whole["attention_mask"].index_fill(1, torch.tensor([4]), 0)}
+    options = {**GREEDY, "num_beams": beams, "eos_token_id": None}
+    arguments, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        generate(ours, {**options, **fewer, **arguments, "past_key_values": past})
+    assert past.get_seq_length() == 5 and past.lengths.tolist() == [5] * beams + [3] * beams
+    for asked in (whole, fewer):
+        mine = generate(ours, {**options, **asked, "past_key_values": copy.deepcopy(past)})
+        assert torch.equal(mine, generate(reference, {**options, **asked}))
+
+
+def test_a_cache_of_more_columns_than_the_prompt_is_cut_or_refused():
+    ours, reference = pair("pre_norm", 1, 3)
+    inputs = ragged([6, 4])
+    past = ours(**inputs).past_key_values
+    holed = {name: tensor[:, :5] for name, tensor in inputs.items()}
+    holed["attention_mask"] = holed["attention_mask"].index_fill(1, torch.tensor([2]), 0)
+    with pytest.raises(ValueError, match="attention_mask differs"):
+        generate(ours, {**holed, **GREEDY, "past_key_values": past})
+    assert past.lengths.tolist() == [6, 4]
+    shorter = {name: tensor[:, :5] for name, tensor in inputs.items()}
+    expected = generate(reference, {**shorter, **GREEDY})
+    assert torch.equal(generate(ours, {**shorter, **GREEDY, "past_key_values": past}), expected)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 50])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_chunks_change_nothing(chunk, side):
