@@ -61,8 +61,7 @@ def export_opt(
 
     Raises:
         ValueError: if the source is not an OPT, or does not fit `neuron_config`; DoesNotFitError if `neuron_config`
-            needs more memory than there is; CheckpointError if its weights do not
-            fit its config.json.
+            needs more memory than there is; CheckpointError if its weights do not fit its config.json.
         FileExistsError: if `output` holds anything but an export.
         OSError: if the source is not there, the disk is full, or another process is writing this output.
         RuntimeError: if the target is not to be had on this host.

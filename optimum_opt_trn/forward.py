@@ -80,7 +80,7 @@ class OPTForwardMixin:
             `SlotCache` (the one that was passed, grown), unless `use_cache` is False; `loss` with labels.
 
         Raises:
-            ValueError: for inputs that do not fit the export or each other.
+            ValueError: for inputs that do not fit the export or each other; `past_key_values` is then as it was.
             NotImplementedError: for attentions, hidden states, head masks and embeddings as inputs.
         """
         unserved = {
@@ -96,16 +96,21 @@ class OPTForwardMixin:
             return self.forward_slots(input_ids, position_ids, seq_ids, sampling_params)
         if seq_ids is not None:
             raise ValueError("seq_ids goes with sampling_params: pass both, or neither.")
-        cache = self.adopt(past_key_values, len(input_ids), attention_mask)
-        if cache is None:
-            mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config)
-        else:
-            mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, cache.columns)
-        self._check_positions(cache, mask, position_ids, cache_position)
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
+        cache = self.adopt(past_key_values, len(input_ids))
+        columns = torch.zeros(len(input_ids), 0, dtype=torch.bool) if cache is None else cache.columns
+        mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
+        if cache is not None and attention_mask is not None:
+            columns = cache.remasked(attention_mask)
+        _check_positions(columns, mask, position_ids, cache_position)
         if labels is not None:
             _check_labels(labels, mask)
-        # Checked before, so that bad inputs cost no one their slots.
-        cache = self.slots.lend(len(input_ids)) if cache is None else cache
+        # Checked before, so that bad inputs cost no one their slots, and no cache its tokens.
+        if cache is None:
+            cache = self.slots.lend(len(input_ids))
+        # Before the device runs: if that is interrupted, what is forgotten may be overwritten already.
+        cache.keep(columns)
         _, kept = self.feed(cache, input_ids, mask, logits_to_keep, Selection.greedy(len(input_ids)))
         logits = kept if logits_to_keep else _spread(kept, mask)
         loss = None
@@ -219,8 +224,8 @@ class OPTForwardMixin:
         kept = logits[slots[:, None], source.clamp(min=0)]
         return chosen[slots], torch.where((source < 0)[:, :, None], 0.0, kept)
 
-    def adopt(self, past: Cache | None, rows: int, attention_mask: Tensor | None) -> SlotCache | None:
-        """The caller's cache, with the columns that its mask counts; None if it is to be a new one.
+    def adopt(self, past: Cache | None, rows: int) -> SlotCache | None:
+        """The caller's cache, as it is; None if it is to be a new one.
 
         Raises:
             ValueError: for another model's cache, one that has lost its slots, or another number of rows.
@@ -241,28 +246,7 @@ class OPTForwardMixin:
         self.slots.check(past)
         if len(past.columns) != rows:
             raise ValueError(f"past_key_values holds {len(past.columns)} rows, and input_ids has {rows}.")
-        width = past.get_seq_length()
-        if attention_mask is not None and tuple(attention_mask[:, :width].shape) == tuple(past.columns.shape):
-            past.remask(attention_mask[:, :width].bool())
         return past
-
-    def _check_positions(
-        self, cache: SlotCache | None, mask: Tensor, position_ids: Tensor | None, cache_position: Tensor | None
-    ) -> None:
-        start = 0 if cache is None else cache.get_seq_length()
-        if cache_position is not None and cache_position.tolist() != [*range(start, start + mask.shape[1])]:
-            raise ValueError(
-                f"cache_position={cache_position.tolist()} does not follow the {start} columns of past_key_values: "
-                "leave it out."
-            )
-        if position_ids is not None:
-            filled = torch.zeros(len(mask), dtype=torch.int32) if cache is None else cache.lengths
-            expected = filled[:, None] + mask.cumsum(-1) - 1
-            if bool((mask & (position_ids != expected)).any()):
-                raise ValueError(
-                    "position_ids differ from those that follow from attention_mask, the only ones that an OPT knows: "
-                    "leave them out."
-                )
 
 
 def _at_the_end(logits: Tensor, keep: int) -> Tensor:
@@ -276,6 +260,25 @@ def _spread(kept: Tensor, mask: Tensor) -> Tensor:
     for row, real in enumerate(mask):
         logits[row, real] = kept[row, kept.shape[1] - int(real.sum()) :]
     return logits
+
+
+def _check_positions(
+    columns: Tensor, mask: Tensor, position_ids: Tensor | None, cache_position: Tensor | None
+) -> None:
+    """Of new columns `mask` behind `columns`, both bool, `(rows, width)` and `(rows, past width)`."""
+    start = columns.shape[1]
+    if cache_position is not None and cache_position.tolist() != [*range(start, start + mask.shape[1])]:
+        raise ValueError(
+            f"cache_position={cache_position.tolist()} does not follow the {start} columns of past_key_values: "
+            "leave it out."
+        )
+    if position_ids is not None:
+        expected = columns.sum(-1, keepdim=True) + mask.cumsum(-1) - 1
+        if bool((mask & (position_ids != expected)).any()):
+            raise ValueError(
+                "position_ids differ from those that follow from attention_mask, the only ones that an OPT knows: "
+                "leave them out."
+            )
 
 
 def _check_labels(labels: Tensor, mask: Tensor) -> None:

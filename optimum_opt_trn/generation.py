@@ -89,7 +89,8 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
         Raises:
             ValueError: for a prompt that is empty, too long, or holds ids outside of the vocabulary; for more tokens
-                than the export was made for; for more beams.
+                than the export was made for; for more beams; for options and a cache that do not fit. A cache that
+                was passed is then as it was.
             NotImplementedError: for what no export serves, by its name; see `REFUSED_OPTIONS`.
         """
         kwargs.update(zip(_ARGUMENTS, args, strict=False))
@@ -132,13 +133,13 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         """Greedy search and sampling, which transformers calls with what it prepared."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, rows = mask.bool(), len(input_ids)
-        cache = self.slots.lend(rows) if past_key_values is None else past_key_values
-        # Every row's last token is fed last of all (again, if it is in the cache): its logits are wanted.
-        end = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
-        cache.crop(min(end, cache.get_seq_length()))
         selector = make_selector(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.bool)
+        cache = self.slots.lend(rows) if past_key_values is None else past_key_values
+        # Every row's last token is fed last of all (again, if it is in the cache): its logits are wanted.
+        end = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
+        cache.keep(cache.remasked(mask)[:, :end])
         self._feed_ahead(cache, input_ids[:, :end], mask[:, :end], generation_config.prefill_chunk_size)
         start = cache.get_seq_length()
         new, counted = input_ids[:, start:], mask[:, start:]
@@ -197,7 +198,10 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Checks that what will be generated has room; the caller's cache, if it is one of ours, is gone on with."""
+        """Checks that what will be generated has room, and that the caller's cache, if it is one of ours, fits.
+
+        Nothing is forgotten yet: options that transformers looks at later may still be refused.
+        """
         mask = model_kwargs["attention_mask"]
         width, longest, limit = mask.shape[1], int(mask.sum(-1).max()), self.neuron_config.sequence_length
         added = (generation_config.max_length or 0) - width
@@ -212,8 +216,9 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
                 f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
                 "sequence_length."
             )
-        cache = self.adopt(model_kwargs.pop("past_key_values", None), len(mask), mask)
+        cache = self.adopt(model_kwargs.pop("past_key_values", None), len(mask))
         if cache is not None:
+            cache.remasked(mask)
             model_kwargs["past_key_values"] = cache
 
 
@@ -222,6 +227,8 @@ def _refuse(asked: GenerationConfig) -> None:
         value = getattr(asked, name, None)
         if value and value not in _HARMLESS.get(name, ()):
             raise NotImplementedError(f"generate() was asked for {name}={value!r}, which is not served: {reason}.")
+    if asked.prefill_chunk_size is not None and asked.prefill_chunk_size < 1:
+        raise ValueError(f"prefill_chunk_size={asked.prefill_chunk_size}: columns of a chunk, at least 1; or None.")
 
 
 def _inferred_mask(input_ids: Tensor, asked: GenerationConfig) -> Tensor | None:

@@ -23,7 +23,8 @@ def check_inputs(
 
     Args:
         input_ids: integers `(rows, width)`.
-        attention_mask: 1 (or True) for tokens that count; `(rows, past width + width)`, None for all.
+        attention_mask: 1 (or True) for tokens that count; `(rows, past width + width)`, None for all. Tokens of the
+            past that it does not count take no room.
         vocab_size: ids go from 0 to one less.
         neuron_config: of the export.
         past: the columns that are in the cache, bool `(rows, past width)`; None for none.
@@ -48,6 +49,7 @@ def check_inputs(
                 f"{'and past_key_values make' if width else 'has'} {expected}."
             )
         mask = attention_mask[:, width:].bool()
+        past = past & attention_mask[:, :width].bool()
     counts = mask.sum(-1)
     if len(mask) == 0 or int(counts.min()) == 0:
         row = 0 if len(mask) == 0 else int(counts.argmin())

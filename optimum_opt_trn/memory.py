@@ -8,7 +8,7 @@ constant. See docs/memory.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, cast
 
@@ -167,7 +167,7 @@ class MemoryPlan:
     graphs: dict[str, int]
     workspace: int
     reserve: int
-    scores: int = field(default=0)
+    scores: int = 0
 
     @property
     def total(self) -> int:

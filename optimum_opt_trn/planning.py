@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .instances import INSTANCES, Instance, find_instance
+from .instances import INSTANCES, GiB, Instance, find_instance
 from .memory import (
     MemoryPlan,
     Setup,
@@ -30,6 +30,12 @@ from .roofline import REALISTIC_SHARE, Roofline, roofline
 
 if TYPE_CHECKING:
     from transformers import OPTConfig
+
+
+# What splitting a checkpoint takes, whatever the model's size, for it goes by chunks of 16 MiB (checkpoint/source.py)
+# of which a few are there at a time. Measured: up to 135 MB from float32 to float16, up to 370 MB from float16 to
+# float32 (docs/checkpoints.md).
+SPLIT_BYTES = GiB // 2
 
 
 @dataclass(frozen=True)
@@ -113,14 +119,14 @@ class Plan:
     def host(self) -> dict[str, int]:
         """Bytes that the host needs: on disk for the split checkpoint, in memory to write it and to load it.
 
-        Estimates, to be added to some 0.4 GB of Python with torch. A checkpoint is written and read a file at a time;
-        to write one, its largest tensor is there in the source's dtype as well, float32 at most.
+        Estimates, to be added to some 0.4 GB of Python with torch. A checkpoint is written in chunks, and loaded to a
+        device a file at a time; on `cpu` it is mapped, and the cache and the workspace are what is loaded. (To write
+        one from files in PyTorch's format from before 1.6, such a file has to be in memory as well.)
         """
         setup = self.memory.setup
         total, largest_file = checkpoint_bytes(self.config, setup)
-        largest = max(prod(t.shape) for t in rank_tensors(self.config, replace(setup, tp_degree=1)))
         load = largest_file if self.memory.instance.on_neuron else self.memory.cache + self.memory.workspace
-        return {"disk": total, "split": largest_file + 4 * largest, "load": load}
+        return {"disk": total, "split": SPLIT_BYTES, "load": load}
 
     def to_dict(self) -> dict[str, Any]:
         """What `optimum-cli neuron plan --json` prints: bytes, seconds and tokens per second."""

@@ -51,22 +51,30 @@ class SlotCache(Cache):
         """Says that new columns, bool `(rows, n)`, have been written."""
         self._columns = torch.cat([self._columns, mask], dim=1)
 
-    def remask(self, mask: Tensor) -> None:
-        """Forgets tokens that the caller's mask, bool `(rows, width)`, does not count any more.
+    def remasked(self, mask: Tensor) -> Tensor:
+        """`columns` without the tokens that the caller's mask does not count any more; changes nothing, see `keep`.
+
+        Args:
+            mask: 1 (or True) for tokens that count, `(rows, n)`. Of n columns and those held, the fewer are compared
+                and returned.
 
         Raises:
             ValueError: if the mask counts columns that it did not before, or if a token that it still counts follows
                 one that it does not: what came after was computed with it.
         """
-        kept = self._columns & mask
+        held, mask = self._columns[:, : mask.shape[1]], mask[:, : self._columns.shape[1]].bool()
         # True from the first forgotten token on.
-        after = (self._columns & ~mask).cumsum(-1) > 0
-        if bool((mask & ~self._columns).any()) or bool((kept & after).any()):
+        after = (held & ~mask).cumsum(-1) > 0
+        if bool((mask & (after | ~held)).any()):
             raise ValueError(
                 "attention_mask differs from the one that the tokens in past_key_values were encoded with: pass the "
                 "same columns, or leave past_key_values out and encode the prompt again."
             )
-        self._columns = kept
+        return mask
+
+    def keep(self, columns: Tensor) -> None:
+        """Forgets all but `columns`, bool `(rows, n)`: the first n of what `remasked` gave."""
+        self._columns = columns
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` that need not be passed again, padding included as in transformers."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from conftest import KINDS, rounded, tiny_opt
+from scipy.stats import chisquare
 from torch import Tensor
 from transformers import LogitsProcessorList, OPTForCausalLM, StoppingCriteriaList, set_seed
 from transformers.generation import GenerationMixin
@@ -121,3 +122,20 @@ def assert_possible(reference: GenerationMixin, sequences: Tensor, options: dict
     # An assertion in there must not look like a call that transformers refuses.
     with torch.no_grad():
         reference.generate(custom_generate=follow, **rest)
+
+
+def assert_distributed(drawn: Tensor, scores: Tensor) -> None:
+    """Tokens, integers `(draws,)`, are drawn as the softmax of scores `(vocabulary,)` has it: a chi-square test.
+
+    Of right ones, one set of draws in a thousand fails; seeds are fixed.
+    """
+    probabilities, draws = torch.softmax(scores.double(), dim=-1), len(drawn)
+    counts = torch.bincount(drawn, minlength=len(scores))
+    assert counts[probabilities == 0].sum() == 0
+    # Rare tokens together, so that no expected count is too small for the test.
+    common = probabilities * draws >= 5
+    observed = [*counts[common].tolist(), int(counts[~common].sum())]
+    expected = [*(probabilities[common] * draws).tolist(), float(probabilities[~common].sum() * draws)]
+    if expected[-1] < 5:
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    assert chisquare(observed, expected).pvalue > 1e-3

@@ -95,6 +95,58 @@ def test_a_conversation_as_transformers_has_it():
     close(ours(again, mask[:, :6], past_key_values=past).logits, theirs)
 
 
+# A call that goes on with a cache of 4 columns, whose mask forgets the last of them, and one thing that is wrong.
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "an id": ({"input_ids": torch.tensor([[9, 10], [9, 500]])}, "Token id 500"),
+    "too long": (
+        {"input_ids": torch.full((2, 62), 9), "attention_mask": torch.tensor([[0, 0, 1, 0] + [1] * 62] * 2)},
+        "A row of 63 tokens.*62",
+    ),
+    "an empty row": ({"attention_mask": torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 0, 0]])}, "row 1 is empty"),
+    "a narrow mask": (
+        {"attention_mask": torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]])},
+        r"\(2, 4\), but.* make \(2, 6\)",
+    ),
+    "new columns' mask": ({"attention_mask": torch.ones(2, 2)}, r"\(2, 2\), but.* make \(2, 6\)"),
+    "a token behind": ({"attention_mask": torch.tensor([[0, 1, 0, 0, 1, 1], [1, 0, 1, 0, 1, 1]])}, "mask differs"),
+    "another column": ({"attention_mask": torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1]])}, "mask differs"),
+    "positions": ({"position_ids": torch.tensor([[3, 4], [4, 5]])}, "position_ids differ"),
+    "cache_position": ({"cache_position": torch.tensor([3, 4])}, "does not follow the 4 columns"),
+    "labels": ({"labels": torch.tensor([[9]])}, "labels has shape"),
+    "logits_to_keep": ({"logits_to_keep": -1}, "logits_to_keep=-1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_refused_call_forgets_nothing(case):
+    ours, reference = pair("pre_norm", 1, 3, 62)
+    first, mask = torch.tensor([[1, 5, 6, 7], [11, 12, 13, 14]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    past = ours(first, mask).past_key_values
+    new = {"input_ids": torch.tensor([[9, 10], [9, 10]]), "past_key_values": past}
+    shrunk = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1]])
+    arguments, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        ours(**{**new, "attention_mask": shrunk, **arguments})
+    whole = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], dim=1)
+    logits = ours(**new, attention_mask=whole).logits
+    close(logits[0], alone(reference, [5, 6, 7, 9, 10])[3:])
+    close(logits[1], alone(reference, [11, 12, 13, 14, 9, 10])[4:])
+    # And the call as it should have been.
+    past.crop(4)
+    logits = ours(**new, attention_mask=shrunk, position_ids=torch.tensor([[2, 3], [3, 4]])).logits
+    close(logits[0], alone(reference, [5, 6, 9, 10])[2:])
+    close(logits[1], alone(reference, [11, 12, 13, 9, 10])[3:])
+
+
+def test_forgotten_tokens_take_no_room():
+    ours, reference = pair("pre_norm", 1, 3, 62)
+    row = [*range(4, 64)]
+    past = ours(torch.tensor([row])).past_key_values
+    mask = torch.tensor([[1] * 40 + [0] * 20 + [1] * 22])
+    logits = ours(torch.tensor([row[-22:]]), mask, past_key_values=past).logits
+    close(logits[0], alone(reference, row[:40] + row[-22:])[40:])
+
+
 @pytest.mark.parametrize("lengths", [[6], [3, 6]])
 def test_loss_is_that_of_transformers(lengths):
     ours, reference = pair("pre_norm", 2, 3)

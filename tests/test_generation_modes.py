@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from against_transformers import assert_possible, assert_same, generate, pair, ragged
+from against_transformers import assert_distributed, assert_possible, assert_same, generate, pair, ragged
 from conftest import KINDS, SHIPPED_MODEL, rounded
-from scipy.stats import chisquare
 from test_generation_random import Shift, StopAt
 from torch import Tensor
 from transformers import (
@@ -187,21 +186,12 @@ def test_samples_are_possible(mode):
 )
 def test_the_host_draws_with_the_distribution_of_transformers(options):
     ours, reference = pair("pre_norm", 1, 250, 16)
-    ids, draws = torch.tensor([[9, 8, 7]]), 2000
+    ids = torch.tensor([[9, 8, 7]])
     options = {"do_sample": True, "max_new_tokens": 1, "eos_token_id": None, "pad_token_id": 1, **options}
     set_seed(0)
     scores = reference.generate(ids, **options, output_scores=True, return_dict_in_generate=True).scores[0]
     set_seed(1)
-    drawn = ours.generate(ids, num_return_sequences=draws, **options)[:, -1]
-    probabilities = torch.softmax(scores[0].double(), dim=-1)
-    counts = torch.bincount(drawn, minlength=128)
-    assert counts[probabilities == 0].sum() == 0
-    common = probabilities * draws >= 5
-    observed = [*counts[common].tolist(), int(counts[~common].sum())]
-    expected = [*(probabilities[common] * draws).tolist(), float(probabilities[~common].sum() * draws)]
-    if expected[-1] < 5:
-        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
-    assert chisquare(observed, expected).pvalue > 1e-3
+    assert_distributed(ours.generate(ids, num_return_sequences=2000, **options)[:, -1], scores[0])
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams returned", "guidance", "scores and logits", "min_length"])
@@ -289,6 +279,60 @@ def test_beams_of_a_conversation():
         alone = {"input_ids": out.sequences, "past_key_values": out.past_key_values, **GREEDY, "eos_token_id": None}
         results[-1] = torch.cat([results[-1], generate(model, alone)])
     assert torch.equal(*results)
+
+
+# Options that are refused, some by transformers, after it has prepared the cache.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no room": ({"max_new_tokens": 64}, "do not fit the sequence_length=64"),
+    "no tokenizer": ({"stop_strings": ["x"]}, "tokenizer"),
+    "a processor": ({"repetition_penalty": -1.0}, "`penalty` has to be"),
+    "chunks": ({"prefill_chunk_size": 0}, "prefill_chunk_size=0"),
+    "a mask": (
+        {"attention_mask": torch.tensor([[1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])},
+        "attention_mask differs",
+    ),
+    "a mask of fewer columns": (
+        {"input_ids": torch.full((2, 4), 9), "attention_mask": torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1]])},
+        "attention_mask differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_call_forgets_nothing(case, beams):
+    ours, reference = pair("pre_norm", 1, 8)
+    inputs, new = ragged([5, 3]), torch.full((2, 2), 9)
+    past = ours(**inputs).past_key_values
+    past.batch_repeat_interleave(beams)
+    whole = {
+        "input_ids": torch.cat([inputs["input_ids"], new], dim=1),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1),
+    }
+    # The last of the prompts' tokens are forgotten.
+    fewer = {**whole, "attention_mask": whole["attention_mask"].index_fill(1, torch.tensor([4]), 0)}
+    options = {**GREEDY, "num_beams": beams, "eos_token_id": None}
+    arguments, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        generate(ours, {**options, **fewer, **arguments, "past_key_values": past})
+    assert past.get_seq_length() == 5 and past.lengths.tolist() == [5] * beams + [3] * beams
+    for asked in (whole, fewer):
+        mine = generate(ours, {**options, **asked, "past_key_values": copy.deepcopy(past)})
+        assert torch.equal(mine, generate(reference, {**options, **asked}))
+
+
+def test_a_cache_of_more_columns_than_the_prompt_is_cut_or_refused():
+    ours, reference = pair("pre_norm", 1, 3)
+    inputs = ragged([6, 4])
+    past = ours(**inputs).past_key_values
+    holed = {name: tensor[:, :5] for name, tensor in inputs.items()}
+    holed["attention_mask"] = holed["attention_mask"].index_fill(1, torch.tensor([2]), 0)
+    with pytest.raises(ValueError, match="attention_mask differs"):
+        generate(ours, {**holed, **GREEDY, "past_key_values": past})
+    assert past.lengths.tolist() == [6, 4]
+    shorter = {name: tensor[:, :5] for name, tensor in inputs.items()}
+    expected = generate(reference, {**shorter, **GREEDY})
+    assert torch.equal(generate(ours, {**shorter, **GREEDY, "past_key_values": past}), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50])

@@ -7,6 +7,8 @@ from conftest import KINDS, tiny_config
 from test_memory import INF2, OPT_13B, OPT_66B
 from transformers import OPTConfig
 
+from optimum_opt_trn.checkpoint.source import CHUNK_BYTES
+from optimum_opt_trn.instances import GiB
 from optimum_opt_trn.memory import Setup, checkpoint_bytes, plan_memory
 from optimum_opt_trn.planning import OPTShape, choose_plan, plan_everywhere, read_shape
 
@@ -84,3 +86,18 @@ def test_json_has_what_callers_read_and_adds_up():
     assert (values["max_batch_size"], values["max_sequence_length"]) == (2, 1941)
     assert values["decode_tokens_per_second_realistic"] < values["decode_tokens_per_second"]
     assert sum(values["weights_by_part"].values()) == values["weights_bytes_per_core"]
+
+
+def test_the_host_splits_a_model_of_any_size_in_as_much_memory():
+    plans = [
+        choose_plan(config, Setup(), name, None) for config in (OPT_13B, OPT_66B) for name in ("inf2.48xlarge", "cpu")
+    ]
+    assert {plan.host["split"] for plan in plans} == {GiB // 2}
+    assert plans[0].host["split"] > 9 * CHUNK_BYTES  # what waits to be hashed and written, and what is being cast
+    for plan in plans:
+        total, largest = checkpoint_bytes(plan.config, plan.memory.setup)
+        assert plan.host["disk"] == total
+        on_neuron = plan.memory.instance.on_neuron
+        assert plan.host["load"] == (largest if on_neuron else plan.memory.cache + plan.memory.workspace)
+    values = plans[0].to_dict()
+    assert (values["host_bytes_to_split"], values["host_bytes_to_load"]) == (GiB // 2, plans[0].host["load"])

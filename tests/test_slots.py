@@ -225,12 +225,22 @@ def test_tokens_forgotten_by_the_mask(slots):
     cache = slots.lend(2)
     cache.append(torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]]).bool())
     assert cache.lengths.tolist() == [3, 3]
-    cache.remask(torch.tensor([[0, 1, 1, 0], [1, 1, 0, 1]]).bool())
+    fewer = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 1]])
+    assert torch.equal(cache.remasked(fewer), fewer.bool())
+    assert cache.lengths.tolist() == [3, 3]
+    cache.keep(cache.remasked(fewer))
     assert cache.lengths.tolist() == [2, 3] and cache.get_seq_length() == 4
     for bad in ([[1, 1, 1, 0], [1, 1, 0, 1]], [[0, 1, 1, 1], [1, 1, 0, 1]], [[0, 0, 1, 0], [1, 1, 0, 1]]):
         with pytest.raises(ValueError, match="attention_mask differs"):
-            cache.remask(torch.tensor(bad).bool())
-    assert cache.lengths.tolist() == [2, 3]
+            cache.remasked(torch.tensor(bad))
+    # Of more columns than it holds, or fewer, those are compared that both have.
+    wider = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 1, 1]])
+    for width in (2, 3, 5):
+        assert torch.equal(cache.remasked(wider[:, :width]), fewer[:, :width].bool())
+        wrong = wider[:, :width].index_fill(1, torch.tensor([0]), 1)
+        with pytest.raises(ValueError, match="attention_mask differs"):
+            cache.remasked(wrong)
+    assert cache.lengths.tolist() == [2, 3] and cache.get_seq_length() == 4
     cache.reset()
     assert cache.get_seq_length() == 0 and not cache.is_initialized
 

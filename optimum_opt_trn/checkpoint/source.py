@@ -22,7 +22,7 @@ from .forms import Readers, open_file, open_tensor, read_index
 from .layout import TensorSpec, checkpoint_files
 
 
-# What of a tensor is read, cast, checked and written at a time.
+# What of a tensor is read, cast, checked and written at a time, in the wider of the source's dtype and the output's.
 CHUNK_BYTES = 16 << 20
 
 # transformers-neuronx's split form: a directory of this name with a file for each tensor, and their names in a JSON.
@@ -170,7 +170,7 @@ class WeightSource:
                 after the cast.
         """
         tensor = self._tensor(name, spec)
-        row_bytes = max(1, tensor[0].numel() * tensor.element_size())
+        row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), spec.dtype(amp).itemsize))
         for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
             try:
                 cast = rows.to("cpu", spec.dtype(amp)).contiguous()

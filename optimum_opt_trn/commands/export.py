@@ -215,7 +215,7 @@ def _export(
     """Checks everything, then exports.
 
     Raises:
-        ValueError: if the model is not an OPT, or an option does not fit it.
+        ValueError: if the model is not an OPT, an option does not fit it, or the device's memory is too small.
         OSError: if the model cannot be found, or the output cannot be written.
         TargetError: if the target is not to be had on this host, or refuses the model.
     """
@@ -223,7 +223,6 @@ def _export(
     from ..configuration_opt import normalize_dtype
     from ..export import export_opt
     from ..modeling_neuron_opt import NeuronOPTForCausalLM
-    from ..targets import get_target
 
     named = [
         normalize_dtype(value, option)
@@ -236,7 +235,6 @@ def _export(
     neuron_config = NeuronOPTForCausalLM.get_neuron_config(
         model, config=config, revision=revision, amp=named[0] if named else None, **options
     )
-    get_target(neuron_config)
     how: dict[str, Any] = {"eager": eager, "force": force, "revision": revision, "cache_dir": cache_dir}
     export_opt(model, output, neuron_config, config=config, **how)
     print(f"Exported to {output}. Try it: optimum_opt_trn.pipeline('text-generation', {str(output)!r})")

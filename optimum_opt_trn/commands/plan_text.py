@@ -62,13 +62,11 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _host(plan: Plan) -> Iterator[str]:
-    host, instance = plan.host, plan.memory.instance
+    host = plan.host
     disk, split, load = (host[name] / GiB for name in ("disk", "split", "load"))
     yield f"disk                           {disk:.1f} GiB for the split checkpoint, beside the source"
-    total = f"of {instance.host_bytes / GiB:.0f} GiB"
+    total = f"of {plan.memory.instance.host_bytes / GiB:.0f} GiB"
     yield f"host memory                    {split:.1f} GiB to split, {load:.1f} GiB to load, {total}"
-    if instance.on_neuron and instance.host_bytes < host["split"]:
-        yield "                               too little to split it there: do that on another host"
 
 
 def _speed(plan: Plan) -> Iterator[str]:

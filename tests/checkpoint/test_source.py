@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTForCausalLM
 
 from optimum_opt_trn import CheckpointError
+from optimum_opt_trn.checkpoint import source as source_module
 from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
 from optimum_opt_trn.checkpoint.source import LocalFiles, WeightSource, open_directory, open_files, open_model
 from optimum_opt_trn.checkpoint.split import write_split
@@ -56,6 +57,18 @@ def test_loaded_model(kind, dtype):
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) and after[name].dtype == dtype for name, tensor in before.items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("amp", [torch.float32, torch.float16])
+def test_a_chunk_is_small_before_and_after_the_cast(dtype, amp, monkeypatch):
+    monkeypatch.setattr(source_module, "CHUNK_BYTES", 1024)
+    model = tiny_opt().to(dtype)
+    spec = checkpoint_files(model.config)["layer_000.safetensors"][FC1]
+    chunks = [*open_model(model).chunks(FC1, spec, amp)]
+    # 96 rows of 64: four of them are 1024 bytes of float32, eight in 16 bits.
+    assert [len(chunk) for chunk in chunks] == ([4] * 24 if torch.float32 in (dtype, amp) else [8] * 12)
+    assert torch.equal(torch.cat(chunks), model.state_dict()[FC1].to(amp))
 
 
 def save_old_split(model: OPTForCausalLM, directory) -> None:

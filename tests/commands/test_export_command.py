@@ -131,6 +131,16 @@ def test_user_errors(cli, source, tmp_path, capsys, arguments, words):
     assert all(word in error for word in words), error
 
 
+def test_what_cannot_fit_is_said_before_what_is_not_installed(cli, source, tmp_path, capsys):
+    options = ["-m", source, "--instance_type", "trn1", "--tensor_parallel_size", "2", "--eager"]
+    large = ["--batch_size", str(10**7)]
+    error = error_of(lambda: cli(*options, *large, tmp_path / "out"), capsys, tmp_path)
+    assert "batch_size=10000000" in error and "Choose batch_size=" in error and "--force" in error
+    for others in (["--batch_size", "2"], [*large, "--force"]):
+        error = error_of(lambda others=others: cli(*options, *others, tmp_path / "out"), capsys, tmp_path)
+        assert "the Neuron SDK" in error and "instance_type='cpu'" in error
+
+
 def test_another_model_type(cli, tmp_path, capsys):
     BertConfig().save_pretrained(tmp_path / "bert")
     error = error_of(lambda: cli("-m", tmp_path / "bert", tmp_path / "out"), capsys, tmp_path)

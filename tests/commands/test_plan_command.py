@@ -68,6 +68,7 @@ def test_the_table_says_what_goes_where_in_100_columns(opt_13b, plan):
         assert next(line for line in lines if line.strip().startswith("free ")).endswith(verdict)
         assert all(part in text for part in (*shown, "inf2.48xlarge", "trn2.48xlarge"))
     assert "longest sequence that fits     1941 positions at batch size 3" in text
+    assert "host memory                    0.5 GiB to split, 0.6 GiB to load, of 32 GiB" in text
 
 
 def test_the_dtypes_change_the_bytes(opt_13b, plan):
