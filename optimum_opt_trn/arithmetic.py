@@ -54,4 +54,4 @@ class Arithmetic:
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
         normed = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + LAYER_NORM_EPS)
-        return normed if weight is None else normed * weight + bias
+        return normed if weight is None or bias is None else normed * weight + bias

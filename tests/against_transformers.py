@@ -139,3 +139,14 @@ def assert_distributed(drawn: Tensor, scores: Tensor) -> None:
     if expected[-1] < 5:
         observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
     assert chisquare(observed, expected).pvalue > 1e-3
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal numbers, rounded to `dtype`."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_rounded(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    """`actual` is float32, and `exact`, float64, up to float32 rounding."""
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)

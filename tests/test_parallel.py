@@ -90,17 +90,19 @@ def test_column_parallel_is_the_dense_product(world, seed, rows, n_in, part, wit
 @pytest.mark.parametrize("world", WORLDS)
 @settings(deadline=None, max_examples=8)
 @given(seeds, sizes, sizes, sizes, st.booleans())
-def test_row_parallel_is_the_dense_product_with_one_bias(world, seed, rows, n_out, part, with_bias):
+def test_row_parallel_is_the_dense_product_with_one_bias_and_residual(world, seed, rows, n_out, part, with_bias):
     x, weight = random(seed, 2, rows, part * world), random(seed + 1, n_out, part * world)
-    # Large, so that a bias that every rank adds could not be missed.
+    # Large, so that what every rank adds could not be missed.
     bias = 100 + random(seed + 2, n_out) if with_bias else None
+    residual = 1000 + random(seed + 3, 2, rows, n_out)
 
     def product(group: RankGroup) -> Tensor:
         inputs = shards(x, 2, world, group.ranks)
-        return group.row(inputs, shards(weight, 1, world, group.ranks), None if bias is None else [bias])
+        biases = None if bias is None else [bias]
+        return group.row(inputs, shards(weight, 1, world, group.ranks), biases, residual)
 
     for y in every_way(product, world):
-        torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(y, F.linear(x, weight, bias) + residual, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -132,7 +134,7 @@ def test_a_rank_without_its_weight_is_an_error():
     group = RankGroup(world_size=2, ranks=(0, 1))
     weight = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="shorter"):
-        group.row([torch.zeros(1, 4)] * 2, [weight], None)
+        group.row([torch.zeros(1, 4)] * 2, [weight], None, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="shorter"):
         group.column(torch.zeros(1, 4), [weight] * 2, [torch.zeros(3)])
 

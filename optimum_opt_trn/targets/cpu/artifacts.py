@@ -29,7 +29,7 @@ def write_artifacts(directory: Path, eager: bool) -> None:
     if not eager:
         try:
             compile_kernels(library)
-            artifacts[LIBRARY_NAME] = {"bytes": library.stat().st_size, "sha256": sha256(library)}
+            artifacts[LIBRARY_NAME] = _entry(library)
         except CompileError as error:
             logger.warning(
                 f"The kernels could not be compiled ({error}), so this export will run eagerly, correct and slower. "
@@ -78,3 +78,7 @@ def check_artifacts(directory: Path) -> Path | None:
             f"{library} is missing or not what the manifest says: export the model again, or load it with eager=True."
         )
     return library
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

@@ -227,22 +227,26 @@ void many_rows(const Product<T>& p) {
   });
 }
 
+void check_dtype(const char* name, at::ScalarType dtype) {
+  TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat, name, " is ", dtype,
+              ", not float16, bfloat16 or float32");
+}
+
 // Calls `run` with a null pointer of the C++ type of `dtype`.
 template <typename F>
-void with_dtype(at::ScalarType dtype, const char* name, F&& run) {
+void with_dtype(at::ScalarType dtype, F&& run) {
   if (dtype == at::kHalf)
     run(static_cast<at::Half*>(nullptr));
   else if (dtype == at::kBFloat16)
     run(static_cast<at::BFloat16*>(nullptr));
-  else {
-    TORCH_CHECK(dtype == at::kFloat, name, " is ", dtype, ", not float16, bfloat16 or float32");
+  else
     run(static_cast<float*>(nullptr));
-  }
 }
 
 // x float32 (..., k), weight (n, k), bias (n,) of weight's dtype, residual float32 (..., n) -> float32 (..., n)
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
               const std::optional<Tensor>& residual) {
+  check_dtype("weight", weight.scalar_type());
   TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1, "weight is not a matrix of contiguous rows");
   const int64_t n = weight.size(0), k = weight.size(1);
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() > 0 && x.size(-1) == k,
@@ -256,7 +260,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     TORCH_CHECK(residual->scalar_type() == at::kFloat && residual->is_contiguous() && residual->sizes() == shape,
                 "residual is not contiguous float32 ", shape);
   Tensor y = at::empty(shape, x.options());
-  with_dtype(weight.scalar_type(), "weight", [&]<typename T>(T*) {
+  with_dtype(weight.scalar_type(), [&]<typename T>(T*) {
     const Output<T> output{bias ? bias->const_data_ptr<T>() : nullptr, relu,
                            residual ? residual->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(), n};
     const Product<T> product{
@@ -326,6 +330,7 @@ void attend_head(const float* query, float scale, const C* keys, const C* values
 // slots, positions: int64 (tokens,), the tokens of a slot adjacent. Returns float32 (tokens, heads * d).
 Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tensor& keys, Tensor& values,
               const Tensor& slots, const Tensor& positions, double scale) {
+  check_dtype("the cache", keys.scalar_type());
   TORCH_CHECK(keys.dim() == 4 && keys.stride(3) == 1 && keys.sizes() == values.sizes() &&
                   keys.strides() == values.strides() && keys.scalar_type() == values.scalar_type(),
               "keys and values are not alike, or not (slots, heads, c, d) with contiguous rows");
@@ -347,7 +352,7 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tenso
   const int64_t count = runs.size();
   runs.push_back(tokens);
   Tensor mixed = at::empty_like(query);
-  with_dtype(keys.scalar_type(), "the cache", [&]<typename C>(C*) {
+  with_dtype(keys.scalar_type(), [&]<typename C>(C*) {
     const float *q = query.const_data_ptr<float>(), *k = key.const_data_ptr<float>(),
                 *v = value.const_data_ptr<float>();
     C *all_keys = keys.mutable_data_ptr<C>(), *all_values = values.mutable_data_ptr<C>();

@@ -13,8 +13,8 @@ from ...modeling_opt import OPTRankProgram
 from ...parallel import RankGroup
 from ...sampling import Selection, select_tokens
 from ..base import Runtime
-from .attention import PackedAttention
 from .kernels import KernelArithmetic
+from .packed_attention import PackedAttention
 
 
 class CPURuntime(Runtime):

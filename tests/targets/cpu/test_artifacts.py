@@ -1,6 +1,5 @@
 """Artifacts on disk: the manifest decides whether they may be used, and nothing broken is."""
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -8,20 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHIPPED_MODEL, tiny_config, tiny_opt
+from conftest import SHIPPED_MODEL, tiny_opt
 from torch._inductor import config as inductor_config
 from torch._inductor import cpp_builder
 from transformers import AutoTokenizer
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
-from optimum_opt_trn.targets.cpu.artifacts import _graph_key, load_stages
-from optimum_opt_trn.targets.cpu.compiler import has_compiler
-from optimum_opt_trn.targets.cpu.stages import Stages
+from optimum_opt_trn.targets.cpu.artifacts import check_artifacts
+from optimum_opt_trn.targets.cpu.kernels import SOURCE
 
 
 PROMPTS = torch.tensor([[2, 17, 99, 4, 56], [2, 5, 6, 7, 8]])
-STAGES = [field.name for field in dataclasses.fields(Stages)]
 
 
 @pytest.fixture
@@ -33,19 +30,7 @@ def source(save_opt) -> Path:
 
 @pytest.fixture
 def exported(source, tmp_path) -> Path:
-    """An export whose manifest lists artifacts, all as they should be but for their content.
-
-    What is tested here is decided before a compiled stage is opened; opening and running them is test_stages.py's.
-    """
-    config = OPTNeuronConfig(batch_size=2, sequence_length=64)
-    output = export_opt(source, tmp_path / "out", config, eager=True)
-    artifacts = {}
-    for name in STAGES:
-        content = name.encode() * 100
-        (output / "compiled" / f"{name}.pt2").write_bytes(content)
-        artifacts[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    change_manifest(output, artifacts=artifacts)
-    return output
+    return export_opt(source, tmp_path / "out", OPTNeuronConfig(batch_size=2, sequence_length=64))
 
 
 def manifest_of(output: Path) -> dict:
@@ -90,7 +75,10 @@ def test_manifest(exported):
     manifest = manifest_of(exported)
     assert manifest["host"]["torch"] == torch.__version__
     assert manifest["host"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
-    assert len(manifest["graph"]) == 64
+    assert manifest["source"] == hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+    library = (exported / "compiled" / "kernels.so").read_bytes()
+    entry = {"bytes": len(library), "sha256": hashlib.sha256(library).hexdigest()}
+    assert manifest["artifacts"] == {"kernels.so": entry}
 
 
 @pytest.mark.parametrize(
@@ -112,15 +100,14 @@ def test_another_host(key, value, exported, caplog):
     assert_runs_eagerly(exported, caplog, f"it was compiled for {key} {value} (here {here[key]})")
 
 
-def test_other_graphs(exported, caplog):
-    change_manifest(exported, graph="0" * 64)
-    assert_runs_eagerly(exported, caplog, "compiled for other shapes, or by another version of optimum_opt_trn")
+def test_other_kernels(exported, caplog):
+    change_manifest(exported, source="0" * 64)
+    assert_runs_eagerly(exported, caplog, "compiled by another version of optimum_opt_trn")
 
 
-@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "changed"])
-def test_damaged_artifact(damage, name, exported):
-    file = exported / "compiled" / f"{name}.pt2"
+def test_damaged_kernels(damage, exported):
+    file = exported / "compiled" / "kernels.so"
     content = bytearray(file.read_bytes())
     if damage == "missing":
         file.unlink()
@@ -131,7 +118,7 @@ def test_damaged_artifact(damage, name, exported):
     else:
         content[50] ^= 1
         file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}\.pt2 is missing or not what the manifest says.*eager=True"):
+    with pytest.raises(CheckpointError, match=r"kernels\.so is missing or not what the manifest says.*eager=True"):
         NeuronOPTForCausalLM.from_pretrained(exported)
     generate(NeuronOPTForCausalLM.from_pretrained(exported, eager=True))  # the way out
 
@@ -155,15 +142,12 @@ def test_truncated_manifest(length, exported):
     "change",
     [
         lambda m: m.pop("host"),
-        lambda m: m.pop("graph"),
+        lambda m: m.pop("source"),
         lambda m: m.pop("artifacts"),
         lambda m: m.update(host="x86"),
-        lambda m: m.update(artifacts=["head"]),
-        lambda m: m["artifacts"].pop("head"),
-        lambda m: m["artifacts"].update(more=m["artifacts"]["head"]),
-        lambda m: m["artifacts"].update({"../head": m["artifacts"].pop("head")}),
-        lambda m: m["artifacts"]["context_layer"].pop("sha256"),
-        lambda m: m["artifacts"].update(context_layer=None),
+        lambda m: m.update(artifacts=["kernels.so"]),
+        lambda m: m["artifacts"].update(more=m["artifacts"]["kernels.so"]),
+        lambda m: m["artifacts"].update({"../kernels.so": m["artifacts"].pop("kernels.so")}),
     ],
 )
 def test_manifest_of_another_form(change, exported):
@@ -171,36 +155,13 @@ def test_manifest_of_another_form(change, exported):
     change(manifest)
     (exported / "compiled" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="manifest.json is missing or broken"):
-        load_stages(tiny_config(), OPTNeuronConfig(batch_size=2, sequence_length=64), exported / "compiled")
-
-
-def test_graph_key_tells_what_graphs_depend_on():
-    config, options = tiny_config(), {"batch_size": 2, "sequence_length": 64}
-    keys = {
-        "same": _graph_key(tiny_config(), OPTNeuronConfig(**options)),
-        # These change no graph: one compiled layer serves any depth, and a checkpoint's name is only a name.
-        "depth": _graph_key(tiny_config(num_hidden_layers=9), OPTNeuronConfig(**options)),
-        "name": _graph_key(config, OPTNeuronConfig(**options, checkpoint_id="a/b", checkpoint_revision="0")),
-    }
-    assert set(keys.values()) == {_graph_key(config, OPTNeuronConfig(**options))}
-    others = [
-        *(_graph_key(config, OPTNeuronConfig(**{**options, **change})) for change in (
-            {"batch_size": 3}, {"sequence_length": 65}, {"tp_degree": 2}, {"amp": "bf16"}, {"kv_cache_dtype": "f32"},
-            {"max_topk": 5},
-        )),
-        *(_graph_key(tiny_config(**change), OPTNeuronConfig(**options)) for change in (
-            {"vocab_size": 127}, {"ffn_dim": 92}, {"num_attention_heads": 2}, {"word_embed_proj_dim": 32},
-            {"hidden_size": 128, "num_attention_heads": 8}, {"do_layer_norm_before": False}, {"enable_bias": False},
-            {"layer_norm_elementwise_affine": False}, {"activation_function": "gelu"}, {"tie_word_embeddings": False},
-            {"_remove_final_layer_norm": True},
-        )),
-    ]  # fmt: skip
-    assert len({*keys.values(), *others}) == 1 + len(others)
+        check_artifacts(exported / "compiled")
 
 
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
-    """A PATH without any program on it."""
+    """A PATH without any program on it, and nothing that was compiled before."""
+    monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels.cached_assets_path", lambda *_: tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.setenv("PATH", str(empty))
@@ -211,10 +172,9 @@ def no_compiler(monkeypatch, tmp_path):
 
 
 def test_export_without_a_compiler(source, tmp_path, caplog, no_compiler):
-    assert not has_compiler()
     output = export_opt(source, tmp_path / "out", OPTNeuronConfig(batch_size=2, sequence_length=64))
     messages = warnings_in(caplog)
     assert len(messages) == 1
-    assert messages[0].startswith("No C++ compiler was found") and "export again" in messages[0]
+    assert "no C++ compiler was found" in messages[0] and "export again" in messages[0]
     assert manifest_of(output)["artifacts"] == {}
     assert_runs_eagerly(output, caplog, "it was exported without compilation")

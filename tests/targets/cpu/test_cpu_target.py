@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import KINDS, rounded, tiny_opt
 from transformers import set_seed
 
 from optimum_opt_trn import NeuronOPTForCausalLM
+from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
 
 
 OPTIONS = {"batch_size": 2, "sequence_length": 96, "kv_cache_dtype": "f32"}
@@ -25,15 +27,10 @@ def test_compiled_equals_transformers_and_eager(kind, tp_degree, save_opt, tmp_p
     source = tiny_opt(**KINDS[kind])
     path = save_opt(source)
     model = NeuronOPTForCausalLM.from_pretrained(path, tp_degree=tp_degree, **OPTIONS)
-    assert {file.name for file in (model.directory / "compiled").glob("*.pt2")} == {
-        "context_layer.pt2",
-        "token_layer.pt2",
-        "head.pt2",
-    }
+    assert isinstance(model.runtime.program.arithmetic, KernelArithmetic)
     ids = torch.tensor([[1, 1, 1, 9, 8, 7], [40, 41, 42, 43, 44, 45]])
     mask = (ids != 1).long()
     ours = model.generate(ids, attention_mask=mask, **GREEDY)
-    # 73 positions cross from the cache bucket of 64 to that of 96.
     assert torch.equal(ours, rounded(source).generate(ids, attention_mask=mask, **GREEDY))
     with torch.no_grad():
         theirs = rounded(source)(ids[1:]).logits
@@ -57,10 +54,11 @@ def test_compiled_with_16_bit_caches_is_within_tolerance(save_opt):
     assert (model(ids).logits - theirs).abs().max() < 2e-2 * theirs.std()
 
 
-def test_a_batch_beyond_the_fused_rows_is_compiled_too(save_opt):
+@pytest.mark.parametrize("batch", [9, 50])
+def test_batches_beyond_few_rows(batch, save_opt):
     source = tiny_opt()
-    model = NeuronOPTForCausalLM.from_pretrained(save_opt(source), **OPTIONS | {"batch_size": 9})
-    ids = torch.randint(4, 128, (9, 5), generator=torch.Generator().manual_seed(0))
+    model = NeuronOPTForCausalLM.from_pretrained(save_opt(source), **OPTIONS | {"batch_size": batch})
+    ids = torch.randint(4, 128, (batch, 5), generator=torch.Generator().manual_seed(0))
     options = GREEDY | {"max_new_tokens": 20}
     assert torch.equal(model.generate(ids, **options), rounded(source).generate(ids, **options))
 
@@ -86,10 +84,36 @@ def test_loads_and_runs_without_a_compiler(save_opt, tmp_path):
     assert done.stdout.strip() == str(expected[0])
 
 
-def test_compiled_files_do_not_grow_with_depth(save_opt):
-    sizes = []
-    for layers in (2, 6):
-        path = save_opt(tiny_opt(num_hidden_layers=layers), name=f"layers{layers}")
-        model = NeuronOPTForCausalLM.from_pretrained(path, **OPTIONS)
-        sizes.append({file.name: file.stat().st_size for file in (model.directory / "compiled").glob("*.pt2")})
-    assert sizes[0] == sizes[1]
+def test_one_compiled_file_serves_every_model(save_opt):
+    """Of any depth, shape and export option: nothing is compiled twice on a host."""
+    kernels = []
+    for index, kind in enumerate(KINDS):
+        path = save_opt(tiny_opt(**KINDS[kind]), name=kind)
+        model = NeuronOPTForCausalLM.from_pretrained(path, **OPTIONS | {"batch_size": 1 + index})
+        kernels.append({file.name: file.read_bytes() for file in (model.directory / "compiled").glob("*.so")})
+    assert list(kernels[0]) == ["kernels.so"] and all(each == kernels[0] for each in kernels)
+
+
+def test_what_overflowed_in_a_slot_does_not_reach_its_next_user(save_opt):
+    source = tiny_opt()
+    decoder = source.model.decoder
+    with torch.no_grad():  # the first layer's values of token 77, and of no other, overflow float16
+        decoder.embed_tokens.weight[77] = 0
+        decoder.embed_tokens.weight[77, 0] = 1000
+        value = decoder.layers[0].self_attn.v_proj.weight
+        value[0] = 0
+        value[0, 0] = 16000 / decoder.layers[0].self_attn_layer_norm.weight[0]
+    path = save_opt(source)
+    for eager in (False, True):
+        model = NeuronOPTForCausalLM.from_pretrained(path, batch_size=1, sequence_length=64, eager=eager)
+
+        def next_user(model=model) -> torch.Tensor:
+            past = model(torch.tensor([[5, 6, 7]]), logits_to_keep=1).past_key_values
+            return model(torch.tensor([[8]]), past_key_values=past).logits
+
+        expected = next_user()
+        assert expected.isfinite().all()
+        with contextlib.suppress(RuntimeError):  # another user of the slot, whose own logits are NaN
+            model(torch.tensor([[9] * 39 + [77]]), logits_to_keep=1)
+        assert model.runtime.cache[0].values[0].isinf().any()
+        assert torch.equal(next_user(), expected)

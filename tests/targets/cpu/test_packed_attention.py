@@ -1,0 +1,79 @@
+"""Packed tokens attend as they do in static shapes, whichever way is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from against_transformers import random
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_opt_trn.attention import StaticAttention
+from optimum_opt_trn.kv_cache import LayerCache
+from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
+from optimum_opt_trn.targets.cpu.packed_attention import LONG_RUN, PackedAttention
+
+
+SLOTS, HEADS, LENGTH, SIZE = 4, 2, 48, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory) -> None:
+    file = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    compile_kernels(file)
+    load_kernels(file)
+
+
+def caches(dtype: torch.dtype) -> LayerCache:
+    return LayerCache(*([random(seed, SLOTS, HEADS, LENGTH, SIZE, dtype=dtype)] for seed in (1, 2)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.booleans(), st.sampled_from([torch.float32, torch.float16]))
+def test_as_in_static_shapes(data, kernels, dtype):
+    """Row by row, and all rows packed."""
+    slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=SLOTS, unique=True))
+    counts = [data.draw(st.sampled_from([1, 2, 5, LONG_RUN - 1, LONG_RUN, 24])) for _ in slots]
+    starts = [data.draw(st.sampled_from([0, 1, 9, 24])) for _ in slots]
+    query, key, value = (random(seed, sum(counts), HEADS * SIZE) for seed in (3, 4, 5))
+    row_by_row, packed = caches(dtype), caches(dtype)
+    expected, positions, begin = torch.empty_like(query), [], 0
+    for slot, start, count in zip(slots, starts, counts, strict=True):
+        rows = slice(begin, begin := begin + count)
+        positions += range(start, start + count)
+        one = [[cache[0][slot : slot + 1]] for cache in (row_by_row.keys, row_by_row.values)]
+        places = torch.arange(start, start + count, dtype=torch.int32)[None]
+        attend = StaticAttention(*one, places, prompt=start == 0, scale=0.5)
+        expected[rows] = attend(0, *(x[None, rows] for x in (query, key, value)))[0]
+    owners = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
+    attention = PackedAttention(owners, torch.tensor(positions), max(counts), 0.5, kernels, torch.float32)
+    mixed = attention.over(packed)(0, query, key, value)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(packed.keys[0], row_by_row.keys[0]) and torch.equal(packed.values[0], row_by_row.values[0])
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_token_that_is_repeated_counts_once(kernels):
+    """As rows of `extend` are filled up."""
+    query, key, value = (random(seed, 3, HEADS * SIZE).repeat_interleave(2, 0)[1:] for seed in (3, 4, 5))
+    results = []
+    for rows in ([0, 1, 3], [0, 1, 2, 3, 4]):
+        cache = caches(torch.float32)
+        places = torch.tensor([5, 6, 6, 7, 7])[rows]
+        attention = PackedAttention(torch.ones_like(places), places, len(rows), 0.5, kernels, torch.float32)
+        results.append((attention.over(cache)(0, query[rows], key[rows], value[rows])[-1], cache.keys[0]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("count", [1, LONG_RUN])
+def test_what_a_slots_last_user_left_is_not_read(kernels, count):
+    cache = caches(torch.float16)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("inf"))
+    query, key, value = (random(seed, count, HEADS * SIZE) for seed in (3, 4, 5))
+    attention = PackedAttention(
+        torch.zeros(count, dtype=torch.long), torch.arange(count), count, 0.5, kernels, torch.float32
+    )
+    assert attention.over(cache)(0, query, key, value).isfinite().all()
