@@ -11,7 +11,7 @@ from ...checkpoint import load_weights
 from ...configuration_opt import OPTNeuronConfig
 from ...parallel import RankGroup
 from ..base import CHECKPOINT_DIR, COMPILED_DIR, Runtime, Target
-from .artifacts import check_artifacts, write_artifacts
+from .artifacts import find_kernels, write_artifacts
 from .kernels import KernelArithmetic, load_kernels
 from .runtime import CPURuntime
 
@@ -23,7 +23,7 @@ class CPUTarget(Target):
         write_artifacts(directory / COMPILED_DIR, eager)
 
     def load(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> Runtime:
-        library = None if eager else check_artifacts(directory / COMPILED_DIR)
+        library = None if eager else find_kernels(directory / COMPILED_DIR)
         if library is not None:
             load_kernels(library)
         arithmetic = Arithmetic() if library is None else KernelArithmetic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def write_artifacts(directory: Path, eager: bool) -> None:
     artifacts: dict[str, dict[str, Any]] = {}
     if not eager:
         try:
-            compile_kernels(library)
+            shutil.copyfile(compile_kernels(), library)
             artifacts[LIBRARY_NAME] = _entry(library)
         except CompileError as error:
             logger.warning(
@@ -39,8 +40,10 @@ def write_artifacts(directory: Path, eager: bool) -> None:
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def check_artifacts(directory: Path) -> Path | None:
-    """The compiled kernels; None, with one warning, where they cannot be used on this host.
+def find_kernels(directory: Path) -> Path | None:
+    """The export's kernels; others, compiled here and now, where those are for another host or version.
+
+    None, with one warning, where there are none, or none can be compiled.
 
     Raises:
         CheckpointError: if the manifest or the kernels are missing or broken.
@@ -60,10 +63,12 @@ def check_artifacts(directory: Path) -> Path | None:
     differing = [f"{key} {host.get(key)} (here {here[key]})" for key in here if host.get(key) != here[key]]
     if not artifacts:
         reason = "it was exported without compilation"
-    elif source != source_hash():
-        reason = "its kernels were compiled by another version of optimum_opt_trn"
-    elif differing:
-        reason = "it was compiled for " + ", ".join(differing)
+    elif source != source_hash() or differing:
+        made_for = f"for {', '.join(differing)}" if differing else "by another version of optimum_opt_trn"
+        try:
+            return compile_kernels()
+        except CompileError as error:
+            reason = f"its kernels were compiled {made_for}, and could not be compiled again ({error})"
     if reason:
         logger.warning(
             f"{directory.parent} runs eagerly, correct and slower: {reason}. To compile it, export it here."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -62,8 +61,8 @@ def source_hash() -> str:
     return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
 
 
-def compile_kernels(file: Path) -> None:
-    """Writes the kernels, compiled for this host, to `file`; what was compiled before is taken from a cache.
+def compile_kernels() -> Path:
+    """The kernels, compiled for this host, in a cache: what was compiled before is there already.
 
     The cache is a folder of huggingface_hub's assets (`HF_ASSETS_CACHE`, else within `HF_HOME`); it may be deleted at
     any time.
@@ -81,7 +80,7 @@ def compile_kernels(file: Path) -> None:
             made = Path(scratch) / LIBRARY_NAME
             _compile([_compiler(), *flags, str(SOURCE), *_libraries(), "-o", str(made)])
             os.replace(made, library)
-    shutil.copyfile(library, file)
+    return library
 
 
 def load_kernels(file: Path) -> None:

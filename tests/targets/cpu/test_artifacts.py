@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
-from optimum_opt_trn.targets.cpu.artifacts import check_artifacts
-from optimum_opt_trn.targets.cpu.kernels import SOURCE
+from optimum_opt_trn.targets.cpu.artifacts import find_kernels
+from optimum_opt_trn.targets.cpu.kernels import SOURCE, KernelArithmetic
 
 
 PROMPTS = torch.tensor([[2, 17, 99, 4, 56], [2, 5, 6, 7, 8]])
@@ -91,18 +91,30 @@ def test_manifest(exported):
         ("cpu_flags", "0" * 16),
     ],
 )
-def test_another_host(key, value, exported, caplog):
+def test_another_host(key, value, exported, caplog, monkeypatch):
     here = manifest_of(exported)["host"]
     host = {**here, key: value}
     if value is None:
         del host[key]
     change_manifest(exported, host=host)
-    assert_runs_eagerly(exported, caplog, f"it was compiled for {key} {value} (here {here[key]})")
+    assert_compiled_again_or_eager(exported, caplog, monkeypatch, f"for {key} {value} (here {here[key]})")
 
 
-def test_other_kernels(exported, caplog):
+def test_other_kernels(exported, caplog, monkeypatch):
     change_manifest(exported, source="0" * 64)
-    assert_runs_eagerly(exported, caplog, "compiled by another version of optimum_opt_trn")
+    assert_compiled_again_or_eager(exported, caplog, monkeypatch, "by another version of optimum_opt_trn")
+
+
+def assert_compiled_again_or_eager(output: Path, caplog, monkeypatch, reason: str) -> None:
+    (output / "compiled" / "kernels.so").write_bytes(b"for another host")
+    caplog.clear()
+    model = NeuronOPTForCausalLM.from_pretrained(output)
+    assert isinstance(model.runtime.program.arithmetic, KernelArithmetic) and not warnings_in(caplog)
+    generate(model)
+    # Where it cannot be compiled.
+    monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels.cached_assets_path", lambda *_: output)
+    monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels._compiler", lambda: "false")
+    assert_runs_eagerly(output, caplog, f"its kernels were compiled {reason}, and could not be compiled again (false")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "changed"])
@@ -155,7 +167,7 @@ def test_manifest_of_another_form(change, exported):
     change(manifest)
     (exported / "compiled" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="manifest.json is missing or broken"):
-        check_artifacts(exported / "compiled")
+        find_kernels(exported / "compiled")
 
 
 @pytest.fixture

@@ -18,10 +18,8 @@ SLOTS, HEADS, LENGTH, SIZE = 4, 2, 48, 8
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory) -> None:
-    file = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    compile_kernels(file)
-    load_kernels(file)
+def kernels() -> None:
+    load_kernels(compile_kernels())
 
 
 def caches(dtype: torch.dtype) -> LayerCache:
