@@ -62,7 +62,7 @@ class PackedAttention:
             used = int(places[-1]) + 1
             # What later steps will read: keys and values as the cache rounds them.
             q, k, v = (x[None].to(self.compute_dtype) for x in (q, keys[slot, :, :used], values[slot, :, :used]))
-            prompt = len(places) == used
+            prompt = int(places[0]) == 0 and len(places) == used
             seen = None if prompt else torch.arange(used) <= places[:, None]
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=prompt, scale=self.scale)
             mixed[tokens] = attended[0].transpose(0, 1).flatten(1)

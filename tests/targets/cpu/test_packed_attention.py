@@ -51,13 +51,18 @@ def test_as_in_static_shapes(data, kernels, dtype):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_a_token_that_is_repeated_counts_once(kernels):
+@pytest.mark.parametrize(
+    ("positions", "plain"),
+    [([5, 6, 6, 7, 7], [0, 1, 3]), ([1, 1], [0]), ([3, 3, 3, 3], [0]), ([0, 0], [0]), ([0, 1, 1], [0, 1])],
+)
+def test_a_token_that_is_repeated_counts_once(positions, plain, kernels):
     """As rows of `extend` are filled up."""
-    query, key, value = (random(seed, 3, HEADS * SIZE).repeat_interleave(2, 0)[1:] for seed in (3, 4, 5))
+    tokens = torch.tensor(positions) - positions[0]
+    query, key, value = (random(seed, len(positions), HEADS * SIZE)[tokens] for seed in (3, 4, 5))
     results = []
-    for rows in ([0, 1, 3], [0, 1, 2, 3, 4]):
+    for rows in (plain, list(range(len(positions)))):
         cache = caches(torch.float32)
-        places = torch.tensor([5, 6, 6, 7, 7])[rows]
+        places = torch.tensor(positions)[rows]
         attention = PackedAttention(torch.ones_like(places), places, len(rows), 0.5, kernels, torch.float32)
         results.append((attention.over(cache)(0, query[rows], key[rows], value[rows])[-1], cache.keys[0]))
     for one, other in zip(*results, strict=True):
