@@ -6,8 +6,9 @@ inference that OpenVINO is asked for; all else is its default for latency.
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import openvino
-import optimum.intel.version
 import torch
 import transformers
 from optimum.intel import OVModelForCausalLM
@@ -19,7 +20,7 @@ class Peer(Runner):
     def versions(self) -> dict[str, str]:
         return {
             "openvino": openvino.__version__,
-            "optimum-intel": optimum.intel.version.__version__,
+            "optimum-intel": importlib.metadata.version("optimum-intel"),
             "transformers": transformers.__version__,
         }
 

@@ -18,7 +18,7 @@ from .environments import EnvironmentFailed
 from .pairs import Pairs, Plan, Probe
 from .records import Record, Records
 from .report import write_report
-from .workers import ContenderFailed, Worker, Workplace, fresh_cache
+from .workers import ContenderFailed, Worker, Workplace, fresh_cache, keep_fresh_cache
 
 
 # Of one timed run of decoding: some 0.1 to 1 s of a 2-core machine.
@@ -95,7 +95,7 @@ class Session:
         self.say(f"{shape}: making the checkpoint")
         checkpoint = make_checkpoint(shape, folder / "checkpoint")
         pairs = Pairs(shape, shape_options(shape), checkpoint, self.place, self.probe, self.say)
-        self.about["agreement"][shape] = pairs.agreement
+        self.about["agreement"][shape], self.about["versions"][shape] = pairs.agreement, pairs.versions
         if "export" in self.choice.figures:
             self._attempt(shape, "export", lambda: self._time_exports(shape, checkpoint, folder))
         selected = {name: contenders for name, contenders in groups().items() if name in self.choice.groups}
@@ -109,7 +109,6 @@ class Session:
 
                 if not self._attempt(shape, name, measure):
                     break  # it will not run with more rows
-                self.about["versions"].update(pairs.versions)
             if not self.keep:
                 # Conversions that no later group needs; the groups of one conversion follow each other.
                 later = {
@@ -154,7 +153,11 @@ class Session:
             return
         self.say(f"{shape}: converting to {target.name}")
         arguments = (contender, self.place, source, target, batch, length)
-        seconds = _ask_once(*arguments, **(fresh_cache(self.place) if contender.is_ours else {}))
+        if contender.is_ours:
+            seconds = _ask_once(*arguments, **fresh_cache(self.place))
+            keep_fresh_cache(self.place)  # for the exports that follow
+        else:
+            seconds = _ask_once(*arguments)
         self.records.add(Record(shape, "export", contender.name, "convert", runs=[seconds]))
 
     def _time_exports(self, shape: str, checkpoint: Path, folder: Path) -> None:

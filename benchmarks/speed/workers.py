@@ -19,6 +19,7 @@ from .environments import environment
 
 
 BENCHMARKS = Path(__file__).parent.parent
+FRESH = Path("caches", "fresh")
 
 
 class ContenderFailed(RuntimeError):
@@ -164,6 +165,12 @@ class Worker:
 
 def fresh_cache(place: Workplace) -> dict[str, str]:
     """Variables with which a worker finds nothing compiled before."""
-    cache = place.directory / "caches" / "fresh"
+    cache = place.directory / FRESH
     shutil.rmtree(cache, ignore_errors=True)
     return {"HF_ASSETS_CACHE": str(cache / "assets"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+
+
+def keep_fresh_cache(place: Workplace) -> None:
+    """Lets later workers find what one with a fresh cache compiled."""
+    for made in (place.directory / FRESH).glob("*"):
+        shutil.copytree(made, place.directory / "caches" / made.name, dirs_exist_ok=True)
