@@ -117,8 +117,8 @@ def _choice(given: argparse.Namespace) -> Choice:
     )
 
 
-def main() -> int:
-    given = parse()
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and temporary folders go, too
     with ExitStack() as stack:
         directory = given.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="decode-cpu-")))
