@@ -36,7 +36,8 @@ def draw(records: Records, file: Path) -> None:
             _panel(panel, records, shape, batch)
     handles = [Patch(color=OURS), Patch(color=PEER), Line2D([], [], color=FLOOR)]
     labels = ["ours, beside the peer below it", "peer", "bytes to read / bandwidth of the probe"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    columns = 1 if len(batches) == 1 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     figure.suptitle("Decode, ms a step (medians; each pair measured in turns)")
     figure.savefig(file, format=file.suffix[1:], dpi=150)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -54,12 +55,10 @@ class Workplace:
         return {
             **os.environ,
             "PYTHONPATH": str(BENCHMARKS),
-            "OMP_NUM_THREADS": str(self.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_ASSETS_CACHE": str(caches / "assets"),
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-            "TMPDIR": str(self.directory / "temporary"),
         }
 
 
@@ -86,6 +85,9 @@ class Worker:
         threads = max(1, place.threads // contender.processes)
         self.contender, self.patience = contender, place.patience
         self._log = place.directory / "logs" / f"{contender.name}.log"
+        # What the contender leaves there goes with it: gigabytes, of some converters.
+        self._temporary = tempfile.mkdtemp(dir=place.directory / "temporary")
+        own = {"OMP_NUM_THREADS": str(threads), "TMPDIR": self._temporary}
         started = time.perf_counter()
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
@@ -95,7 +97,7 @@ class Worker:
                 stderr=log,
                 text=True,
                 cwd=place.directory,
-                env={**place.variables(), "OMP_NUM_THREADS": str(threads), **variables},
+                env={**place.variables(), **own, **variables},
             )
         self.versions: dict[str, str] = self._answer()["versions"]
         self.seconds = time.perf_counter() - started
@@ -155,6 +157,7 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def __enter__(self) -> Worker:
         return self
