@@ -40,13 +40,13 @@ DEFAULT_SHAPES = [shape for shape in SHAPES if shape != "tiny"]
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # torchrun cannot be served yet, so it is measured only where it is named.
-    default_groups = [name for name in groups() if name != "torchrun"]
+    # torchrun cannot be served yet, and Inductor's search takes minutes for each batch size and context.
+    default_groups = [name for name in groups() if name != "torchrun" and "-tuned-" not in name]
     what = parser.add_argument_group("what to measure")
     what.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, choices=list(SHAPES), metavar="SHAPE",
                       help=f"of {', '.join(SHAPES)} (default: all but tiny)")  # fmt: skip
     what.add_argument("--peers", nargs="+", default=default_groups, choices=list(groups()), metavar="PEER",
-                      help=f"of {', '.join(groups())} (default: all but torchrun)")  # fmt: skip
+                      help=f"of {', '.join(groups())} (default: all but torchrun and transformers-tuned-*)")  # fmt: skip
     what.add_argument("--figures", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="FIGURE",
                       help=f"of {', '.join(FIGURES)} (default: all)")  # fmt: skip
     what.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N",
@@ -71,7 +71,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="for checkpoints and conversions, some 10 GB for 1.3b and 25 GB for 2.7b "
                        "(default: a temporary one)")  # fmt: skip
     where.add_argument("--keep", action="store_true",
-                       help="leave them there; what is there is used again")  # fmt: skip
+                       help="leave them there; what is there is used again, our exports too: remove them "
+                       "(SHAPE/ours-*) after a change of the library")  # fmt: skip
     where.add_argument("--environments", type=Path, default=HERE / ".venv",
                        help="for the peers' virtual environments, which stay (default: benchmarks/.venv)")  # fmt: skip
     where.add_argument("--in_place", action="store_true",
