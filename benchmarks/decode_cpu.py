@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, choices=list(SHAPES), metavar="SHAPE",
                       help=f"of {', '.join(SHAPES)} (default: all but tiny)")  # fmt: skip
     what.add_argument("--peers", nargs="+", default=default_groups, choices=list(groups()), metavar="PEER",
-                      help=f"of {', '.join(groups())} (default: all but torchrun and transformers-tuned-*)")  # fmt: skip
+                      help=f"of {', '.join(groups())} (default: without torchrun, transformers-tuned-*)")  # fmt: skip
     what.add_argument("--figures", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="FIGURE",
                       help=f"of {', '.join(FIGURES)} (default: all)")  # fmt: skip
     what.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N",
