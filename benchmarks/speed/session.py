@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def _ask_once(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with Worker(contender, place, **variables) as worker:
+        with Worker(replace(contender, processes=1), place, **variables) as worker:
             arguments = {"source": str(source), "directory": str(partial), "batch_size": batch, "length": length}
             seconds = worker.ask("convert", **arguments)[0]
         os.rename(partial, target)
