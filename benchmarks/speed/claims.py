@@ -1,0 +1,152 @@
+"""What is claimed of the CPU target, held against what was measured: pass, short, or not measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from peers import PEERS
+
+from .records import Record, Records
+
+
+PASS, SHORT, UNKNOWN = "pass", "short", "not measured"
+BASE, BASE_BF16 = "ours-f16", "ours-bf16"
+# Compile times are equal if they differ by no more, relatively or in seconds.
+EQUAL, EQUAL_SECONDS = 0.15, 2.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A line with its numbers and its verdict."""
+
+    text: str
+    numbers: str
+    verdict: str
+
+    def __str__(self) -> str:
+        return f"[{self.verdict}] {self.text}: {self.numbers}" if self.numbers else f"[{self.verdict}] {self.text}"
+
+
+def _judge(text: str, value: float | None, limit: float, numbers: str = "", at_most: bool = False) -> Claim:
+    if value is None:
+        return Claim(text, numbers, UNKNOWN)
+    holds = value <= limit if at_most else value >= limit
+    return Claim(text, numbers, PASS if holds else SHORT)
+
+
+def check(records: Records) -> list[Claim]:
+    """Every line, in the order of the issue's."""
+    return [
+        *_decoding(records),
+        _against("125m: 1.5 times the fastest 16- or 32-bit peer, batch 1", records, "125m", 1, 1.5, floats()),
+        _prefill(records, BASE, "f32"),
+        _prefill(records, BASE_BF16, "bf16"),
+        _loading(records),
+        _exporting(records),
+        _compiling(records),
+        *_parallel(records),
+    ]
+
+
+def floats() -> list[str]:
+    return [name for name, peer in PEERS.items() if peer.weights != "int8"]
+
+
+def _decoding(records: Records) -> Iterator[Claim]:
+    sixteen = [name for name, peer in PEERS.items() if peer.weights in ("f16", "bf16")]
+    for shape in ("1.3b", "2.7b"):
+        for batch in (1, 2):
+            runs = _shortest(records, shape, batch)
+            shares = [share for record in runs for share in record.shares]
+            share = statistics.median(shares) if shares else None
+            shown = f"{share:.0%} ({len(shares)} runs)" if share is not None else ""
+            yield _judge(f"{shape}: 80 % of the probe's bandwidth, batch {batch}", share, 0.8, shown)
+        for batch in (1, 2, 4, 8):
+            times = 1.3 if batch <= 2 else 1.2
+            text = f"{shape}: {times} times the fastest peer with 16-bit weights, batch {batch}"
+            yield _against(text, records, shape, batch, times, sixteen)
+
+
+def _shortest(records: Records, shape: str, batch: int, contender: str = BASE) -> list[Record]:
+    """Records of decoding at the shortest context, in every group."""
+    found = records.select(shape=shape, contender=contender, figure="decode", batch=batch)
+    return [record for record in found if record.length == min(r.length for r in found)]
+
+
+def _against(
+    text: str, records: Records, shape: str, batch: int, times: float, peers: Iterable[str], base: str = BASE
+) -> Claim:
+    lengths = [record.length for record in _shortest(records, shape, batch, base)]
+    if not lengths:
+        return Claim(text, "", UNKNOWN)
+    wanted = {"shape": shape, "figure": "decode", "batch": batch, "length": lengths[0]}
+    return _fastest(text, records, base, list(peers), times, wanted)
+
+
+def _fastest(text: str, records: Records, base: str, peers: list[str], times: float, wanted: dict) -> Claim:
+    """Whether the nearest of `peers` takes so many times as long as `base` did beside it."""
+    ratios = {peer: records.ratio(base, peer, group=peer, **wanted) for peer in peers}
+    known = {peer: ratio for peer, ratio in ratios.items() if ratio is not None}
+    if not known:
+        return Claim(text, "", UNKNOWN)
+    fastest = min(known, key=lambda peer: known[peer])
+    runs = len(records.select(contender=fastest, group=fastest, **wanted)[0].runs)
+    shown = f"{known[fastest]:.2f} times {fastest} ({runs} runs each; {len(known)} of {len(peers)} peers measured)"
+    return _judge(text, known[fastest], times, shown)
+
+
+def _prefill(records: Records, base: str, compute: str) -> Claim:
+    peers = [name for name in floats() if PEERS[name].compute == compute]
+    text = f"1.3b: a prompt of 512 no slower than the fastest peer that computes in {compute}, {base}"
+    return _fastest(text, records, base, peers, 1.0, {"shape": "1.3b", "figure": "prefill", "batch": 1, "length": 512})
+
+
+def _loading(records: Records) -> Claim:
+    """Load and first token together, imports left out; run by run."""
+    summed = Records()
+    for load in records.select(shape="1.3b", figure="load", batch=1):
+        first = records.one(shape="1.3b", figure="first", batch=1, group=load.group, contender=load.contender)
+        if first is not None:
+            runs = [a + b for a, b in zip(load.runs, first.runs, strict=True)]
+            summed.add(Record("1.3b", load.group, load.contender, "loaded", runs=runs))
+    text = "1.3b: loaded to first token in a quarter of the fastest peer's time"
+    return _fastest(text, summed, BASE, list(PEERS), 4.0, {"shape": "1.3b", "figure": "loaded"})
+
+
+def _exporting(records: Records) -> Claim:
+    text = "1.3b: exported no slower than the fastest converting peer converts"
+    ours = records.one(shape="1.3b", contender=BASE, figure="convert")
+    theirs = [r for r in records.select(shape="1.3b", figure="convert") if r.contender in PEERS]
+    if ours is None or not theirs:
+        return Claim(text, "", UNKNOWN)
+    fastest = min(theirs, key=lambda record: record.median)
+    shown = f"{ours.median:.1f} s, {fastest.contender} {fastest.median:.1f} s ({len(ours.runs)} and "
+    return _judge(text, ours.median, fastest.median, shown + f"{len(fastest.runs)} runs)", at_most=True)
+
+
+def _compiling(records: Records) -> Claim:
+    text = "1.3b: compile time flat in depth"
+    found = sorted(records.select(shape="1.3b", figure="compile"), key=lambda record: record.length)
+    if len(found) < 2:
+        return Claim(text, "", UNKNOWN)
+    seconds = [record.median for record in found]
+    apart = max(seconds) - min(seconds)
+    shown = ", ".join(f"{record.length} layers {record.median:.1f} s" for record in found)
+    return _judge(text, apart, max(EQUAL * max(seconds), EQUAL_SECONDS), shown, at_most=True)
+
+
+def _parallel(records: Records) -> Iterator[Claim]:
+    for group, contender, limit, where in (
+        ("tensor-parallel", "ours-f16-tp2", 1.05, "in one process"),
+        ("tensor-parallel", "ours-f16-tp4", 1.05, "in one process"),
+        ("torchrun", "ours-f16-torchrun2", 1.15, "in two processes"),
+    ):
+        for shape in ("125m", "1.3b"):
+            found = records.select(shape=shape, group=group, contender=contender, figure="decode", batch=1)
+            text = f"{shape}: {contender} within {limit - 1:.0%} of one rank, {where}"
+            wanted = {"length": found[0].length} if found else {}
+            ratio = records.ratio(BASE, contender, shape=shape, group=group, figure="decode", batch=1, **wanted)
+            shown = f"{ratio:.3f} times ({len(found[0].runs)} runs each)" if ratio is not None else ""
+            yield _judge(text, ratio, limit, shown, at_most=True)
