@@ -88,8 +88,8 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     embedded = indices + tokens * (4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
     # Attention: query, key, value, and what is mixed of the values. Of a slot and rank at a time, keys and values as
-    # the cache has them, in float32; flash attention's result, a float32 for each query and head, and the result of the
-    # slot before.
+    # the cache has them, in float32; flash attention's result, a float32 for each query and head, and the result of
+    # the slot before.
     attended = held + normed + 4 * hidden
     heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
     converted = 2 if setup.cache_bytes < _F32 else 0
