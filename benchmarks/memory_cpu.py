@@ -1,18 +1,21 @@
 """The memory plan against what the CPU target holds: a table of predicted and measured bytes over a grid of shapes.
 
-    python benchmarks/memory_cpu.py            # the grid of docs/memory.md, some ten minutes
-    python benchmarks/memory_cpu.py --small    # two shapes, which a test runs
+    python benchmarks/memory_cpu.py                         # the grid of docs/memory.md, some ten minutes
+    python benchmarks/memory_cpu.py --hidden 512 --amp f16  # a part of it
+    python benchmarks/memory_cpu.py --small                 # two shapes, which a test runs
 
-For each shape a checkpoint is written and loaded eagerly, in a process of its own, and every weight and cache tensor
-is touched. Columns, in MB (10^6):
+For each shape a checkpoint is written and loaded with the compiled kernels, in a process of its own and on one thread,
+and every weight and cache tensor is touched. Columns, in MB (10^6):
 
 - predicted: weights and cache, by the plan;
 - tensors: bytes of the tensors that the runtime holds;
 - resident: pages of the mapped checkpoint that are resident, and the growth of anonymous memory (/proc/self/smaps,
   /proc/self/status);
-- workspace: predicted, and the growth of the process's peak while it runs the longest prompt.
+- workspace: predicted, and the growth of the process's peak while it runs the longest prompt;
+- peak: how far the plan's total is from resident and measured workspace together.
 
-Exit status 1 if tensors or resident bytes are more than 2 % from the prediction.
+With --eager it runs without the kernels, which the workspace is not planned for. Exit status 1 if tensors or resident
+bytes are more than 2 % from the prediction.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ from optimum_opt_trn.targets.cpu.runtime import CPURuntime
 
 TOLERANCE = 0.02
 # hidden -> (units of the MLP, layers), of such sizes that 2 % are more than Python's own objects take, some 1 to 3 MB.
-SHAPES = {256: (16384, 8), 512: (2048, 12), 768: (3072, 12), 1024: (4096, 8)}
+# The last has the width of OPT-1.3B, and with it the workspace.
+SHAPES = {256: (16384, 8), 512: (2048, 12), 768: (3072, 12), 1024: (4096, 8), 2048: (8192, 2)}
 AMPS = ("f16", "bf16", "f32")
 
 
@@ -61,25 +65,26 @@ def shape(hidden: int) -> OPTConfig:
     )
 
 
-def write_checkpoint(config: OPTConfig, amp: str, directory: Path) -> None:
+def write_export(config: OPTConfig, amp: str, directory: Path, eager: bool) -> None:
     specs = {name: spec for file in checkpoint_files(config).values() for name, spec in file.items()}
     readers = {name: (lambda spec=spec: torch.full(spec.shape, 0.01)) for name, spec in specs.items()}
-    amp_dtype = OPTNeuronConfig(amp=amp).amp_dtype
+    neuron_config = OPTNeuronConfig(amp=amp)
     source = WeightSource([Piece(lambda: readers, lambda names: "constant")], "constant weights")
-    write_split(source, config, directory / CHECKPOINT_DIR, amp_dtype)
+    write_split(source, config, directory / CHECKPOINT_DIR, neuron_config.amp_dtype)
+    get_target(neuron_config).compile(config, neuron_config, directory, eager)
 
 
-def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path) -> dict[str, int]:
+def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> dict[str, int]:
     """Bytes that the loaded export in `directory` holds and needs."""
     # Freed blocks go back to the system, so that what is resident is what is in use: those of before, and each one of
     # 64 KiB or more at once (mallopt's M_MMAP_THRESHOLD is -3).
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 64 * 1024)
-    _load(config, neuron_config, directory)  # what a first time allocates for good is no part of it
+    _load(config, neuron_config, directory, eager)  # what a first time allocates for good is no part of it
     gc.collect()
     libc.malloc_trim(0)
     before = _status("RssAnon")
-    runtime, tensors, caches = _load(config, neuron_config, directory)
+    runtime, tensors, caches = _load(config, neuron_config, directory, eager)
     # A tied head is the embedding; both parts list it.
     distinct = {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in (*tensors, *caches)}
     resident = _resident_of(directory) + _status("RssAnon") - before
@@ -95,10 +100,10 @@ def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path) 
 
 
 def _load(
-    config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path
+    config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool
 ) -> tuple[CPURuntime, list[torch.Tensor], list[torch.Tensor]]:
     """The loaded export, its weights and its caches, each of them touched."""
-    runtime = get_target(neuron_config).load(config, neuron_config, directory, eager=True)
+    runtime = get_target(neuron_config).load(config, neuron_config, directory, eager)
     parts = [runtime.weights.embed, runtime.weights.head, *runtime.weights.layers]
     tensors = [tensor for part in parts for shards in part.values() for tensor in shards]
     caches = [tensor for layer in runtime.cache for tensor in (*layer.keys, *layer.values)]
@@ -144,30 +149,41 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="two shapes")
-    small = parser.parse_args().small
+    parser.add_argument("--hidden", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--amp", nargs="+", choices=AMPS, default=AMPS)
+    parser.add_argument("--tp", type=int, nargs="+", default=(1, 2, 4))
+    parser.add_argument("--batch", type=int, nargs="+", default=(1, 3))
+    parser.add_argument("--length", type=int, default=512, help="of slots and prompts (default: 512)")
+    parser.add_argument("--eager", action="store_true", help="without the kernels")
+    options = parser.parse_args()
+    eager: bool = options.eager
     torch.set_num_threads(1)
-    if small:
+    if options.small:
         configs, amps, degrees, batches, length = [shape(512)], ("f16",), (1, 2), (3,), 256
     else:
-        configs, amps, degrees, batches, length = [shape(hidden) for hidden in SHAPES], AMPS, (1, 2, 4), (1, 3), 512
+        configs, amps, length = [shape(hidden) for hidden in options.hidden], options.amp, options.length
+        degrees, batches = options.tp, options.batch
     host, failed = this_host(), 0
-    print("| hidden | layers | amp | tp | batch | predicted | tensors | resident | off by | workspace | measured |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| width | layers | amp | tp | batch | predicted | tensors | resident | off by | workspace | measured | peak |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for config, amp in itertools.product(configs, amps):
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch)
-            in_a_process(write_checkpoint, config, amp, directory)
+            in_a_process(write_export, config, amp, directory, eager)
             for degree, batch in itertools.product(degrees, batches):
                 neuron_config = OPTNeuronConfig(batch_size=batch, sequence_length=length, tp_degree=degree, amp=amp)
                 plan = plan_memory(config, Setup.of(neuron_config), host)
                 predicted = sum(plan.weights.values()) + plan.cache
-                found = in_a_process(measure, config, neuron_config, directory)
+                found = in_a_process(measure, config, neuron_config, directory, eager)
                 off = max((found[key] / predicted - 1 for key in ("tensors", "resident")), key=abs)
                 failed += abs(off) > TOLERANCE
                 shown = " | ".join(f"{n / 1e6:.1f}" for n in (predicted, found["tensors"], found["resident"]))
                 spent = " | ".join(f"{n / 1e6:.1f}" for n in (plan.workspace, found["workspace"]))
+                peak = (found["resident"] + found["workspace"]) / plan.total - 1
                 cells = (config.hidden_size, config.num_hidden_layers, amp, degree, batch, shown, f"{off:+.2%}", spent)
-                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+                print(f"| {' | '.join(map(str, cells))} | {peak:+.2%} |", flush=True)
     print(f"{failed} beyond {TOLERANCE:.0%}" if failed else f"all within {TOLERANCE:.0%}")
     return 1 if failed else 0
 

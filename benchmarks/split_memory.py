@@ -10,7 +10,7 @@ safetensors file, one pytorch_model.bin. Each is split by `save_pretrained_split
 `OPTForCausalLM.from_pretrained(low_cpu_mem_usage=True).save_pretrained`, unless --ours. Then the split checkpoint is
 loaded at tensor-parallel degrees 1, 2 and 4. Memory is RssAnon of /proc/PID/status, read every few milliseconds from
 outside: what a process has that is no file's, so that the kernel cannot drop it. It includes the interpreter and the
-libraries, a few hundred megabytes.
+libraries, a few hundred megabytes, which the first line says; the seconds do not include loading them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from pathlib import Path
 
 
 SPLIT = """
-import sys, time, optimum_opt_trn, optimum_opt_trn.checkpoint
+import sys, time
+from optimum_opt_trn import save_pretrained_split
 source, output, amp = sys.argv[1:]
 start = time.perf_counter()
-optimum_opt_trn.save_pretrained_split(source, output, amp=amp)
+save_pretrained_split(source, output, amp=amp)
 print(time.perf_counter() - start)
 """
 TRANSFORMERS = """
@@ -44,13 +45,14 @@ model.save_pretrained(output)
 print(time.perf_counter() - start)
 """
 LOAD = """
-import sys, time, optimum_opt_trn
+import sys, time
 from optimum_opt_trn import NeuronOPTForCausalLM
 start = time.perf_counter()
 model = NeuronOPTForCausalLM.from_pretrained(sys.argv[1], eager=True)
 print(time.perf_counter() - start)
 """
-NOTHING = "import optimum_opt_trn.checkpoint; print(0.0)"
+# The packages import what they need when it is first asked for: torch and transformers are loaded here, as by SPLIT.
+NOTHING = "from optimum_opt_trn import save_pretrained_split; print(0.0)"
 
 
 def measured(code: str, *arguments: object) -> tuple[float, float]:

@@ -28,7 +28,7 @@ class DoesNotFitError(ValueError):
 def check_fit(config: OPTConfig, neuron_config: OPTNeuronConfig, force: bool = False) -> None:
     """Checks an export against the cores of its instance family, or on `cpu` against the memory available now.
 
-    On `cpu` cache and workspace have to fit. Weights are mapped files: where memory is short, they are read from the
+    On `cpu` all but the weights has to fit. Weights are mapped files: where memory is short, they are read from the
     disk again and again, of which there is a warning. With `force` there are warnings alone.
 
     Raises:

@@ -1,12 +1,13 @@
 """The memory plan: what a model takes on each core, from its config.json alone, and what fits.
 
 Weights and cache are exact: the tensors of `checkpoint/layout.py`, cut by `sharding.py`, which has the cache's shape
-too. Workspace is the rank program's tensors (`workspace.py`). What the runtime takes for itself is a calibrated
+too. Workspace is the rank program's tensors (`workspace.py`). What the Neuron runtime takes for itself is a calibrated
 constant. See docs/memory.md.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from .checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
 from .instances import INSTANCES, GiB, Instance
 from .sharding import cache_shape, shard_dim, shard_range
-from .workspace import graph_workspace, prompt_scores
+from .workspace import CPU_THREAD_BYTES, graph_workspace, prompt_scores
 
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class MemoryPlan:
         cache: bytes of keys and values, all layers.
         graphs: bytes of workspace of each graph at its widest moment.
         workspace: bytes set aside for it, once for all graphs.
-        reserve: bytes of runtime and code.
+        reserve: bytes of runtime and code; on `cpu` of the buffers that threads have.
         scores: bytes that the scores of a prompt would add to the workspace, if the compiler did not tile them.
     """
 
@@ -202,10 +203,16 @@ def plan_memory(config: OPTConfig, setup: Setup, instance: Instance) -> MemoryPl
     graphs = graph_workspace(config, setup, instance.on_neuron)
     workspace = max(graphs.values())
     if not instance.on_neuron:
-        return MemoryPlan(instance, setup, weights, cache, graphs, workspace, 0)
+        return MemoryPlan(instance, setup, weights, cache, graphs, workspace, host_threads() * CPU_THREAD_BYTES)
     pages = -(-workspace // SCRATCHPAD_PAGE)
     scores = prompt_scores(config, setup)
     return MemoryPlan(instance, setup, weights, cache, graphs, pages * SCRATCHPAD_PAGE, NEURON_RESERVE, scores)
+
+
+def host_threads() -> int:
+    """The processors that this process may use; PyTorch has at most a thread for each."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def tp_degrees(config: OPTConfig, instance: Instance) -> tuple[int, ...]:

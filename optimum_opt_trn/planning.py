@@ -54,6 +54,7 @@ class OPTShape:
     enable_bias: bool = True
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
+    activation_function: str = "relu"
 
     def __post_init__(self) -> None:
         if self.word_embed_proj_dim is None:
@@ -120,12 +121,13 @@ class Plan:
         """Bytes that the host needs: on disk for the split checkpoint, in memory to write it and to load it.
 
         Estimates, to be added to some 0.4 GB of Python with torch. A checkpoint is written in chunks, and loaded to a
-        device a file at a time; on `cpu` it is mapped, and the cache and the workspace are what is loaded. (To write
+        device a file at a time; on `cpu` it is mapped, and all else of the plan is what is loaded. (To write
         one from files in PyTorch's format from before 1.6, such a file has to be in memory as well.)
         """
         setup = self.memory.setup
         total, largest_file = checkpoint_bytes(self.config, setup)
-        load = largest_file if self.memory.instance.on_neuron else self.memory.cache + self.memory.workspace
+        memory = self.memory
+        load = largest_file if memory.instance.on_neuron else memory.total - sum(memory.weights.values())
         return {"disk": total, "split": SPLIT_BYTES, "load": load}
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,13 +8,14 @@ between, memory is used again.
   works on tiles of them that fit the core's 24 MiB of on-chip memory ("For an inference kernel, scratchpad usage is
   usually determined by the size of hidden states": AWS Neuron documentation, "Neuron Device Memory"). `prompt_scores`
   says what they would take if it did not.
-- On `cpu` it is what the process needs that holds all ranks, run eagerly: where the mask is applied there are three
-  tensors of scores, and a 16-bit matrix is converted to float32 whole. Compiled graphs fuse some of this.
+- On `cpu` it is what the process needs that holds all ranks, with the compiled kernels: they read 16-bit weights as
+  they are, and allocate nothing but what they return. Tokens are packed, and the longest prompts fill every slot; of
+  those, a slot after another goes through PyTorch's flash attention, which makes no scores. What a thread allocates
+  for itself is `CPU_THREAD_BYTES`. Without the kernels it is more (docs/memory.md).
 """
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 
@@ -28,6 +29,14 @@ CONTEXT_ENCODING = "context_encoding"
 TOKEN_GENERATION = "token_generation"
 
 _F32 = 4
+
+# Up to so many tokens of a slot are attended to by the kernel (LONG_RUN in targets/cpu/attention.py).
+_LONG_RUN = 16
+
+# What a thread has at most at a time on `cpu`: a panel of weights (PANELS * DEPTH * PANEL floats in kernels.cpp, with
+# AVX-512 4 * 1024 * 48 of them: 0.75 MiB) or the blocks of flash attention (256 queries by 512 keys, two sums a query,
+# and their result: 0.57 MiB with heads of 64). Either stays with the C library when the other is allocated.
+CPU_THREAD_BYTES = 3 * 2**19
 
 
 def graph_workspace(config: OPTConfig, setup: Setup, on_neuron: bool) -> dict[str, int]:
@@ -65,37 +74,37 @@ def _neuron_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
 def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden, inner = tokens * config.hidden_size * _F32, tokens * config.ffn_dim * _F32
-    # Summands of all ranks; with the first sum of two there is another tensor, while the next is made two.
-    summands = ranks * hidden
-    sums = min(ranks - 1, 2) * hidden
+    # Slot and position in int64, ids in int32, the slots in use; the layer's input, which is the caller's; a layernorm
+    # before, or none.
+    indices = tokens * (8 + 8 + 4) + setup.batch_size * 8
+    held = indices + hidden
+    normed = hidden if config.do_layer_norm_before else 0
+    # A sum over ranks, and the next one that is made of it.
+    summed = min(ranks, 2) * hidden
 
-    # Attention, in the loop over ranks: the layer's input and the layernorm of it; query, key and value of all ranks;
-    # the last rank's scaled query, its mask.
-    held = 5 * hidden + hidden // ranks + tokens * setup.sequence_length
-    before = hidden * (ranks - 1) // ranks  # what was mixed for the ranks before
-    scores = _scores(config, setup, n)
-    masked = held + before + 3 * scores
-    cached = setup.batch_size * setup.sequence_length * config.hidden_size // ranks * _F32
-    mixed = held + hidden + 2 * scores + (cached if setup.cache_bytes < _F32 else 0)
-    square = _converted(setup, (config.hidden_size // ranks, config.hidden_size))
-    projected = 5 * hidden + square
-    output = held + hidden + scores + summands + max(square, sums)
+    # Embedding, where ranks have a part of the vocabulary each: those of all ranks, the last rank's again, two sums;
+    # or two more of the last rank while zeros replace the words that it has not. Ids and a mask.
+    part = tokens * config.word_embed_proj_dim * _F32
+    embedded = indices + tokens * (4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
-    # MLP: input and layernorm of attention and of MLP; before and after the activation.
-    matrix = _converted(setup, (config.ffn_dim // ranks, config.hidden_size))
-    activated = 4 * hidden + 2 * inner
-    up = 4 * hidden + inner + matrix
-    down = 4 * hidden + inner + summands + max(matrix, sums)
+    # Attention: query, key, value, and what is mixed of the values. Of a slot and rank at a time, keys and values as
+    # the cache has them, in float32; flash attention's result, a float32 for each query and head, and the result of
+    # the slot before.
+    attended = held + normed + 4 * hidden
+    heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
+    converted = 2 if setup.cache_bytes < _F32 else 0
+    results = min(setup.batch_size, 2)
+    slot = n * ((converted + results) * width + heads) * _F32 if n >= _LONG_RUN else 0
 
-    # Head: the logits with the matrix; or, where a token is selected, three more tensors of their size and a mask, and
-    # two of the vocabulary's.
-    words = -(-config.vocab_size // ranks)
-    logits = setup.batch_size * config.vocab_size * _F32
-    selected = 13 * logits // 4 + 2 * config.vocab_size * _F32
-    head = hidden + logits + max(_converted(setup, (words, config.word_embed_proj_dim)), selected)
-    return masked, mixed, projected, output, activated, up, down, head
+    # MLP: what attention returned; the inner units, and once more after an activation that the kernel has not.
+    mlp = held + normed + hidden + inner
+    activated = inner if config.activation_function != "relu" else 0
 
-
-def _converted(setup: Setup, shape: tuple[int, ...]) -> int:
-    """A matrix of the checkpoint in float32, if it is not stored so."""
-    return 0 if setup.weight_bytes == _F32 else prod(shape) * _F32
+    # Head, while the last layer's output is there: of a prompt the last tokens, apart; their logits, four more tensors
+    # of that size or nearly (13 bytes for each logit) and two of the vocabulary's. That is sampling with suppressed
+    # ids; greedy search needs less.
+    words = -(-config.vocab_size // ranks) * ranks
+    last = setup.batch_size * config.hidden_size if n > 1 else 0
+    selected = 13 * setup.batch_size * config.vocab_size + 2 * config.vocab_size * _F32
+    head = held - 4 * tokens + (last + setup.batch_size * words) * _F32 + selected
+    return embedded, attended + slot, attended + summed, mlp + max(activated, summed), head

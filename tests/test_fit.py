@@ -60,9 +60,9 @@ def test_on_cpu_cache_and_workspace_have_to_fit_and_weights_are_warned_of(availa
     available(plan.total - 1)
     check_fit(config, neuron_config)
     assert "read from the disk again" in caplog.text
-    available(plan.cache + plan.workspace)
+    available(plan.cache + plan.workspace + plan.reserve)
     check_fit(config, neuron_config)
-    available(plan.cache + plan.workspace - 1)
+    available(plan.cache + plan.workspace + plan.reserve - 1)
     with pytest.raises(DoesNotFitError, match="available on this host. Choose"):
         check_fit(config, neuron_config)
 

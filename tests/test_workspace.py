@@ -1,101 +1,145 @@
-"""The workspace against what the rank program allocates when it runs."""
+"""The workspace against what PyTorch's allocator hands out when the model runs."""
 
-import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from conftest import KINDS, tiny_config
+from torch.profiler import ProfilerActivity, profile
 
+from optimum_opt_trn.checkpoint import ModelWeights
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
-from optimum_opt_trn.kv_cache import allocate_cache
 from optimum_opt_trn.memory import Setup
-from optimum_opt_trn.modeling_opt import OPTRankProgram
-from optimum_opt_trn.parallel import RankGroup, shard_dim
-from optimum_opt_trn.sampling import Selection, select_tokens
-from optimum_opt_trn.workspace import CONTEXT_ENCODING, TOKEN_GENERATION, graph_workspace, prompt_scores
+from optimum_opt_trn.parallel import RankGroup, shard_dim, shard_range
+from optimum_opt_trn.sampling import MAX_SUPPRESSED, Selection
+from optimum_opt_trn.targets.cpu.kernels import LIBRARY_NAME, KernelArithmetic, compile_kernels, load_kernels
+from optimum_opt_trn.targets.cpu.runtime import CPURuntime
+from optimum_opt_trn.workspace import (
+    CONTEXT_ENCODING,
+    CPU_THREAD_BYTES,
+    TOKEN_GENERATION,
+    graph_workspace,
+    prompt_scores,
+)
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that are still there."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is None or storage._cdata in given or storage._cdata in self.known:
-                continue
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
+FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
-def shards(specs, group: RankGroup, amp: torch.dtype):
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory) -> None:
+    library: Path = tmp_path_factory.mktemp("kernels") / LIBRARY_NAME
+    compile_kernels(library)
+    load_kernels(library)
+
+
+def shards(specs, group: RankGroup, amp: torch.dtype) -> dict[str, list[torch.Tensor]]:
     weights = {}
     for name, spec in specs.items():
-        dim, tensor = shard_dim(name), torch.ones(spec.shape, dtype=spec.dtype(amp))
-        parts = [tensor] if dim is None else list(tensor.chunk(group.world_size, dim))
-        weights[name.removeprefix("model.decoder.")] = parts
+        dim, shape = shard_dim(name), list(spec.shape)
+        if dim is not None:
+            start, stop, padding = shard_range(shape[dim], 0, group.world_size)
+            shape[dim] = stop - start + padding
+        copies = 1 if dim is None else group.world_size
+        tensor = torch.full(shape, 0.01, dtype=spec.dtype(amp))
+        weights[name.removeprefix("model.decoder.")] = [tensor] * copies
     return weights
 
 
-def widest(config, neuron_config, group, n: int, prompt: bool) -> int:
-    """Bytes that one layer and the head allocate beside weights and cache, the layer's input included."""
-    program = OPTRankProgram(config, group)
-    layer = shards(layer_specs(config), group, neuron_config.amp_dtype)
-    head = shards(outer_specs(config), group, neuron_config.amp_dtype)
-    head.setdefault("lm_head.weight", head["embed_tokens.weight"])
-    cache = allocate_cache(config, neuron_config, group)[0]
-    batch = neuron_config.batch_size
-    positions = torch.arange(n, dtype=torch.int32).repeat(batch, 1)
-    keys, values = cache.first(n if prompt else neuron_config.sequence_length)
-    with torch.inference_mode(), Allocations() as allocations:
-        hidden = torch.ones(batch, n, config.hidden_size) + 0
-        program.layer(layer, hidden, keys, values, positions, prompt=False)  # as the CPU target runs prompts, too
-        logits = program.logits(head, hidden[:, -1])
-        greedy = Selection.greedy(batch)
-        select_tokens(logits, greedy.params, greedy.uniforms, greedy.suppressed, neuron_config.max_topk)
-    return allocations.peak
+def runtime(config, neuron_config) -> CPURuntime:
+    degree, amp = neuron_config.tp_degree, neuron_config.amp_dtype
+    group = RankGroup(degree, range(degree), KernelArithmetic())
+    outer = shards(outer_specs(config), group, amp)
+    outer.setdefault("lm_head.weight", outer["embed_tokens.weight"])
+    outer["ranks"] = [torch.arange(degree, dtype=torch.int32)]
+    layers = [shards(layer_specs(config), group, amp) for _ in range(config.num_hidden_layers)]
+    return CPURuntime(config, neuron_config, group, ModelWeights(embed=outer, layers=layers, head=outer))
+
+
+def allocated(run) -> tuple[int, int]:
+    """The most bytes that PyTorch's CPU allocator had handed out at a time, and the blocks of flash attention.
+
+    Flash attention's blocks are what it allocates and frees inside; they are not in the first number.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    blocks = 0
+    for call in (event for event in events if event.name() == FLASH):
+        inside = [size for size in sizes if call.start_ns() <= size[0] <= call.end_ns()]
+        for freed in (size for size in inside if size[1] < 0):
+            made = next(size for size in inside if size[1] == -freed[1])
+            sizes.remove(freed)
+            sizes.remove(made)
+            blocks = max(blocks, made[1])
+    live = peak = 0
+    for _, size in sizes:
+        live += size
+        peak = max(peak, live)
+    return peak, blocks
+
+
+def measured(config, neuron_config) -> tuple[dict[str, int], int]:
+    """Of each graph the bytes allocated, with the selection that takes most; the blocks of flash attention."""
+    model, batch, length = runtime(config, neuron_config), neuron_config.batch_size, neuron_config.sequence_length
+    selection = Selection.greedy(batch)
+    selection.params[:, 0] = neuron_config.max_topk
+    selection.suppressed[:] = torch.arange(MAX_SUPPRESSED, dtype=torch.int32)
+    ids, lengths = torch.ones(batch, length, dtype=torch.int32), torch.full((batch,), length, dtype=torch.int32)
+    prompt, blocks = allocated(lambda: model.prefill(ids, lengths, selection))
+    step, _ = allocated(lambda: model.decode(ids[:, 0].contiguous(), lengths - 1, selection))
+    return {CONTEXT_ENCODING: prompt, TOKEN_GENERATION: step}, blocks
+
+
+SHAPES: dict[str, dict] = {
+    "a slot's attention": {"batch_size": 1, "sequence_length": 512, "ffn_dim": 192},
+    "a slot after another's": {"batch_size": 3, "sequence_length": 300, "ffn_dim": 192},
+    "a short prompt": {"batch_size": 1, "sequence_length": 15, "ffn_dim": 192},
+    "the shortest long prompt": {"batch_size": 1, "sequence_length": 16, "ffn_dim": 192},
+    "the MLP": {"batch_size": 4, "sequence_length": 100},
+}
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4, 8])
+@pytest.mark.parametrize("amp", ["f16", "f32"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_on_cpu_a_prompts_is_to_the_byte_what_is_allocated(shape, amp, tp_degree):
+    check_prompt(shape, amp, tp_degree)
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_cpu_it_is_so_for_every_kind_of_opt(kind, tp_degree):
+    check_prompt({"batch_size": 2, "sequence_length": 40, **KINDS[kind]}, "f16", tp_degree)
+
+
+def check_prompt(shape: dict, amp: str, tp_degree: int) -> None:
+    fields = {"batch_size", "sequence_length"}
+    options = {"hidden_size": 192, "word_embed_proj_dim": 192, "ffn_dim": 768, "num_attention_heads": 8}
+    options |= {"max_position_embeddings": 512, **{name: n for name, n in shape.items() if name not in fields}}
+    config = tiny_config(**options)
+    neuron_config = OPTNeuronConfig(**{name: shape[name] for name in fields}, amp=amp, tp_degree=tp_degree)
+    found, blocks = measured(config, neuron_config)
+    assert (
+        graph_workspace(config, Setup.of(neuron_config), on_neuron=False)[CONTEXT_ENCODING] == found[CONTEXT_ENCODING]
+    )
+    assert blocks <= CPU_THREAD_BYTES
+    # No scores were made: neither were they flash attention's blocks.
+    assert (blocks > 0) == (neuron_config.sequence_length >= 16)
 
 
 @pytest.mark.parametrize("tp_degree", [1, 2, 4])
-@pytest.mark.parametrize("amp", ["f16", "f32"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"batch_size": 2, "sequence_length": 512},  # scores are most of it
-        {"batch_size": 8, "sequence_length": 16},  # the MLP is
-        {"batch_size": 1, "sequence_length": 4, "vocab_size": 20000},  # the head is
-    ],
-    ids=["scores", "mlp", "head"],
-)
-def test_on_cpu_it_is_what_an_eager_run_allocates(shape, amp, tp_degree):
-    shape = dict(shape)
-    overrides = {"vocab_size": shape.pop("vocab_size")} if "vocab_size" in shape else {}
-    config = tiny_config(
-        hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, max_position_embeddings=512, **overrides
-    )
-    neuron_config = OPTNeuronConfig(**shape, amp=amp, tp_degree=tp_degree)
-    group = RankGroup(tp_degree, range(tp_degree))
-    graphs = graph_workspace(config, Setup.of(neuron_config), on_neuron=False)
-    for name, n in ((CONTEXT_ENCODING, neuron_config.sequence_length), (TOKEN_GENERATION, 1)):
-        measured = widest(config, neuron_config, group, n, name == CONTEXT_ENCODING)
-        # Indices of a few rows, and the best tokens of each, are not counted.
-        assert graphs[name] == pytest.approx(measured, rel=0.02, abs=12 * 1024)
+def test_on_cpu_a_heads_is_what_is_allocated_but_for_the_best_tokens(tp_degree):
+    config = tiny_config(vocab_size=20001)
+    neuron_config = OPTNeuronConfig(batch_size=3, sequence_length=8, tp_degree=tp_degree)
+    found, _ = measured(config, neuron_config)
+    planned = graph_workspace(config, Setup.of(neuron_config), on_neuron=False)
+    # Of each of the best tokens its number, value, weight and so on: 30 bytes.
+    best = 30 * neuron_config.max_topk * neuron_config.batch_size
+    for graph in (CONTEXT_ENCODING, TOKEN_GENERATION):
+        assert planned[graph] == pytest.approx(found[graph] - best, abs=2048)
 
 
 def test_on_neuron_it_is_of_the_size_of_hidden_states_and_the_scores_are_apart():

@@ -48,7 +48,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield _row("keys and values", memory.cache)
     yield _row(f"workspace: {max(memory.graphs, key=lambda name: memory.graphs[name])}", memory.workspace)
     if memory.reserve:
-        yield _row("reserve: runtime, code", memory.reserve)
+        yield _row(f"reserve: {'runtime, code' if instance.on_neuron else 'threads'}", memory.reserve)
     yield _row("total", memory.total)
     yield _row("available", instance.core_bytes)
     yield f"{_row('free', memory.free)}   {'fits' if memory.fits else 'DOES NOT FIT'}"

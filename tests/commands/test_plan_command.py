@@ -85,7 +85,7 @@ def test_this_host_is_an_instance_too(tmp_path, plan):
     tiny_config().save_pretrained(tmp_path)
     values = json.loads(plan("-m", str(tmp_path), "--instance", "cpu", "--json"))
     assert values["fits"] is True
-    assert values["reserve_bytes_per_core"] == 0
+    assert 0 < values["reserve_bytes_per_core"] < values["free_bytes_per_core"]
     assert values["decode_tokens_per_second"] is None
     assert "in the process" in plan("-m", str(tmp_path), "--instance", "cpu")
 
