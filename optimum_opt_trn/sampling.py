@@ -63,7 +63,8 @@ def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
     for ids in suppressed.unbind(dim=1):
         logits = torch.where(words == ids[:, None], masked, logits)
 
-    best, tokens = torch.topk(logits, min(max_topk, logits.shape[1]), dim=-1)
+    few = min(max_topk, logits.shape[1])
+    best, tokens = logits.max(-1, keepdim=True) if few == 1 else torch.topk(logits, few, dim=-1)
     top_k, top_p, temperature, min_p = params.split(1, dim=1)
     place = torch.arange(best.shape[1], dtype=torch.float32, device=best.device)[None, :]
     last = (torch.minimum(top_k, torch.full_like(top_k, best.shape[1])) - 1).long()

@@ -33,8 +33,8 @@ constexpr int64_t FEW_ROWS = 2, GEMM_ROWS = 4, GEMM_VECTORS = 2;
 constexpr int64_t FEW_ROWS = 8, GEMM_ROWS = 8, GEMM_VECTORS = 3;
 #endif
 
-// Weight rows that are multiplied at once, each a stream of its own from memory.
-constexpr int64_t STREAMS = 4;
+// Weight rows that M rows of x are multiplied with at once, each a stream of its own from memory (measured).
+constexpr int streams(int m) { return FEW_ROWS > 2 && (m == 3 || m == 4) ? 8 : 4; }
 // Outputs that a thread takes at once: enough to amortise the call, few enough to share evenly.
 constexpr int64_t OUTPUTS = 16;
 // Up to so many rows of x weights are converted again for every FEW_ROWS of them; with more it pays to convert and
@@ -99,7 +99,7 @@ inline void dot(const Product<T>& p, int64_t row, int64_t column) {
     for (int r = 0; r < R; r++) {
       weights[r] = ::load(w + r * p.ldw + i);
       // Hardware does not follow a stream into the next page, and a row is a page or two: ask for the next R rows.
-      __builtin_prefetch(w + (r + R) * p.ldw + i, 0, 2);
+      __builtin_prefetch(w + (r + R) * p.ldw + i, 0, 1);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -119,7 +119,7 @@ inline void dot(const Product<T>& p, int64_t row, int64_t column) {
 template <int M, typename T>
 void dots(const Product<T>& p, int64_t row, int64_t begin, int64_t end) {
   int64_t column = begin;
-  for (; column + STREAMS <= end; column += STREAMS) dot<STREAMS, M>(p, row, column);
+  for (; column + streams(M) <= end; column += streams(M)) dot<streams(M), M>(p, row, column);
   for (; column < end; column++) dot<1, M>(p, row, column);
 }
 
