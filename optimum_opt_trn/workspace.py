@@ -30,7 +30,7 @@ TOKEN_GENERATION = "token_generation"
 
 _F32 = 4
 
-# Up to so many tokens of a slot are attended to by the kernel (LONG_RUN in targets/cpu/attention.py).
+# Up to so many tokens of a slot are attended to by the kernel (LONG_RUN in targets/cpu/packed_attention.py).
 _LONG_RUN = 16
 
 # What a thread has at most at a time on `cpu`: a panel of weights (PANELS * DEPTH * PANEL floats in kernels.cpp, with

@@ -95,3 +95,11 @@ def load_opt(save_opt: Callable[..., Path]) -> Callable[..., NeuronOPTForCausalL
         return NeuronOPTForCausalLM.from_pretrained(save_opt(model), **{"eager": True, **options})
 
     return load
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The CPU target's kernels, compiled and known to torch."""
+    from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
+
+    load_kernels(compile_kernels())

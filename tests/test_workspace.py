@@ -1,7 +1,5 @@
 """The workspace against what PyTorch's allocator hands out when the model runs."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import KINDS, tiny_config
@@ -13,7 +11,7 @@ from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.memory import Setup
 from optimum_opt_trn.parallel import RankGroup, shard_dim, shard_range
 from optimum_opt_trn.sampling import MAX_SUPPRESSED, Selection
-from optimum_opt_trn.targets.cpu.kernels import LIBRARY_NAME, KernelArithmetic, compile_kernels, load_kernels
+from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
 from optimum_opt_trn.targets.cpu.runtime import CPURuntime
 from optimum_opt_trn.workspace import (
     CONTEXT_ENCODING,
@@ -27,11 +25,7 @@ from optimum_opt_trn.workspace import (
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory) -> None:
-    library: Path = tmp_path_factory.mktemp("kernels") / LIBRARY_NAME
-    compile_kernels(library)
-    load_kernels(library)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def shards(specs, group: RankGroup, amp: torch.dtype) -> dict[str, list[torch.Tensor]]:

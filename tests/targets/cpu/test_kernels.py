@@ -12,7 +12,7 @@ from against_transformers import assert_rounded, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.targets.cpu.kernels import CompileError, KernelArithmetic, compile_kernels, load_kernels
+from optimum_opt_trn.targets.cpu.kernels import CompileError, KernelArithmetic, compile_kernels
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -22,9 +22,7 @@ OUTPUTS = [1, 3, 4, 15, 16, 17, 47, 48, 49, 100, 257]
 DEPTHS = [1, 5, 15, 16, 17, 64, 100, 1023, 1025, 2100]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    load_kernels(compile_kernels())
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def check_linear(

@@ -10,16 +10,13 @@ from hypothesis import strategies as st
 
 from optimum_opt_trn.attention import StaticAttention
 from optimum_opt_trn.kv_cache import LayerCache
-from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
 from optimum_opt_trn.targets.cpu.packed_attention import LONG_RUN, PackedAttention
 
 
 SLOTS, HEADS, LENGTH, SIZE = 4, 2, 48, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    load_kernels(compile_kernels())
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def caches(dtype: torch.dtype) -> LayerCache:
@@ -28,7 +25,7 @@ def caches(dtype: torch.dtype) -> LayerCache:
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.booleans(), st.sampled_from([torch.float32, torch.float16]))
-def test_as_in_static_shapes(data, kernels, dtype):
+def test_as_in_static_shapes(data, with_kernels, dtype):
     """Row by row, and all rows packed."""
     slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=SLOTS, unique=True))
     counts = [data.draw(st.sampled_from([1, 2, 5, LONG_RUN - 1, LONG_RUN, 24])) for _ in slots]
@@ -44,18 +41,18 @@ def test_as_in_static_shapes(data, kernels, dtype):
         attend = StaticAttention(*one, places, prompt=start == 0, scale=0.5)
         expected[rows] = attend(0, *(x[None, rows] for x in (query, key, value)))[0]
     owners = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
-    attention = PackedAttention(owners, torch.tensor(positions), max(counts), 0.5, kernels, torch.float32)
+    attention = PackedAttention(owners, torch.tensor(positions), max(counts), 0.5, with_kernels, torch.float32)
     mixed = attention.over(packed)(0, query, key, value)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(packed.keys[0], row_by_row.keys[0]) and torch.equal(packed.values[0], row_by_row.values[0])
 
 
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("with_kernels", [True, False])
 @pytest.mark.parametrize(
     ("positions", "plain"),
     [([5, 6, 6, 7, 7], [0, 1, 3]), ([1, 1], [0]), ([3, 3, 3, 3], [0]), ([0, 0], [0]), ([0, 1, 1], [0, 1])],
 )
-def test_a_token_that_is_repeated_counts_once(positions, plain, kernels):
+def test_a_token_that_is_repeated_counts_once(positions, plain, with_kernels):
     """As rows of `extend` are filled up."""
     tokens = torch.tensor(positions) - positions[0]
     query, key, value = (random(seed, len(positions), HEADS * SIZE)[tokens] for seed in (3, 4, 5))
@@ -63,20 +60,20 @@ def test_a_token_that_is_repeated_counts_once(positions, plain, kernels):
     for rows in (plain, list(range(len(positions)))):
         cache = caches(torch.float32)
         places = torch.tensor(positions)[rows]
-        attention = PackedAttention(torch.ones_like(places), places, len(rows), 0.5, kernels, torch.float32)
+        attention = PackedAttention(torch.ones_like(places), places, len(rows), 0.5, with_kernels, torch.float32)
         results.append((attention.over(cache)(0, query[rows], key[rows], value[rows])[-1], cache.keys[0]))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("with_kernels", [True, False])
 @pytest.mark.parametrize("count", [1, LONG_RUN])
-def test_what_a_slots_last_user_left_is_not_read(kernels, count):
+def test_what_a_slots_last_user_left_is_not_read(with_kernels, count):
     cache = caches(torch.float16)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("inf"))
     query, key, value = (random(seed, count, HEADS * SIZE) for seed in (3, 4, 5))
     attention = PackedAttention(
-        torch.zeros(count, dtype=torch.long), torch.arange(count), count, 0.5, kernels, torch.float32
+        torch.zeros(count, dtype=torch.long), torch.arange(count), count, 0.5, with_kernels, torch.float32
     )
     assert attention.over(cache)(0, query, key, value).isfinite().all()
