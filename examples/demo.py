@@ -7,7 +7,7 @@
     python examples/demo.py MODEL --prompt "First of all" --prompt "In the end"      # a batch of two
 
 MODEL is a checkpoint, split or not (a directory or a hub id), or an export. A checkpoint is exported first: the
-weights are split and the graphs compiled, for the batch size, length and dtype that the options say. --output keeps
+weights are split and the kernels compiled, for the batch size, length and dtype that the options say. --output keeps
 the export for the next time. One prompt is printed as it is written, several when they are done.
 """
 
@@ -61,7 +61,9 @@ def load(arguments: argparse.Namespace, rows: int) -> Any:
     if not (Path(arguments.model) / "neuron_config.json").is_file():
         options["batch_size"] = arguments.batch_size or rows
         if not arguments.eager:
-            print(f"Exporting {arguments.model}. Compiling a new shape takes about a minute.", flush=True)
+            print(
+                f"Exporting {arguments.model}. The first export of a host compiles some seconds.", flush=True
+            )
     given = {name: value for name, value in options.items() if value is not None}
     model = NeuronOPTForCausalLM.from_pretrained(arguments.model, eager=arguments.eager, **given)
     if arguments.output:

@@ -107,7 +107,7 @@ def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None
 def copy_export(source: Path, output: Path, generation_config: GenerationConfig) -> None:
     """Copies an export with another generation config; `output` is then whole, or as it was.
 
-    Weights and compiled graphs, which nobody edits, are hard links where the file system allows.
+    Weights and what was compiled, which nobody edits, are hard links where the file system allows.
 
     Raises:
         FileExistsError: if `output` holds anything but an export.
@@ -174,7 +174,7 @@ def _exchange(staging: Path, output: Path) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    if source.endswith((".safetensors", ".pt2", ".pt")):
+    if source.endswith((".safetensors", ".so", ".pt")):
         with suppress(OSError):  # another file system, or one without links
             os.link(source, target)
             return

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 SHORTEST_BUCKET = 2
 SHORTEST_SEQUENCE = 4
 
-# Of the two targets, Neuron compiles each bucket apart, so that few and doubling ones are best. On a CPU a bucket
-# costs nothing but its padding: one compiled graph with a dynamic length serves them all.
+# Neuron compiles each bucket apart, so that few and doubling ones are best.
 NEURON_SMALLEST_BUCKET = 128
-CPU_BUCKET_STEP = 64
 
 
 def _doubling(longest: int, first: int) -> tuple[int, ...]:
@@ -28,14 +26,13 @@ def _doubling(longest: int, first: int) -> tuple[int, ...]:
     return (*sizes, longest)
 
 
-def _even(longest: int, step: int) -> tuple[int, ...]:
-    return (*range(step, longest, step), longest)
-
-
 def default_prompt_buckets(sequence_length: int, target: str) -> tuple[int, ...]:
-    """Prompt lengths (tokens), ascending, the last `sequence_length`."""
+    """Prompt lengths (tokens), ascending, the last `sequence_length`.
+
+    On `cpu` that is the one: kernels take any length as it is, and padding is left out of every product.
+    """
     if target == "cpu":
-        return _even(sequence_length, CPU_BUCKET_STEP)
+        return (sequence_length,)
     return _doubling(sequence_length, NEURON_SMALLEST_BUCKET)
 
 

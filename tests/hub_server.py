@@ -189,7 +189,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         answer = []
         for file in request["files"]:
-            large = file["path"].endswith((".safetensors", ".bin", ".pt2"))
+            large = file["path"].endswith((".safetensors", ".bin", ".so"))
             old = repo.commits[commit].get(file["path"])
             oid = None if old is None else hashlib.sha256(old).hexdigest() if large else _git_oid(old)
             mode = "lfs" if large else "regular"

@@ -55,8 +55,8 @@ def test_defaults():
         "max_topk": 256,
         "instance_type": "cpu",
         "target": "cpu",
-        "prompt_buckets": tuple(range(64, 2049, 64)),
-        "cache_buckets": tuple(range(64, 2049, 64)),
+        "prompt_buckets": (2048,),
+        "cache_buckets": (2048,),
         "checkpoint_id": None,
         "checkpoint_revision": None,
         "format_version": FORMAT_VERSION,
@@ -259,7 +259,7 @@ def test_optimum_neurons_generic_loader_can_make_it(given_options):
 
 
 def test_default_buckets_suit_the_target():
-    assert OPTNeuronConfig(sequence_length=100).prompt_buckets == (64, 100)
+    assert OPTNeuronConfig(sequence_length=100).prompt_buckets == (100,)
     neuron = OPTNeuronConfig(sequence_length=1000, instance_type="trn1")
     assert neuron.prompt_buckets == neuron.cache_buckets == (128, 256, 512, 1000)
 

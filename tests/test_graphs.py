@@ -29,13 +29,6 @@ def test_default_buckets_are_valid(length, target):
 
 @settings(deadline=None)
 @given(lengths)
-def test_cpu_buckets_pad_little(length):
-    sizes = default_prompt_buckets(length, "cpu")
-    assert all(b - a <= 64 for a, b in zip((0, *sizes), sizes, strict=False))
-
-
-@settings(deadline=None)
-@given(lengths)
 def test_neuron_buckets_are_few_and_at_most_double(length):
     sizes = default_prompt_buckets(length, "trn1")
     assert len(sizes) <= 7

@@ -31,7 +31,7 @@ OUTPUT will hold:
   config.json, generation_config.json, tokenizer files   as in the source
   neuron_config.json    the options above, as they were decided
   checkpoint/           the weights: an ordinary Hugging Face checkpoint, one safetensors file per decoder layer
-  compiled/             the compiled graphs and their manifest
+  compiled/             what was compiled (graphs, or the cpu's kernels) and its manifest
 
 use it:
   from optimum_opt_trn import pipeline
@@ -92,12 +92,12 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "type": _lengths,
         "metavar": "N,N,...",
         "help": "Prompt lengths, in tokens, to compile for; a prompt takes the smallest that fits, and the last is "
-        "the sequence length (default: chosen for the target).",
+        "the sequence length. For neuron: cpu takes any length as it is (default: doubling from 128).",
     },
     "--cache_buckets": {
         "type": _lengths,
         "metavar": "N,N,...",
-        "help": "Lengths of the cache, in tokens, that a step reads; likewise.",
+        "help": "Lengths of the cache, in tokens, that a step reads; likewise for neuron.",
     },
     "--revision": {"metavar": "REV", "help": "Branch, tag or commit of a model on the Hub (default: main)."},
     "--force": {

@@ -15,7 +15,7 @@ from .neuron import one_line_errors
 DESCRIPTION = """\
 Verify the weights of a split checkpoint, or of an export: read every file, and compare its size and SHA-256 with the
 manifest that was written with it, and names, shapes and dtypes of its tensors with config.json. Prints a line for
-each problem, and ends with status 1 if there is any. (Compiled graphs are verified whenever an export is loaded.)"""
+each problem, and ends with status 1 if there is any. (What was compiled is verified whenever an export is loaded.)"""
 
 EPILOG = """\
 examples:

@@ -80,7 +80,7 @@ class Target(ABC):
 
     @abstractmethod
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
-        """Compiles the graphs for the split checkpoint in `directory`, which gets a `compiled/` with a manifest.
+        """Compiles what runs the split checkpoint in `directory`, which gets a `compiled/` with a manifest.
 
         With `eager` the manifest alone is written, and the export runs uncompiled.
         """
