@@ -106,9 +106,10 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         if input_ids is None:  # then it begins with bos_token_id
             input_ids = self._prepare_model_inputs(None, asked.bos_token_id, dict(others))[0]
         mask = kwargs.get("attention_mask")
+        # Before what may raise in one process alone.
+        self.runtime.begin(input_ids, *([] if mask is None else [mask]))
         inferred = _inferred_mask(input_ids, asked) if mask is None else mask
         check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
-        self.runtime.share_generator()
         waves = Waves(input_ids, asked, kwargs, self.neuron_config.batch_size)
         if len(waves) > 1:
             return waves.run(super().generate, generation_config)

@@ -78,10 +78,13 @@ class Runtime(ABC):
     def copy(self, sources: Tensor, length: int) -> None:
         """Runs `cache_copy`: slot i takes over the first `length` positions of slot `sources[i]`; int `(b,)`."""
 
-    def share_generator(self) -> None:  # noqa: B027 - most have nothing to do
-        """To be called before random numbers are drawn, once for each call of the user's.
+    def begin(self, *inputs: Tensor) -> None:  # noqa: B027 - most have nothing to do
+        """To be called at the beginning of a call of the user's that may draw random numbers.
 
         Where several processes run the same calls, all get the state of torch's default generator in the first.
+
+        Raises:
+            RuntimeError: if another process has other inputs.
         """
 
     def decide(self, decision: Tensor) -> Tensor:

@@ -42,10 +42,11 @@ class ProcessRuntime(CPURuntime):
         return super().extend(tokens, positions, selection, keep)
 
     def copy(self, sources: Tensor, length: int) -> None:
-        self._processes.check_same(f"copy {length}", sources)
+        self._processes.check_same(f"The copy {length} step", sources)
         super().copy(sources, length)
 
-    def share_generator(self) -> None:
+    def begin(self, *inputs: Tensor) -> None:
+        self._processes.check_same("This call", *(part for x in inputs for part in (str(tuple(x.shape)), x)))
         self._processes.share_generator()
 
     def decide(self, decision: Tensor) -> Tensor:
@@ -57,4 +58,4 @@ class ProcessRuntime(CPURuntime):
 
     def _check(self, graph: str, tokens: Tensor, places: Tensor, selection: Selection) -> None:
         drawn = (selection.params, selection.uniforms, selection.suppressed)
-        self._processes.check_same(graph, str(tuple(tokens.shape)), tokens, places, *drawn)
+        self._processes.check_same(f"The {graph} step", str(tuple(tokens.shape)), tokens, places, *drawn)
