@@ -179,10 +179,11 @@ def local_degree(tp_degree: int) -> int:
     """
     count = process_count()
     if tp_degree % count:
+        suggested = -(-tp_degree // count) * count
         raise TargetError(
             f"{count} processes were started together (WORLD_SIZE={count}), and cannot hold equal shares of an export "
-            f"with tp_degree={tp_degree}: export with tp_degree={-(-tp_degree // count) * count}, or start a number of "
-            f"processes that divides {tp_degree}. (For a whole model in each process, unset WORLD_SIZE.)"
+            f"with tp_degree={tp_degree}: export with tp_degree={suggested}, or start a number of processes that "
+            f"divides {tp_degree}. (For a whole model in each process, unset WORLD_SIZE.)"
         )
     return tp_degree // count
 
