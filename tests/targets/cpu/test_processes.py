@@ -61,7 +61,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def by_torchrun(exported, tmp_path_factory) -> list[dict]:
-    """What two processes of torchrun found; one of them ends before its time, so that torchrun fails too."""
+    """What two processes of torchrun found."""
     directory = tmp_path_factory.mktemp("torchrun") / "run"
     shutil.copytree(exported, directory)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -71,6 +71,7 @@ def by_torchrun(exported, tmp_path_factory) -> list[dict]:
         text=True,
         timeout=120,
     )
+    assert done.returncode == 0, done.stderr
     return found_in(directory, done.stdout + done.stderr)
 
 
@@ -95,7 +96,7 @@ def on_two_hosts(exported, tmp_path_factory) -> list[dict]:
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 3], "\n".join(said)
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
     return found_in(directory, "\n".join(said))
 
 
