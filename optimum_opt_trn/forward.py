@@ -156,6 +156,8 @@ class OPTForwardMixin:
         params[:, 0] = params[:, 0].clamp(1, self.neuron_config.max_topk)
         greedy = Selection.greedy(rows)
         drawn = bool((params[:, 0] > 1).any())
+        if drawn:
+            self.runtime.begin(input_ids)
         selection = Selection(params, torch.rand(rows) if drawn else greedy.uniforms, greedy.suppressed)
         # The tokens of a row are those whose positions count up from the first.
         mask = (position_ids == first + torch.arange(n)).long().cumprod(-1).bool()

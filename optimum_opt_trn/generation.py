@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
     ) -> Tensor | ModelOutput:
         """transformers' `generate()`; see there. Prompts and options are checked before anything else happens.
 
-        More prompts than the export has room for run in waves, one after the other.
+        More prompts than the export has room for run in waves, one after the other. Where processes share the model,
+        all of them make this call, and the first one's random numbers and end of it count.
 
         Raises:
             ValueError: for a prompt that is empty, too long, or holds ids outside of the vocabulary; for more tokens
@@ -104,6 +106,8 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         if input_ids is None:  # then it begins with bos_token_id
             input_ids = self._prepare_model_inputs(None, asked.bos_token_id, dict(others))[0]
         mask = kwargs.get("attention_mask")
+        # Before what may raise in one process alone.
+        self.runtime.begin(input_ids, *([] if mask is None else [mask]))
         inferred = _inferred_mask(input_ids, asked) if mask is None else mask
         check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
         waves = Waves(input_ids, asked, kwargs, self.neuron_config.batch_size)
@@ -178,6 +182,9 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
             else:
                 cache.append(mask[:, part])
 
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        return _SharedCriteria(super()._get_stopping_criteria(*args, **kwargs), self.runtime.decide)
+
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""
         by_default = (
@@ -220,6 +227,17 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         if cache is not None:
             cache.remasked(mask)
             model_kwargs["past_key_values"] = cache
+
+
+class _SharedCriteria(StoppingCriteriaList):
+    """Where processes share the model, ends in all of them where it ends in the first, whatever their clocks say."""
+
+    def __init__(self, criteria: StoppingCriteriaList, decide: Callable[[Tensor], Tensor]):
+        super().__init__(criteria)
+        self._decide = decide
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        return self._decide(super().__call__(input_ids, scores, **kwargs))
 
 
 def _refuse(asked: GenerationConfig) -> None:

@@ -187,17 +187,26 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
     ) -> NeuronOPTForCausalLM:
         """What `export` calls: exports to a temporary directory, which lives as long as the model.
 
+        Where processes share the model, one of each host writes it.
+
         Keep the export with `save_pretrained`. For arguments and errors see `optimum_opt_trn.export.export_opt`; with
         `load_weights` the model can generate at once.
         """
         reject_unknown(hub_options, (*_HUB_OPTIONS, *_IGNORED_OPTIONS), f"{cls.__name__}.export")
         hub = {name: value for name, value in hub_options.items() if name in _HUB_OPTIONS}
-        temporary = tempfile.TemporaryDirectory(prefix="optimum_opt_trn-")
-        directory = Path(temporary.name) / "export"
         how: dict[str, Any] = {"eager": eager, "force": force}
-        export_opt(model_id, directory, neuron_config, config=config, token=token, revision=revision, **how, **hub)
+        made: list[tempfile.TemporaryDirectory] = []  # in the process that exports
+
+        def write() -> Path:
+            made.append(tempfile.TemporaryDirectory(prefix="optimum_opt_trn-"))
+            output = Path(made[0].name) / "export"
+            return export_opt(
+                model_id, output, neuron_config, config=config, token=token, revision=revision, **how, **hub
+            )
+
+        directory = get_target(neuron_config).once(neuron_config, write)
         model = cls._open(directory, load=bool(load_weights), **how)
-        model._temporary = temporary
+        model._temporary = made[0] if made else None
         return model
 
     @classmethod
@@ -275,6 +284,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the export to `save_directory`, whole or not at all, with the `generation_config` as it is now.
 
+        Where processes share the model, the first one does, and this does nothing in the others.
+
         Args:
             save_directory: a directory that is not there, is empty, or holds an earlier export.
             push_to_hub: whether to upload it then; `kwargs` are those of `push_to_hub`, with `repository_id`.
@@ -289,6 +300,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             raise ValueError("safe_serialization=False: an export's weights are safetensors, leave the option out.")
         if not push_to_hub and kwargs:
             reject_unknown(kwargs, ("push_to_hub",), "save_pretrained")
+        if self._loaded is not None and not self._loaded.is_first:
+            return
         if target.resolve() == self.directory.resolve():
             self.generation_config.save_pretrained(target)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 from transformers import OPTConfig
@@ -11,6 +13,8 @@ from transformers import OPTConfig
 from ..configuration_opt import OPTNeuronConfig
 from ..sampling import Selection
 
+
+Result = TypeVar("Result")
 
 # Where an export directory keeps its parts.
 CHECKPOINT_DIR = "checkpoint"
@@ -74,6 +78,24 @@ class Runtime(ABC):
     def copy(self, sources: Tensor, length: int) -> None:
         """Runs `cache_copy`: slot i takes over the first `length` positions of slot `sources[i]`; int `(b,)`."""
 
+    def begin(self, *inputs: Tensor) -> None:  # noqa: B027 - most have nothing to do
+        """To be called at the beginning of a call of the user's that may draw random numbers.
+
+        Where several processes run the same calls, all get the state of torch's default generator in the first.
+
+        Raises:
+            RuntimeError: if another process has other inputs.
+        """
+
+    def decide(self, decision: Tensor) -> Tensor:
+        """Where several processes run the same calls, what the first decided; else `decision` itself, bool."""
+        return decision
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is to write files: where several run the same calls, one does."""
+        return True
+
 
 class Target(ABC):
     """Compiles and loads exports."""
@@ -92,3 +114,11 @@ class Target(ABC):
         Raises:
             CheckpointError: if files of it are missing or broken.
         """
+
+    def once(self, neuron_config: OPTNeuronConfig, work: Callable[[], Result]) -> Result:
+        """The result of `work`, such as an export; of the processes of a host that will load it, one does it.
+
+        Raises:
+            TargetError: if so many processes cannot run this export.
+        """
+        return work()

@@ -1,7 +1,8 @@
-"""The embedded default: kernels compiled for the host's CPU, all ranks in one process."""
+"""The embedded default: kernels compiled for the host's CPU, all ranks in one process, or in several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import OPTConfig
@@ -10,24 +11,61 @@ from ...arithmetic import Arithmetic
 from ...checkpoint import load_weights
 from ...configuration_opt import OPTNeuronConfig
 from ...parallel import RankGroup
-from ..base import CHECKPOINT_DIR, COMPILED_DIR, Runtime, Target
+from ..base import CHECKPOINT_DIR, COMPILED_DIR, Result, Runtime, Target
 from .artifacts import find_kernels, write_artifacts
 from .kernels import KernelArithmetic, load_kernels
+from .process_runtime import ProcessRuntime
+from .processes import local_degree, this_world
 from .runtime import CPURuntime
 
 
 class CPUTarget(Target):
-    """Holds every rank of the world in this process, in lockstep."""
+    """Holds every rank of the world in this process, in lockstep; or a share of them, of processes started together.
+
+    A method that several processes are to call together says so.
+    """
 
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
         write_artifacts(directory / COMPILED_DIR, eager)
 
     def load(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> Runtime:
-        library = None if eager else find_kernels(directory / COMPILED_DIR)
-        if library is not None:
-            load_kernels(library)
-        arithmetic = Arithmetic() if library is None else KernelArithmetic()
-        degree = neuron_config.tp_degree
-        group = RankGroup(degree, tuple(range(degree)), arithmetic)
-        weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
-        return CPURuntime(config, neuron_config, group, weights)
+        """See `Target`; to be called by all processes, with the same export.
+
+        Raises:
+            TargetError: if they cannot share its ranks equally.
+            OutOfStepError: if another process fails, or loads another export.
+        """
+        degree, local = neuron_config.tp_degree, local_degree(neuron_config.tp_degree)
+        world = this_world()
+        if world is None:
+            group = RankGroup(degree, tuple(range(degree)), _arithmetic(directory, eager))
+            return CPURuntime(
+                config, neuron_config, group, load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
+            )
+        world.check_same("Loading an export", config.to_json_string(), str(sorted(neuron_config.options().items())))
+        ranks = tuple(range(world.rank * local, (world.rank + 1) * local))
+
+        def load() -> ProcessRuntime:
+            group = RankGroup(degree, ranks, _arithmetic(directory, eager), world.all_reduce, world.all_gather)
+            weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
+            return ProcessRuntime(config, neuron_config, group, weights, world)
+
+        return world.together(load)
+
+    def once(self, neuron_config: OPTNeuronConfig, work: Callable[[], Result]) -> Result:
+        """See `Target`; to be called by all processes. The result is pickled.
+
+        Raises:
+            OutOfStepError: if it fails in another process.
+        """
+        local_degree(neuron_config.tp_degree)
+        world = this_world()
+        return work() if world is None else world.once(work)
+
+
+def _arithmetic(directory: Path, eager: bool) -> Arithmetic:
+    library = None if eager else find_kernels(directory / COMPILED_DIR)
+    if library is None:
+        return Arithmetic()
+    load_kernels(library)
+    return KernelArithmetic()
