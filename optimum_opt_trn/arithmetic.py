@@ -49,6 +49,12 @@ class Arithmetic:
         y = torch.relu(y) if relu else y
         return y if residual is None else residual + y
 
+    def linears(self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, relu: bool) -> list[Tensor]:
+        """`linear` of one x with several weights, each with its bias if there are any."""
+        if biases is None:
+            return [self.linear(x, weight, relu=relu) for weight in weights]
+        return [self.linear(x, weight, bias, relu) for weight, bias in zip(weights, biases, strict=True)]
+
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """float32 layernorm of float32 `(…, n)` over the last dimension; weight and bias `(n,)`, or neither."""
         mean = x.mean(-1, keepdim=True)

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def export_opt(
     path = fetch(source, **hub)
     with _staged(output) as staging:
         weights = open_weights(source, path, CHECKPOINT_DIR if _is_export(path) else "", **hub)
-        write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(target.prepare, eager)
+            write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
         save_config(opt_config, staging, neuron_config.amp_dtype)
         save_companions(path, opt_config, staging)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)

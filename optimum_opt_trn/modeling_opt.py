@@ -66,11 +66,11 @@ class OPTRankProgram:
         return self.group.gather(parts)[..., : self.vocab_size]
 
     def _attention(self, w: Weights, x: Tensor, attend: Attend, residual: Tensor) -> Tensor:
-        query, key, value = (
-            self.group.column(x, w[f"self_attn.{name}_proj.weight"], w.get(f"self_attn.{name}_proj.bias"))
-            for name in "qkv"
-        )
-        mixed = [attend(rank, q, k, v) for rank, (q, k, v) in enumerate(zip(query, key, value, strict=True))]
+        names = [f"self_attn.{name}_proj" for name in "qkv"]
+        weights = [shard for name in names for shard in w[f"{name}.weight"]]
+        biases = [shard for name in names for shard in w.get(f"{name}.bias", [])]
+        outputs, ranks = self.group.column(x, weights, biases or None), len(self.group.ranks)
+        mixed = [attend(rank, *outputs[rank::ranks]) for rank in range(ranks)]
         return self.group.row(mixed, w["self_attn.out_proj.weight"], w.get("self_attn.out_proj.bias"), residual)
 
     def _mlp(self, w: Weights, x: Tensor, residual: Tensor) -> Tensor:

@@ -46,11 +46,11 @@ class RankGroup:
     def column(
         self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, relu: bool = False
     ) -> list[Tensor]:
-        """x float32 `(…, in)`, `(out / world, in)` weights → one float32 `(…, out / world)` for each local rank."""
-        linear = self.arithmetic.linear
-        if biases is None:
-            return [linear(x, weight, relu=relu) for weight in weights]
-        return [linear(x, weight, bias, relu) for weight, bias in zip(weights, biases, strict=True)]
+        """x float32 `(…, in)`, `(out / world, in)` weights → one float32 `(…, out / world)` for each weight.
+
+        A weight for each local rank, or several of them, one after the other.
+        """
+        return self.arithmetic.linears(x, weights, biases, relu)
 
     def row(self, xs: list[Tensor], weights: list[Tensor], bias: list[Tensor] | None, residual: Tensor) -> Tensor:
         """One float32 `(…, in / world)` for each local rank, `(out, in / world)` weights → float32 `(…, out)`.

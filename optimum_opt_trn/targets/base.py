@@ -100,6 +100,9 @@ class Runtime(ABC):
 class Target(ABC):
     """Compiles and loads exports."""
 
+    def prepare(self, eager: bool) -> None:  # noqa: B027 - most have nothing to do ahead
+        """Does ahead, while a checkpoint is split, what of `compile` needs none. What fails fails again there."""
+
     @abstractmethod
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
         """Compiles what runs the split checkpoint in `directory`, which gets a `compiled/` with a manifest.

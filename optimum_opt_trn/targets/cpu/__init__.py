@@ -13,7 +13,7 @@ from ...configuration_opt import OPTNeuronConfig
 from ...parallel import RankGroup
 from ..base import CHECKPOINT_DIR, COMPILED_DIR, Result, Runtime, Target
 from .artifacts import find_kernels, write_artifacts
-from .kernels import KernelArithmetic, load_kernels
+from .kernels import KernelArithmetic, compile_kernels, load_kernels
 from .process_runtime import ProcessRuntime
 from .processes import local_degree, this_world
 from .runtime import CPURuntime
@@ -24,6 +24,10 @@ class CPUTarget(Target):
 
     A method that several processes are to call together says so.
     """
+
+    def prepare(self, eager: bool) -> None:
+        if not eager:
+            compile_kernels()
 
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
         write_artifacts(directory / COMPILED_DIR, eager)

@@ -18,6 +18,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -38,7 +39,7 @@ constexpr int streams(int m) { return FEW_ROWS > 2 && (m == 3 || m == 4) ? 8 : 4
 // Outputs that a thread takes at once: enough to amortise the call, few enough to share evenly.
 constexpr int64_t OUTPUTS = 16;
 // Up to so many rows of x weights are converted again for every FEW_ROWS of them; with more it pays to convert and
-// transpose a panel of weights first (measured: benchmarks/linear_cpu.py).
+// transpose a panel of weights first (measured by benchmarks/linear_cpu.py).
 constexpr int64_t MOST_FEW_ROWS = 48;
 // A panel has PANEL outputs, converted for DEPTH inputs; a thread's PANELS of them fit its second-level cache.
 constexpr int64_t PANEL = GEMM_VECTORS * LANES, DEPTH = 1024, PANELS = 4;
@@ -132,12 +133,18 @@ void dots_of(int64_t rows, const Product<T>& p, int64_t row, int64_t begin, int6
   dots<M>(p, row, begin, end);
 }
 
+// Several products in one go: threads that wait for one another once, not after each, lose less time.
 template <typename T>
-void few_rows(const Product<T>& p) {
-  at::parallel_for(0, (p.n + OUTPUTS - 1) / OUTPUTS, 1, [&](int64_t first, int64_t last) {
-    for (int64_t begin = first * OUTPUTS; begin < std::min(p.n, last * OUTPUTS); begin += OUTPUTS)
-      for (int64_t row = 0; row < p.m; row += FEW_ROWS)
-        dots_of<FEW_ROWS>(std::min(FEW_ROWS, p.m - row), p, row, begin, std::min(p.n, begin + OUTPUTS));
+void few_rows(const std::vector<Product<T>>& products) {
+  std::vector<std::pair<const Product<T>*, int64_t>> tasks;
+  for (const Product<T>& p : products)
+    for (int64_t begin = 0; begin < p.n; begin += OUTPUTS) tasks.emplace_back(&p, begin);
+  at::parallel_for(0, tasks.size(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; task++) {
+      const auto& [p, begin] = tasks[task];
+      for (int64_t row = 0; row < p->m; row += FEW_ROWS)
+        dots_of<FEW_ROWS>(std::min(FEW_ROWS, p->m - row), *p, row, begin, std::min(p->n, begin + OUTPUTS));
+    }
   });
 }
 
@@ -243,35 +250,47 @@ void with_dtype(at::ScalarType dtype, F&& run) {
     run(static_cast<float*>(nullptr));
 }
 
-// x float32 (..., k), weight (n, k), bias (n,) of weight's dtype, residual float32 (..., n) -> float32 (..., n)
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
-              const std::optional<Tensor>& residual) {
-  check_dtype("weight", weight.scalar_type());
-  TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1, "weight is not a matrix of contiguous rows");
-  const int64_t n = weight.size(0), k = weight.size(1);
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() > 0 && x.size(-1) == k,
-              "x is not contiguous float32 (..., ", k, ")");
-  auto shape = x.sizes().vec();
-  shape.back() = n;
-  if (bias)
-    TORCH_CHECK(bias->scalar_type() == weight.scalar_type() && bias->is_contiguous() && bias->numel() == n,
-                "bias is not contiguous ", weight.scalar_type(), " (", n, ")");
-  if (residual)
-    TORCH_CHECK(residual->scalar_type() == at::kFloat && residual->is_contiguous() && residual->sizes() == shape,
-                "residual is not contiguous float32 ", shape);
-  Tensor y = at::empty(shape, x.options());
-  with_dtype(weight.scalar_type(), [&]<typename T>(T*) {
-    const Output<T> output{bias ? bias->const_data_ptr<T>() : nullptr, relu,
-                           residual ? residual->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(), n};
-    const Product<T> product{
-        x.const_data_ptr<float>(), weight.const_data_ptr<T>(), y.numel() / std::max<int64_t>(n, 1), n, k,
-        weight.stride(0),          output};
-    if (product.m <= MOST_FEW_ROWS)
-      few_rows(product);
+// x float32 (..., k); weights (n, k) of one dtype, biases (n,) of that dtype, or none; residual float32 (..., n)
+// -> for each weight, float32 (..., n)
+std::vector<Tensor> linears(const Tensor& x, at::TensorList weights, at::TensorList biases, bool relu,
+                            const std::optional<Tensor>& residual) {
+  TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), weights.size(), " weights and ",
+              biases.size(), " biases");
+  const at::ScalarType dtype = weights[0].scalar_type();
+  check_dtype("weight", dtype);
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() > 0, "x is not contiguous float32 (..., k)");
+  const int64_t k = x.size(-1);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size(); i++) {
+    const Tensor& weight = weights[i];
+    TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1 && weight.size(1) == k && weight.scalar_type() == dtype,
+                "weight is not a matrix of contiguous rows of ", k, ", ", dtype);
+    auto shape = x.sizes().vec();
+    shape.back() = weight.size(0);
+    if (!biases.empty())
+      TORCH_CHECK(biases[i].scalar_type() == dtype && biases[i].is_contiguous() && biases[i].numel() == shape.back(),
+                  "bias is not contiguous ", dtype, " (", shape.back(), ")");
+    if (residual)
+      TORCH_CHECK(residual->scalar_type() == at::kFloat && residual->is_contiguous() && residual->sizes() == shape,
+                  "residual is not contiguous float32 ", shape);
+    results.push_back(at::empty(shape, x.options()));
+  }
+  with_dtype(dtype, [&]<typename T>(T*) {
+    std::vector<Product<T>> products;
+    for (size_t i = 0; i < weights.size(); i++) {
+      const int64_t n = weights[i].size(0), m = n == 0 ? 0 : results[i].numel() / n;
+      const Output<T> output{biases.empty() ? nullptr : biases[i].const_data_ptr<T>(), relu,
+                             residual ? residual->const_data_ptr<float>() : nullptr,
+                             results[i].mutable_data_ptr<float>(), n};
+      products.push_back(
+          {x.const_data_ptr<float>(), weights[i].const_data_ptr<T>(), m, n, k, weights[i].stride(0), output});
+    }
+    if (products[0].m <= MOST_FEW_ROWS)
+      few_rows(products);
     else
-      many_rows(product);
+      for (const Product<T>& product : products) many_rows(product);
   });
-  return y;
+  return results;
 }
 
 // sums[0, N * LANES) += weights (count,) times values (count, >= N * LANES), rows ldv apart
@@ -383,13 +402,13 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tenso
 }  // namespace
 
 TORCH_LIBRARY(optimum_opt_trn, library) {
-  library.def("linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? residual) -> Tensor");
+  library.def("linears(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, Tensor? residual) -> Tensor[]");
   library.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
       "Tensor positions, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(optimum_opt_trn, CPU, library) {
-  library.impl("linear", linear);
+  library.impl("linears", linears);
   library.impl("attend", attend);
 }

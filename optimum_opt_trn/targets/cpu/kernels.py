@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import cached_assets_path
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ...arithmetic import LAYER_NORM_EPS, Arithmetic
 
@@ -37,8 +38,14 @@ class KernelArithmetic(Arithmetic):
         residual: Tensor | None = None,
     ) -> Tensor:
         """See `Arithmetic.linear`; x and residual contiguous, rows of weight contiguous."""
-        result: Tensor = torch.ops.optimum_opt_trn.linear(x, weight, bias, relu, residual)
+        biases = [] if bias is None else [bias]
+        result: Tensor = torch.ops.optimum_opt_trn.linears(x, [weight], biases, relu, residual)[0]
         return result
+
+    def linears(self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, relu: bool) -> list[Tensor]:
+        """See `Arithmetic.linears`; threads wait for one another once for all of them."""
+        results: list[Tensor] = torch.ops.optimum_opt_trn.linears(x, weights, biases or [], relu, None)
+        return results
 
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See `Arithmetic.layer_norm`."""
@@ -78,14 +85,16 @@ def compile_kernels() -> Path:
         # Compiled beside and renamed, for other processes that want the same.
         with tempfile.TemporaryDirectory(dir=cached) as scratch:
             made = Path(scratch) / LIBRARY_NAME
-            _compile([_compiler(), *flags, str(SOURCE), *_libraries(), "-o", str(made)])
+            with tqdm(total=1, desc="Compiling kernels", unit="file", leave=False) as progress:
+                _compile([_compiler(), *flags, str(SOURCE), *_libraries(), "-o", str(made)])
+                progress.update()
             os.replace(made, library)
     return library
 
 
 def load_kernels(file: Path) -> None:
     """Makes the operators of `file` known to torch, once a process: all files of one source define the same."""
-    if not hasattr(torch.ops.optimum_opt_trn, "linear"):
+    if not hasattr(torch.ops.optimum_opt_trn, "linears"):
         torch.ops.load_library(str(file))
 
 

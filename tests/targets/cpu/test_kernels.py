@@ -54,7 +54,7 @@ def test_linear_leaves_what_is_not_finite_to_who_asked(rows):
     x, weight = random(1, rows, 20), random(2, 30, 20, dtype=torch.float16)
     weight[3, 19] = float("inf")
     weight[4, 0] = float("nan")
-    y = torch.ops.optimum_opt_trn.linear(x, weight, None, True, None)
+    y = KernelArithmetic().linear(x, weight, relu=True)
     expected = torch.relu(x @ weight.float().T)
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
     assert y.isfinite().sum() >= 28 * rows
@@ -66,13 +66,28 @@ def test_linear_takes_any_number_of_leading_dimensions():
     assert KernelArithmetic().linear(x[:0], weight).shape == (0, 3, 5)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 60])
+def test_linears_are_each_a_linear(rows):
+    arithmetic, x = KernelArithmetic(), random(1, rows, 40)
+    weights = [random(2 + i, n, 43, dtype=torch.float16)[:, 3:] for i, n in enumerate([5, 100, 16, 1])]
+    biases = [random(9 + i, len(weight), dtype=torch.float16) for i, weight in enumerate(weights)]
+    for given_biases in (biases, None):
+        expected = [arithmetic.linear(x, w, given_biases and given_biases[i], True) for i, w in enumerate(weights)]
+        results = arithmetic.linears(x, weights, given_biases, True)
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    with pytest.raises(RuntimeError, match="4 weights and 3 biases"):
+        arithmetic.linears(x, weights, biases[1:], False)
+    with pytest.raises(RuntimeError, match="rows of 40, Half"):
+        arithmetic.linears(x, [*weights, weights[0].float()], None, False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": random(1, 2, 9)}, "x is not contiguous float32"),
+        ({"x": random(1, 2, 9)}, "weight is not a matrix of contiguous rows of 9, Half"),
         ({"x": random(1, 8, 2).T}, "x is not contiguous float32"),
         ({"x": random(1, 2, 8).half()}, "x is not contiguous float32"),
-        ({"weight": random(2, 8, 4).half().T}, "weight is not a matrix of contiguous rows"),
+        ({"weight": random(2, 8, 4).half().T}, "weight is not a matrix of contiguous rows of 8, Half"),
         ({"weight": torch.ones(4, 8, dtype=torch.int32)}, "weight is Int, not float16"),
         ({"bias": random(3, 4)}, "bias is not contiguous"),
         ({"bias": random(3, 5).half()}, "bias is not contiguous"),
@@ -84,7 +99,7 @@ def test_linear_refuses(change, message):
     x, weight, bias = random(1, 2, 8), random(2, 4, 8).half(), random(3, 4).half()
     given = {"x": x, "weight": weight, "bias": bias, "relu": False, "residual": random(4, 2, 4)} | change
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.optimum_opt_trn.linear(**given)
+        KernelArithmetic().linear(**given)
 
 
 def check_attend(
@@ -146,6 +161,7 @@ CHECK = """
 import sys, itertools, torch
 sys.path[:0] = sys.argv[1:]
 from test_kernels import *
+from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
 load_kernels(compile_kernels())
 for case in itertools.product([1, 5, 8, 50], [3, 49], [15, 17, 1030], DTYPES):
     check_linear(*case, True, True, True, 3)
