@@ -17,13 +17,14 @@ double.install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from conftest import rounded, tiny_opt  # noqa: E402
+from conftest import rounded, tiny_config, tiny_opt  # noqa: E402
 from double import runtime as cores  # noqa: E402
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
 from optimum_opt_trn.targets import TargetError  # noqa: E402
 from optimum_opt_trn.targets.neuron import host  # noqa: E402
+from optimum_opt_trn.targets.neuron.artifacts import _graph_key  # noqa: E402
 from optimum_opt_trn.targets.neuron.rank_module import EXTENSION  # noqa: E402
 
 
@@ -301,3 +302,28 @@ class TestErrors:
         with pytest.raises(TargetError, match="inf2 .NCC_ABCD.*BASE_COMPILE_WORK_DIR"):
             export(tmp_path, tiny_opt())
         assert not (tmp_path / "export").exists()
+
+
+def test_graph_key_tells_what_graphs_depend_on():
+    config, options = tiny_config(), {"batch_size": 2, "sequence_length": 64, "instance_type": "trn1"}
+    keys = {
+        "same": _graph_key(tiny_config(), OPTNeuronConfig(**options)),
+        # A checkpoint's name is only a name.
+        "name": _graph_key(config, OPTNeuronConfig(**options, checkpoint_id="a/b", checkpoint_revision="0")),
+    }
+    assert set(keys.values()) == {_graph_key(config, OPTNeuronConfig(**options))}
+    assert keys["same"] != _graph_key(config, OPTNeuronConfig(**{**options, "instance_type": "trn2"}))
+    others = [
+        *(_graph_key(config, OPTNeuronConfig(**{**options, **change})) for change in (
+            {"batch_size": 3}, {"sequence_length": 65}, {"tp_degree": 2}, {"amp": "bf16"}, {"kv_cache_dtype": "f32"},
+            {"max_topk": 5},
+        )),
+        *(_graph_key(tiny_config(**change), OPTNeuronConfig(**options)) for change in (
+            {"vocab_size": 127}, {"num_hidden_layers": 9}, {"max_position_embeddings": 99},
+            {"ffn_dim": 92}, {"num_attention_heads": 2}, {"word_embed_proj_dim": 32},
+            {"hidden_size": 128, "num_attention_heads": 8}, {"do_layer_norm_before": False}, {"enable_bias": False},
+            {"layer_norm_elementwise_affine": False}, {"activation_function": "gelu"}, {"tie_word_embeddings": False},
+            {"_remove_final_layer_norm": True},
+        )),
+    ]  # fmt: skip
+    assert len({*keys.values(), *others}) == 1 + len(others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from transformers import OPTConfig
 from ... import arithmetic, attention, modeling_opt, parallel, sampling, sharding
 from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
+from ...sharding import cache_shape
 from ..base import TargetError
-from ..manifest import MANIFEST_NAME, graph_key, sha256
+from ..manifest import MANIFEST_NAME, sha256
 from . import rank_module
 
 
@@ -79,5 +81,15 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
-    modules = (modeling_opt, arithmetic, attention, parallel, sharding, sampling, rank_module)
-    return graph_key(config, neuron_config, modules, config.num_hidden_layers, config.max_position_embeddings)
+    """A hash of all that graphs are made of: the model's shape, the export's options, and the code."""
+    options = {k: v for k, v in neuron_config.options().items() if not k.startswith("checkpoint_")}
+    model = (
+        *(config.hidden_size, config.ffn_dim, config.vocab_size, config.word_embed_proj_dim),
+        *(config.enable_bias, config.layer_norm_elementwise_affine, config.do_layer_norm_before),
+        *(config._remove_final_layer_norm, config.tie_word_embeddings, config.activation_function),
+        *(config.num_hidden_layers, config.max_position_embeddings),
+    )
+    digest = hashlib.sha256(repr((model, cache_shape(config, neuron_config), sorted(options.items()))).encode())
+    for module in (modeling_opt, arithmetic, attention, parallel, sharding, sampling, rank_module):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,26 @@
+"""The benchmark of products runs, and prints what it says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "linear_cpu.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_linear_cpu(dtype):
+    options = ("--rows", "1", "50", "--shape", "2048", "1024", "--dtype", dtype, "--rounds", "1")
+    ran = run(*options)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0].startswith(f"48 x (2048, 1024) {dtype}")
+    assert [line.split()[0] for line in lines[1:]] == ["1", "50"]
+    assert all(re.search(rf"kernel +\d+ .*torch f32 +\d+ .*torch {dtype} +\d+", line) for line in lines[1:])
