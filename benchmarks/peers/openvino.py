@@ -1,6 +1,6 @@
 """OpenVINO through optimum-intel, stateful as it exports by default.
 
-Steps are calls of the model's forward and an argmax. `weights` is what they are stored in, `hint` the precision of
+`weights` is what they are stored in, `hint` the precision of
 inference that OpenVINO is asked for; all else is its default for latency.
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 
 import openvino
-import torch
 import transformers
 from optimum.intel import OVModelForCausalLM
 
-from .base import Runner
+from .forward import ForwardRunner
 
 
-class Peer(Runner):
+class Peer(ForwardRunner):
     def versions(self) -> dict[str, str]:
         return {
             "openvino": openvino.__version__,
@@ -35,18 +34,3 @@ class Peer(Runner):
             "INFERENCE_NUM_THREADS": str(self.threads),
         }
         self.model = OVModelForCausalLM.from_pretrained(directory, ov_config=settings)
-
-    def prefill(self, prompts: list[list[int]], room: int) -> list[int]:
-        self.past = None
-        self.mask = torch.ones(len(prompts), 0, dtype=torch.long)
-        return self._run(torch.tensor(prompts))[:, 0].tolist()
-
-    def decode(self, steps: int) -> list[list[int]]:
-        return torch.cat([self._run(self.next) for _ in range(steps)], dim=1).tolist()
-
-    def _run(self, ids: torch.Tensor) -> torch.Tensor:
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-        result = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.past)
-        self.past = result.past_key_values
-        self.next = result.logits[:, -1].argmax(-1, keepdim=True)
-        return self.next
