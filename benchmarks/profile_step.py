@@ -25,6 +25,7 @@ from optimum_opt_trn.sampling import Selection
 
 PARTS = {
     "optimum_opt_trn::linears": "matrix products",
+    "optimum_opt_trn::linear_sum": "matrix products",
     "optimum_opt_trn::attend": "attention",
     "aten::layer_norm": "layernorms",
 }

@@ -24,36 +24,51 @@ class Arithmetic:
 
     compute_dtype: torch.dtype = torch.float32
 
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        relu: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """`relu(x @ weight.T + bias) + residual`, each of the three where it is asked for.
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x @ weight.T`: float32 `(…, in)`, `(out, in)` → float32 `(…, out)`."""
+        return self.linear_sum([x], [weight])
+
+    def linears(
+        self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None = None, relu: bool = False
+    ) -> list[Tensor]:
+        """For each weight `x @ weight.T + bias`.
 
         Args:
             x: float32 `(…, in)`.
-            weight: `(out, in)`.
+            weights: `(out, in)` each.
+            biases: `(out,)` each, one a weight; None for none of them.
+            relu: negative results become 0.
+
+        Returns:
+            float32 `(…, out)` each.
+        """
+        if biases is None:
+            sums = [self.linear(x, weight) for weight in weights]
+        else:
+            sums = [self.linear_sum([x], [weight], bias) for weight, bias in zip(weights, biases, strict=True)]
+        return [torch.relu(y) for y in sums] if relu else sums
+
+    def linear_sum(
+        self, xs: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The sum of `x @ weight.T`, the bias and the residual.
+
+        Args:
+            xs: float32 `(…, in)` each.
+            weights: `(out, in)` each, one for every x.
             bias: `(out,)`.
-            relu: negative sums become 0.
             residual: float32 `(…, out)`.
 
         Returns:
             float32 `(…, out)`.
         """
-        y = torch.nn.functional.linear(x.to(self.compute_dtype), weight.to(self.compute_dtype)).float()
-        y = y if bias is None else y + bias.float()
-        y = torch.relu(y) if relu else y
-        return y if residual is None else residual + y
-
-    def linears(self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, relu: bool) -> list[Tensor]:
-        """`linear` of one x with several weights, each with its bias if there are any."""
-        if biases is None:
-            return [self.linear(x, weight, relu=relu) for weight in weights]
-        return [self.linear(x, weight, bias, relu) for weight, bias in zip(weights, biases, strict=True)]
+        total = None
+        for x, weight in zip(xs, weights, strict=True):
+            y = torch.nn.functional.linear(x.to(self.compute_dtype), weight.to(self.compute_dtype)).float()
+            total = y if total is None else total + y
+        assert total is not None
+        total = total if bias is None else total + bias.float()
+        return total if residual is None else residual + total
 
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """float32 layernorm of float32 `(…, n)` over the last dimension; weight and bias `(n,)`, or neither."""

@@ -57,16 +57,10 @@ class RankGroup:
 
         The bias, and the float32 residual `(…, out)`, are added once.
         """
-        linear, shared = self.arithmetic.linear, bias[0] if bias else None
+        shared = bias[0] if bias else None
         if self.all_reduce is None:
-            total = linear(xs[0], weights[0], shared, residual=residual)
-        else:
-            total = linear(xs[0], weights[0])
-        for x, weight in zip(xs[1:], weights[1:], strict=True):
-            total = linear(x, weight, residual=total)
-        if self.all_reduce is None:
-            return total
-        total = self.all_reduce(total)
+            return self.arithmetic.linear_sum(xs, weights, shared, residual)
+        total = self.all_reduce(self.arithmetic.linear_sum(xs, weights))
         return residual + (total if shared is None else total + shared.float())
 
     def embedding(self, ids: Tensor, weights: list[Tensor], ranks: Tensor) -> Tensor:

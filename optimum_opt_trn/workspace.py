@@ -79,17 +79,15 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     indices = tokens * (8 + 8 + 4) + setup.batch_size * 8
     held = indices + hidden
     normed = hidden if config.do_layer_norm_before else 0
-    # A sum over ranks, and the next one that is made of it.
-    summed = min(ranks, 2) * hidden
 
     # Embedding, where ranks have a part of the vocabulary each: those of all ranks, the last rank's again, two sums;
     # or two more of the last rank while zeros replace the words that it has not. Ids and a mask.
     part = tokens * config.word_embed_proj_dim * _F32
     embedded = indices + tokens * (4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
-    # Attention: query, key, value, and what is mixed of the values. Of a slot and rank at a time, keys and values as
-    # the cache has them, in float32; flash attention's result, a float32 for each query and head, and the result of
-    # the slot before.
+    # Attention: query, key, value, and what is mixed of the values; then their product, one tensor however many ranks.
+    # Of a slot and rank at a time, keys and values as the cache has them, in float32; flash attention's result, a
+    # float32 for each query and head, and the result of the slot before.
     attended = held + normed + 4 * hidden
     heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
     converted = 2 if setup.cache_bytes < _F32 else 0
@@ -107,4 +105,4 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     last = setup.batch_size * config.hidden_size if n > 1 else 0
     selected = 13 * setup.batch_size * config.vocab_size + 2 * config.vocab_size * _F32
     head = held - 4 * tokens + (last + setup.batch_size * words) * _F32 + selected
-    return embedded, attended + slot, attended + summed, mlp + max(activated, summed), head
+    return embedded, attended + slot, attended + hidden, mlp + max(activated, hidden), head

@@ -16,6 +16,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from optimum_opt_trn import NeuronOPTForCausalLM
+from optimum_opt_trn.arithmetic import Arithmetic
 
 
 # Of scores and logits, whose spread is about 1 in the random models: float32 rounding, and no more.
@@ -150,3 +151,25 @@ def assert_rounded(actual: torch.Tensor, exact: torch.Tensor) -> None:
     """`actual` is float32, and `exact`, float64, up to float32 rounding."""
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def check_linears(arithmetic: Arithmetic, shape, k, ns, dtype, with_biases, relu, view=0) -> None:
+    """x `(*shape, k)`, weights `(n, k)`, which are views of more columns if `view`."""
+    x = random(1, *shape, k) / k**0.5
+    weights = [random(2 + i, n, k + view, dtype=dtype)[:, view:] for i, n in enumerate(ns)]
+    biases = [random(9 + i, n, dtype=dtype) for i, n in enumerate(ns)] if with_biases else None
+    results = arithmetic.linears(x, weights, biases, relu)
+    for i, (result, weight) in enumerate(zip(results, weights, strict=True)):
+        exact = x.double() @ weight.double().T + (0 if biases is None else biases[i].double())
+        assert_rounded(result, exact.clamp(min=0) if relu else exact)
+
+
+def check_linear_sum(arithmetic: Arithmetic, shape, ks, n, dtype, with_bias, with_residual, view=0) -> None:
+    """xs `(*shape, k)`, weights `(n, k)`, as `check_linears`."""
+    xs = [random(1 + i, *shape, k) / k**0.5 for i, k in enumerate(ks)]
+    weights = [random(5 + i, n, k + view, dtype=dtype)[:, view:] for i, k in enumerate(ks)]
+    bias = random(9, n, dtype=dtype) if with_bias else None
+    residual = random(10, *shape, n) if with_residual else None
+    exact = sum(x.double() @ weight.double().T for x, weight in zip(xs, weights, strict=True))
+    exact = exact + (0 if bias is None else bias.double()) + (0 if residual is None else residual.double())
+    assert_rounded(arithmetic.linear_sum(xs, weights, bias, residual), exact)

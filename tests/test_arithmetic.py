@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from against_transformers import assert_rounded, random
+from against_transformers import assert_rounded, check_linear_sum, check_linears, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +16,20 @@ dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
 @settings(deadline=None, max_examples=40)
-@given(batch_shapes, sizes, sizes, dtypes, st.booleans(), st.booleans(), st.booleans())
-def test_linear(shape, n_in, n_out, dtype, with_bias, relu, with_residual):
-    x, weight = random(1, *shape, n_in), random(2, n_out, n_in, dtype=dtype)
-    bias = random(3, n_out, dtype=dtype) if with_bias else None
-    residual = random(4, *shape, n_out) if with_residual else None
-    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    exact = (exact.clamp(min=0) if relu else exact) + (0 if residual is None else residual.double())
-    assert_rounded(Arithmetic().linear(x, weight, bias, relu, residual), exact)
+@given(batch_shapes, sizes, st.lists(sizes, min_size=1, max_size=3), dtypes, st.booleans(), st.booleans())
+def test_linears(shape, n_in, n_outs, dtype, with_biases, relu):
+    check_linears(Arithmetic(), shape, n_in, n_outs, dtype, with_biases, relu)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batch_shapes, st.lists(sizes, min_size=1, max_size=3), sizes, dtypes, st.booleans(), st.booleans())
+def test_linear_sum(shape, n_ins, n_out, dtype, with_bias, with_residual):
+    check_linear_sum(Arithmetic(), shape, n_ins, n_out, dtype, with_bias, with_residual)
+
+
+def test_linear():
+    x, weight = random(1, 5, 40), random(2, 6, 40, dtype=torch.float16)
+    assert_rounded(Arithmetic().linear(x, weight), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

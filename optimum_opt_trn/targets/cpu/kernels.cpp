@@ -77,44 +77,55 @@ struct Output {
   }
 };
 
+// x (m, k), contiguous, times w (n, k), rows ldw apart.
+template <typename T>
+struct Part {
+  const float* x;
+  const T* w;
+  int64_t k, ldw;
+};
+
+// The sum of its parts: one, or one of each tensor-parallel rank.
 template <typename T>
 struct Product {
-  const float* x;  // (m, k), contiguous
-  const T* w;      // (n, k), rows ldw apart
-  int64_t m, n, k, ldw;
+  std::vector<Part<T>> parts;
+  int64_t m, n;
   Output<T> output;
 };
 
 // The products of R weight rows with M rows of x. The lanes run along k, so that weights are used as they lie.
 template <int R, int M, typename T>
 inline void dot(const Product<T>& p, int64_t row, int64_t column) {
-  const float* x = p.x + row * p.k;
-  const T* w = p.w + column * p.ldw;
   Vec sums[R][M];
+  float rests[R][M] = {};  // of inputs that fill no vector
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) sums[r][m] = Vec(0.0f);
-  int64_t i = 0;
-  for (; i + LANES <= p.k; i += LANES) {
-    Vec weights[R];
+  for (const Part<T>& part : p.parts) {
+    const int64_t k = part.k, ldw = part.ldw;
+    const float* x = part.x + row * k;
+    const T* w = part.w + column * ldw;
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+      Vec weights[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      weights[r] = ::load(w + r * p.ldw + i);
-      // Hardware does not follow a stream into the next page, and a row is a page or two: ask for the next R rows.
-      __builtin_prefetch(w + (r + R) * p.ldw + i, 0, 1);
+      for (int r = 0; r < R; r++) {
+        weights[r] = ::load(w + r * ldw + i);
+        // Hardware does not follow a stream into the next page, and a row is a page or two: ask for the next R rows.
+        __builtin_prefetch(w + (r + R) * ldw + i, 0, 1);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const Vec xs = Vec::loadu(x + m * k + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) sums[r][m] = at::vec::fmadd(weights[r], xs, sums[r][m]);
+      }
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const Vec xs = Vec::loadu(x + m * p.k + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r][m] = at::vec::fmadd(weights[r], xs, sums[r][m]);
-    }
+    for (; i < k; i++)
+      for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) rests[r][m] += static_cast<float>(w[r * ldw + i]) * x[m * k + i];
   }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      float total = sum(sums[r][m]);
-      for (int64_t j = i; j < p.k; j++) total += static_cast<float>(w[r * p.ldw + j]) * x[m * p.k + j];
-      p.output(row + m, column + r, total);
-    }
+    for (int m = 0; m < M; m++) p.output(row + m, column + r, sum(sums[r][m]) + rests[r][m]);
 }
 
 template <int M, typename T>
@@ -150,15 +161,15 @@ void few_rows(const std::vector<Product<T>>& products) {
 
 // Weights [column, column + PANEL) x [begin, begin + depth) as float32 (depth, PANEL), zeros beyond the last column.
 template <typename T>
-void pack(const Product<T>& p, int64_t column, int64_t begin, int64_t depth, float* panel) {
+void pack(const Part<T>& part, int64_t n, int64_t column, int64_t begin, int64_t depth, float* panel) {
   alignas(64) float block[LANES * LANES];
   for (int64_t c = 0; c < PANEL; c += LANES)
     for (int64_t i = 0; i < depth; i += LANES) {
       const int64_t width = std::min(LANES, depth - i);
       for (int64_t r = 0; r < LANES; r++) {
-        const T* from = p.w + (column + c + r) * p.ldw + begin + i;
+        const T* from = part.w + (column + c + r) * part.ldw + begin + i;
         float* to = block + r * LANES;
-        if (column + c + r >= p.n)
+        if (column + c + r >= n)
           std::fill_n(to, LANES, 0.0f);
         else if (width == LANES)
           ::load(from).store(to);
@@ -208,28 +219,32 @@ void many_rows(const Product<T>& p) {
     alignas(64) float sums[GEMM_ROWS * PANEL];
     for (int64_t group = first; group < last; group += PANELS) {
       const int64_t count = std::min(PANELS, last - group);
-      for (int64_t begin = 0; begin < p.k; begin += DEPTH) {
-        const int64_t depth = std::min(DEPTH, p.k - begin);
-        for (int64_t i = 0; i < count; i++)
-          pack(p, (group + i) * PANEL, begin, depth, panels.get() + i * DEPTH * PANEL);
-        for (int64_t row = 0; row < p.m; row += GEMM_ROWS) {
-          const int64_t rows = std::min(GEMM_ROWS, p.m - row);
-          for (int64_t i = 0; i < count; i++) {
-            multiply_of<GEMM_ROWS>(rows, p.x + row * p.k + begin, p.k, panels.get() + i * DEPTH * PANEL, depth, sums);
-            const int64_t column = (group + i) * PANEL, columns = std::min(PANEL, p.n - column);
-            for (int64_t r = 0; r < rows; r++)
-              for (int64_t c = 0; c < columns; c++) {
-                const float value = sums[r * PANEL + c];
-                float* y = p.output.y + (row + r) * p.n + column + c;
-                const float total = begin == 0 ? value : *y + value;
-                if (begin + depth < p.k)
-                  *y = total;
-                else
-                  p.output(row + r, column + c, total);
-              }
+      for (const Part<T>& part : p.parts)
+        for (int64_t begin = 0; begin < part.k; begin += DEPTH) {
+          const int64_t depth = std::min(DEPTH, part.k - begin);
+          const bool starts = &part == &p.parts.front() && begin == 0;
+          const bool ends = &part == &p.parts.back() && begin + depth == part.k;
+          for (int64_t i = 0; i < count; i++)
+            pack(part, p.n, (group + i) * PANEL, begin, depth, panels.get() + i * DEPTH * PANEL);
+          for (int64_t row = 0; row < p.m; row += GEMM_ROWS) {
+            const int64_t rows = std::min(GEMM_ROWS, p.m - row);
+            for (int64_t i = 0; i < count; i++) {
+              const float* panel = panels.get() + i * DEPTH * PANEL;
+              multiply_of<GEMM_ROWS>(rows, part.x + row * part.k + begin, part.k, panel, depth, sums);
+              const int64_t column = (group + i) * PANEL, columns = std::min(PANEL, p.n - column);
+              for (int64_t r = 0; r < rows; r++)
+                for (int64_t c = 0; c < columns; c++) {
+                  const float value = sums[r * PANEL + c];
+                  float* y = p.output.y + (row + r) * p.n + column + c;
+                  const float total = starts ? value : *y + value;
+                  if (ends)
+                    p.output(row + r, column + c, total);
+                  else
+                    *y = total;
+                }
+            }
           }
         }
-      }
     }
   });
 }
@@ -250,47 +265,82 @@ void with_dtype(at::ScalarType dtype, F&& run) {
     run(static_cast<float*>(nullptr));
 }
 
-// x float32 (..., k); weights (n, k) of one dtype, biases (n,) of that dtype, or none; residual float32 (..., n)
-// -> for each weight, float32 (..., n)
-std::vector<Tensor> linears(const Tensor& x, at::TensorList weights, at::TensorList biases, bool relu,
-                            const std::optional<Tensor>& residual) {
+template <typename T>
+Part<T> part_of(const Tensor& x, const Tensor& weight) {
+  return {x.const_data_ptr<float>(), weight.const_data_ptr<T>(), weight.size(1), weight.stride(0)};
+}
+
+template <typename T>
+void multiply_all(const std::vector<Product<T>>& products) {
+  if (products[0].m <= MOST_FEW_ROWS)
+    few_rows(products);
+  else
+    for (const Product<T>& product : products) many_rows(product);
+}
+
+// x float32 (..., k) and weight (n, k) of `dtype` fit each other -> the shape of their product
+std::vector<int64_t> check_factors(const Tensor& x, const Tensor& weight, at::ScalarType dtype) {
+  check_dtype("weight", dtype);
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() > 0, "x is not contiguous float32 (..., k)");
+  TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1 && weight.size(1) == x.size(-1) && weight.scalar_type() == dtype,
+              "weight is not a matrix of contiguous rows of ", x.size(-1), ", ", dtype);
+  auto shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  return shape;
+}
+
+void check_bias(const Tensor& bias, at::ScalarType dtype, int64_t n) {
+  TORCH_CHECK(bias.scalar_type() == dtype && bias.is_contiguous() && bias.numel() == n, "bias is not contiguous ", dtype,
+              " (", n, ")");
+}
+
+// For each of the weights (n, k), with x float32 (..., k): relu(x @ weight.T + bias), float32 (..., n). Weights and
+// biases (n,), of which there may be none, have one dtype.
+std::vector<Tensor> linears(const Tensor& x, at::TensorList weights, at::TensorList biases, bool relu) {
   TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), weights.size(), " weights and ",
               biases.size(), " biases");
   const at::ScalarType dtype = weights[0].scalar_type();
-  check_dtype("weight", dtype);
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() > 0, "x is not contiguous float32 (..., k)");
-  const int64_t k = x.size(-1);
   std::vector<Tensor> results;
   for (size_t i = 0; i < weights.size(); i++) {
-    const Tensor& weight = weights[i];
-    TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1 && weight.size(1) == k && weight.scalar_type() == dtype,
-                "weight is not a matrix of contiguous rows of ", k, ", ", dtype);
-    auto shape = x.sizes().vec();
-    shape.back() = weight.size(0);
-    if (!biases.empty())
-      TORCH_CHECK(biases[i].scalar_type() == dtype && biases[i].is_contiguous() && biases[i].numel() == shape.back(),
-                  "bias is not contiguous ", dtype, " (", shape.back(), ")");
-    if (residual)
-      TORCH_CHECK(residual->scalar_type() == at::kFloat && residual->is_contiguous() && residual->sizes() == shape,
-                  "residual is not contiguous float32 ", shape);
-    results.push_back(at::empty(shape, x.options()));
+    results.push_back(at::empty(check_factors(x, weights[i], dtype), x.options()));
+    if (!biases.empty()) check_bias(biases[i], dtype, weights[i].size(0));
   }
   with_dtype(dtype, [&]<typename T>(T*) {
     std::vector<Product<T>> products;
     for (size_t i = 0; i < weights.size(); i++) {
       const int64_t n = weights[i].size(0), m = n == 0 ? 0 : results[i].numel() / n;
-      const Output<T> output{biases.empty() ? nullptr : biases[i].const_data_ptr<T>(), relu,
-                             residual ? residual->const_data_ptr<float>() : nullptr,
+      const Output<T> output{biases.empty() ? nullptr : biases[i].const_data_ptr<T>(), relu, nullptr,
                              results[i].mutable_data_ptr<float>(), n};
-      products.push_back(
-          {x.const_data_ptr<float>(), weights[i].const_data_ptr<T>(), m, n, k, weights[i].stride(0), output});
+      products.push_back({{part_of<T>(x, weights[i])}, m, n, output});
     }
-    if (products[0].m <= MOST_FEW_ROWS)
-      few_rows(products);
-    else
-      for (const Product<T>& product : products) many_rows(product);
+    multiply_all(products);
   });
   return results;
+}
+
+// The sum of x @ weight.T over xs float32 (..., k) and weights (n, k), whose k may differ, + bias (n,) + residual
+// float32 (..., n) -> float32 (..., n). Weights and bias have one dtype.
+Tensor linear_sum(at::TensorList xs, at::TensorList weights, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& residual) {
+  TORCH_CHECK(!weights.empty() && xs.size() == weights.size(), xs.size(), " xs and ", weights.size(), " weights");
+  const at::ScalarType dtype = weights[0].scalar_type();
+  const auto shape = check_factors(xs[0], weights[0], dtype);
+  for (size_t i = 1; i < weights.size(); i++)
+    TORCH_CHECK(check_factors(xs[i], weights[i], dtype) == shape, "the parts of a sum are not all ", shape);
+  const int64_t n = shape.back();
+  if (bias) check_bias(*bias, dtype, n);
+  if (residual)
+    TORCH_CHECK(residual->scalar_type() == at::kFloat && residual->is_contiguous() && residual->sizes() == shape,
+                "residual is not contiguous float32 ", shape);
+  Tensor y = at::empty(shape, xs[0].options());
+  with_dtype(dtype, [&]<typename T>(T*) {
+    const Output<T> output{bias ? bias->const_data_ptr<T>() : nullptr, false,
+                           residual ? residual->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(), n};
+    Product<T> product{{}, n == 0 ? 0 : y.numel() / n, n, output};
+    for (size_t i = 0; i < weights.size(); i++) product.parts.push_back(part_of<T>(xs[i], weights[i]));
+    multiply_all<T>({product});
+  });
+  return y;
 }
 
 // sums[0, N * LANES) += weights (count,) times values (count, >= N * LANES), rows ldv apart
@@ -402,7 +452,8 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tenso
 }  // namespace
 
 TORCH_LIBRARY(optimum_opt_trn, library) {
-  library.def("linears(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, Tensor? residual) -> Tensor[]");
+  library.def("linears(Tensor x, Tensor[] weights, Tensor[] biases, bool relu) -> Tensor[]");
+  library.def("linear_sum(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual) -> Tensor");
   library.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
       "Tensor positions, float scale) -> Tensor");
@@ -410,5 +461,6 @@ TORCH_LIBRARY(optimum_opt_trn, library) {
 
 TORCH_LIBRARY_IMPL(optimum_opt_trn, CPU, library) {
   library.impl("linears", linears);
+  library.impl("linear_sum", linear_sum);
   library.impl("attend", attend);
 }

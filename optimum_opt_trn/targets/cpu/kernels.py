@@ -29,23 +29,19 @@ class CompileError(RuntimeError):
 class KernelArithmetic(Arithmetic):
     """Products that read 16-bit weights as they are, once; sums are float32. Needs `load_kernels`."""
 
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        relu: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """See `Arithmetic.linear`; x and residual contiguous, rows of weight contiguous."""
-        biases = [] if bias is None else [bias]
-        result: Tensor = torch.ops.optimum_opt_trn.linears(x, [weight], biases, relu, residual)[0]
-        return result
-
-    def linears(self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, relu: bool) -> list[Tensor]:
-        """See `Arithmetic.linears`; threads wait for one another once for all of them."""
-        results: list[Tensor] = torch.ops.optimum_opt_trn.linears(x, weights, biases or [], relu, None)
+    def linears(
+        self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None = None, relu: bool = False
+    ) -> list[Tensor]:
+        """See `Arithmetic.linears`; x contiguous, rows of weights contiguous. Threads meet once for all of them."""
+        results: list[Tensor] = torch.ops.optimum_opt_trn.linears(x, weights, biases or [], relu)
         return results
+
+    def linear_sum(
+        self, xs: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """See `Arithmetic.linear_sum`; xs and residual contiguous, rows of weights contiguous."""
+        result: Tensor = torch.ops.optimum_opt_trn.linear_sum(xs, weights, bias, residual)
+        return result
 
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """See `Arithmetic.layer_norm`."""

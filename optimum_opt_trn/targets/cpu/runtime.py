@@ -72,8 +72,13 @@ class CPURuntime(Runtime):
         batch = self.neuron_config.batch_size
         if len(rows) < batch:
             logits = logits.new_zeros(batch, *logits.shape[1:]).index_copy_(0, rows, logits)
+        last = logits if logits.dim() == 2 else logits[:, -1]
         # What nobody asked for is not looked at: excluded ids that are none, and more than the best tokens.
         suppressed = selection.suppressed[:, : int((selection.suppressed >= 0).sum(1).max())]
-        most = self.neuron_config.max_topk if bool((selection.params[:, 0] > 1).any()) else 1
-        last = logits if logits.dim() == 2 else logits[:, -1]
+        if bool((selection.params[:, 0] > 1).any()):
+            most = self.neuron_config.max_topk
+        elif suppressed.shape[1]:
+            most = 1
+        else:
+            return last.argmax(-1).int(), logits  # of tokens that tie the first, as select_tokens has it
         return select_tokens(last, selection.params, selection.uniforms, suppressed, most), logits

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from against_transformers import assert_rounded, random
+from against_transformers import assert_rounded, check_linear_sum, check_linears, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,28 +25,30 @@ DEPTHS = [1, 5, 15, 16, 17, 64, 100, 1023, 1025, 2100]
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def check_linear(
-    m: int, n: int, k: int, dtype: torch.dtype, bias: bool, relu: bool, residual: bool, view: int
-) -> None:
-    x, weight = random(1, m, k) / k**0.5, random(2, n, k + view, dtype=dtype)[:, view:]
-    biases = random(3, n, dtype=dtype) if bias else None
-    added = random(4, m, n) if residual else None
-    exact = x.double() @ weight.double().T + (0 if biases is None else biases.double())
-    exact = (exact.clamp(min=0) if relu else exact) + (0 if added is None else added.double())
-    assert_rounded(KernelArithmetic().linear(x, weight, biases, relu, added), exact)
+rows = st.sampled_from(ROWS) | st.integers(1, 70)
+outputs = st.sampled_from(OUTPUTS) | st.integers(1, 300)
+depths = st.sampled_from(DEPTHS) | st.integers(1, 300)
+views = st.sampled_from([0, 3, 32])
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    st.sampled_from(ROWS) | st.integers(1, 70),
-    st.sampled_from(OUTPUTS) | st.integers(1, 300),
-    st.sampled_from(DEPTHS) | st.integers(1, 300),
-    st.sampled_from(DTYPES),
-    *[st.booleans()] * 3,
-    st.sampled_from([0, 3, 32]),
-)
-def test_linear(m, n, k, dtype, bias, relu, residual, view):
-    check_linear(m, n, k, dtype, bias, relu, residual, view)
+@settings(deadline=None, max_examples=100)
+@given(rows, depths, st.lists(outputs, min_size=1, max_size=3), st.sampled_from(DTYPES), *[st.booleans()] * 2, views)
+def test_linears(m, k, ns, dtype, with_biases, relu, view):
+    check_linears(KernelArithmetic(), (m,), k, ns, dtype, with_biases, relu, view)
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows, st.lists(depths, min_size=1, max_size=4), outputs, st.sampled_from(DTYPES), *[st.booleans()] * 2, views)
+def test_linear_sum(m, ks, n, dtype, with_bias, with_residual, view):
+    check_linear_sum(KernelArithmetic(), (m,), ks, n, dtype, with_bias, with_residual, view)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 60])
+def test_together_and_apart_are_the_same_to_the_bit(rows):
+    arithmetic, x = KernelArithmetic(), random(1, rows, 40)
+    weights = [random(2 + i, n, 40, dtype=torch.float16) for i, n in enumerate([5, 100, 16, 1])]
+    for result, weight in zip(arithmetic.linears(x, weights), weights, strict=True):
+        assert torch.equal(result, arithmetic.linear(x, weight))
 
 
 @pytest.mark.parametrize("rows", [1, 50])
@@ -54,7 +56,7 @@ def test_linear_leaves_what_is_not_finite_to_who_asked(rows):
     x, weight = random(1, rows, 20), random(2, 30, 20, dtype=torch.float16)
     weight[3, 19] = float("inf")
     weight[4, 0] = float("nan")
-    y = KernelArithmetic().linear(x, weight, relu=True)
+    y = KernelArithmetic().linears(x, [weight], relu=True)[0]
     expected = torch.relu(x @ weight.float().T)
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
     assert y.isfinite().sum() >= 28 * rows
@@ -66,40 +68,46 @@ def test_linear_takes_any_number_of_leading_dimensions():
     assert KernelArithmetic().linear(x[:0], weight).shape == (0, 3, 5)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 60])
-def test_linears_are_each_a_linear(rows):
-    arithmetic, x = KernelArithmetic(), random(1, rows, 40)
-    weights = [random(2 + i, n, 43, dtype=torch.float16)[:, 3:] for i, n in enumerate([5, 100, 16, 1])]
-    biases = [random(9 + i, len(weight), dtype=torch.float16) for i, weight in enumerate(weights)]
-    for given_biases in (biases, None):
-        expected = [arithmetic.linear(x, w, given_biases and given_biases[i], True) for i, w in enumerate(weights)]
-        results = arithmetic.linears(x, weights, given_biases, True)
-        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
-    with pytest.raises(RuntimeError, match="4 weights and 3 biases"):
-        arithmetic.linears(x, weights, biases[1:], False)
-    with pytest.raises(RuntimeError, match="rows of 40, Half"):
-        arithmetic.linears(x, [*weights, weights[0].float()], None, False)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": random(1, 2, 9)}, "weight is not a matrix of contiguous rows of 9, Half"),
-        ({"x": random(1, 8, 2).T}, "x is not contiguous float32"),
-        ({"x": random(1, 2, 8).half()}, "x is not contiguous float32"),
-        ({"weight": random(2, 8, 4).half().T}, "weight is not a matrix of contiguous rows of 8, Half"),
-        ({"weight": torch.ones(4, 8, dtype=torch.int32)}, "weight is Int, not float16"),
+        ({"xs": [random(1, 2, 9)]}, "weight is not a matrix of contiguous rows of 9, Half"),
+        ({"xs": [random(1, 8, 2).T]}, "x is not contiguous float32"),
+        ({"xs": [random(1, 2, 8).half()]}, "x is not contiguous float32"),
+        ({"xs": []}, "0 xs and 1 weights"),
+        ({"weights": [random(2, 8, 4).half().T]}, "weight is not a matrix of contiguous rows of 8, Half"),
+        ({"weights": [torch.ones(4, 8, dtype=torch.int32)]}, "weight is Int, not float16"),
+        ({"xs": [random(1, 2, 8)] * 2, "weights": [torch.ones(4, 8).half(), torch.ones(4, 8)]}, "rows of 8, Half"),
+        (
+            {"xs": [random(1, 2, 8)] * 2, "weights": [torch.ones(4, 8).half(), torch.ones(5, 8).half()]},
+            "not all 2 4",
+        ),
         ({"bias": random(3, 4)}, "bias is not contiguous"),
         ({"bias": random(3, 5).half()}, "bias is not contiguous"),
         ({"residual": random(4, 1, 4)}, "residual is not contiguous float32"),
         ({"residual": random(4, 2, 4).half()}, "residual is not contiguous float32"),
     ],
 )
-def test_linear_refuses(change, message):
+def test_linear_sum_refuses(change, message):
     x, weight, bias = random(1, 2, 8), random(2, 4, 8).half(), random(3, 4).half()
-    given = {"x": x, "weight": weight, "bias": bias, "relu": False, "residual": random(4, 2, 4)} | change
+    given = {"xs": [x], "weights": [weight], "bias": bias, "residual": random(4, 2, 4)} | change
     with pytest.raises(RuntimeError, match=message):
-        KernelArithmetic().linear(**given)
+        KernelArithmetic().linear_sum(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"biases": [random(3, 4).half()] * 2}, "1 weights and 2 biases"),
+        ({"biases": [random(3, 5).half()]}, "bias is not contiguous Half .4."),
+        ({"weights": []}, "0 weights and 0 biases"),
+        ({"weights": [torch.ones(4, 8).half(), torch.ones(4, 8)]}, "rows of 8, Half"),
+    ],
+)
+def test_linears_refuses(change, message):
+    given = {"x": random(1, 2, 8), "weights": [random(2, 4, 8).half()]} | change
+    with pytest.raises(RuntimeError, match=message):
+        KernelArithmetic().linears(**given)
 
 
 def check_attend(
@@ -163,8 +171,9 @@ sys.path[:0] = sys.argv[1:]
 from test_kernels import *
 from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
 load_kernels(compile_kernels())
-for case in itertools.product([1, 5, 8, 50], [3, 49], [15, 17, 1030], DTYPES):
-    check_linear(*case, True, True, True, 3)
+for m, k, dtype in itertools.product([1, 3, 5, 8, 50], [15, 17, 1030], DTYPES):
+    check_linears(KernelArithmetic(), (m,), k, [3, 49], dtype, True, True, 3)
+    check_linear_sum(KernelArithmetic(), (m,), [k, 20], 49, dtype, True, True, 3)
 for d, dtype in itertools.product([7, 20, 64], DTYPES):
     check_attend([1, 0], [17, 0], [2, 3], 3, d, dtype)
 print("all of", torch.backends.cpu.get_cpu_capability())
