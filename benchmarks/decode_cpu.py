@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--full", action="store_true", help="all contexts at all batch sizes, and the longest prompt")
     how = parser.add_argument_group("how")
     how.add_argument("--rounds", type=int, default=5, help="timed runs of each figure (default: 5)")
-    how.add_argument("--steps", type=int, help="of a timed run of decoding (default: 16 of 125m, else 8)")
+    how.add_argument("--steps", type=int, help="of a timed run of decoding (default: 32 of 125m, else 8)")
     how.add_argument("--loads", type=int, default=3, help="timed starts and loads of each peer (default: 3)")
     how.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)),
                      help="of each contender and of the probe (default: as many as there are cores)")  # fmt: skip

@@ -46,6 +46,8 @@ class Selection:
 
     def scatter(self, slots: Tensor, batch_size: int) -> Selection:
         """The selection of a whole batch, of which row `slots[i]` is this one's row i; int64 `(rows,)`."""
+        if slots.tolist() == [*range(batch_size)]:
+            return self
         whole = Selection.greedy(batch_size)
         whole.params[slots], whole.uniforms[slots] = self.params, self.uniforms
         whole.suppressed[slots] = self.suppressed

@@ -90,14 +90,15 @@ class DeviceSelector(Selector):
                 top_p = processor.top_p
             elif kind is MinPLogitsWarper:
                 min_p = processor.min_p
-        self._params = (top_k, top_p, temperature, min_p) if do_sample else GREEDY
+        self._params = torch.tensor([(top_k, top_p, temperature, min_p) if do_sample else GREEDY])
 
     def selection(self, rows: int, width: int) -> Selection:
         ids = sorted({i for least, ids in self._suppressed if width < least for i in ids})
         suppressed = torch.full((rows, MAX_SUPPRESSED), -1, dtype=torch.int32)
-        suppressed[:, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        if ids:
+            suppressed[:, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
         uniforms = torch.rand(rows) if self.do_sample else torch.zeros(rows)
-        return Selection(torch.tensor([self._params]).repeat(rows, 1), uniforms, suppressed)
+        return Selection(self._params.repeat(rows, 1), uniforms, suppressed)
 
     def select(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
         return tokens.long()

@@ -22,7 +22,7 @@ from .workers import ContenderFailed, Worker, Workplace, fresh_cache, keep_fresh
 
 
 # Of one timed run of decoding: some 0.1 to 1 s of a 2-core machine.
-STEPS = {"tiny": 4, "125m": 16, "350m": 8, "1.3b": 8, "2.7b": 8}
+STEPS = {"tiny": 4, "125m": 32, "350m": 8, "1.3b": 8, "2.7b": 8}
 # To see whether compile time depends on depth.
 DEPTHS = (2, 4)
 FIGURES = ("decode", "prefill", "load", "export")
