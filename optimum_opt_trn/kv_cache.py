@@ -28,10 +28,6 @@ class LayerCache:
     keys: list[Tensor]
     values: list[Tensor]
 
-    def first(self, length: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the first `length` positions; what is written to them is written to the cache."""
-        return [k[:, :, :length] for k in self.keys], [v[:, :, :length] for v in self.values]
-
 
 def allocate_cache(config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup) -> list[LayerCache]:
     """Zeroed caches of all layers, in `kv_cache_dtype`."""

@@ -1,11 +1,10 @@
 """The key/value cache."""
 
 import pytest
-import torch
 from conftest import tiny_config
 
 from optimum_opt_trn import OPTNeuronConfig
-from optimum_opt_trn.kv_cache import LayerCache, allocate_cache, cache_shape
+from optimum_opt_trn.kv_cache import allocate_cache, cache_shape
 from optimum_opt_trn.parallel import RankGroup
 
 
@@ -39,14 +38,3 @@ def test_memory_does_not_depend_on_the_degree():
 
     # keys and values x layers x batch x positions x hidden x 2 bytes
     assert total(1) == total(2) == total(4) == 2 * 2 * 2 * 32 * 64 * 2
-
-
-def test_first_positions_are_views():
-    layer = LayerCache([torch.zeros(2, 3, 10, 4) for _ in "ab"], [torch.zeros(2, 3, 10, 4) for _ in "ab"])
-    keys, values = layer.first(6)
-    assert [tuple(t.shape) for t in keys + values] == [(2, 3, 6, 4)] * 4
-    keys[1][:] = 1
-    values[0][:] = 2
-    assert layer.keys[1][:, :, :6].eq(1).all() and not layer.keys[1][:, :, 6:].any()
-    assert layer.values[0][:, :, :6].eq(2).all() and not layer.values[0][:, :, 6:].any()
-    assert not layer.keys[0].any() and not layer.values[1].any()

@@ -41,7 +41,8 @@ class Ours:
 
     def layer(self, hidden: Tensor, cache: LayerCache, bucket: int, positions: Tensor, prompt: bool, index: int = 0):
         """The layer of that index, over the first `bucket` positions of `cache`."""
-        attend = StaticAttention(*cache.first(bucket), positions, prompt, self.program.scale)
+        keys, values = ([tensor[:, :, :bucket] for tensor in tensors] for tensors in (cache.keys, cache.values))
+        attend = StaticAttention(keys, values, positions, prompt, self.program.scale)
         return self.program.layer(self.weights.layers[index], hidden, attend)
 
 
