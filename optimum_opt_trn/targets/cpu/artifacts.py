@@ -34,7 +34,7 @@ def write_artifacts(directory: Path, eager: bool) -> None:
         except CompileError as error:
             logger.warning(
                 f"The kernels could not be compiled ({error}), so this export will run eagerly, correct and slower. "
-                "Install g++ (or set CXX) and export again."
+                "See to that and export again."
             )
     manifest = {"host": this_host(), "source": source_hash(), "artifacts": artifacts}
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -75,10 +75,7 @@ def find_kernels(directory: Path) -> Path | None:
         )
         return None
     library = directory / LIBRARY_NAME
-    if not library.is_file() or artifacts[LIBRARY_NAME] != {
-        "bytes": library.stat().st_size,
-        "sha256": sha256(library),
-    }:
+    if not library.is_file() or artifacts[LIBRARY_NAME] != _entry(library):
         raise CheckpointError(
             f"{library} is missing or not what the manifest says: export the model again, or load it with eager=True."
         )

@@ -71,20 +71,25 @@ def compile_kernels() -> Path:
     any time.
 
     Raises:
-        CompileError: if there is no C++ compiler, or it fails.
+        CompileError: if there is no C++ compiler, it fails, or the cache cannot be written.
     """
     flags = _flags()
     described = repr((source_hash(), sorted(host().items()), flags))
-    cached = cached_assets_path("optimum_opt_trn", "compiled", hashlib.sha256(described.encode()).hexdigest())
-    library = cached / LIBRARY_NAME
-    if not library.is_file():
-        # Compiled beside and renamed, for other processes that want the same.
-        with tempfile.TemporaryDirectory(dir=cached) as scratch:
-            made = Path(scratch) / LIBRARY_NAME
-            with tqdm(total=1, desc="Compiling kernels", unit="file", leave=False) as progress:
-                _compile([_compiler(), *flags, str(SOURCE), *_libraries(), "-o", str(made)])
-                progress.update()
-            os.replace(made, library)
+    try:
+        cached = cached_assets_path("optimum_opt_trn", "compiled", hashlib.sha256(described.encode()).hexdigest())
+        library = cached / LIBRARY_NAME
+        if not library.is_file():
+            # Compiled beside and renamed, for other processes that want the same.
+            with tempfile.TemporaryDirectory(dir=cached) as scratch:
+                made = Path(scratch) / LIBRARY_NAME
+                with tqdm(total=1, desc="Compiling kernels", unit="file", leave=False) as progress:
+                    _compile([_compiler(), *flags, str(SOURCE), *_libraries(), "-o", str(made)])
+                    progress.update()
+                os.replace(made, library)
+    except OSError as error:
+        raise CompileError(
+            f"their cache cannot be written ({error}): set HF_ASSETS_CACHE to another folder"
+        ) from error
     return library
 
 
@@ -110,7 +115,7 @@ def _compiler() -> str:
     try:
         return str(get_cpp_compiler())
     except (InvalidCxxCompiler, OSError) as error:
-        raise CompileError("no C++ compiler was found") from error
+        raise CompileError("no C++ compiler was found: install g++, or set CXX") from error
 
 
 def _flags() -> list[str]:

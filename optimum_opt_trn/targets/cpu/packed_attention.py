@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -51,11 +52,17 @@ class PackedAttention:
 
         return attend
 
+    @cached_property
+    def _runs(self) -> list[tuple[int, slice]]:
+        """Each slot with its tokens; the same for all layers."""
+        runs, begin = [], 0
+        for slot, run in groupby(self.slots.tolist()):
+            runs.append((slot, slice(begin, begin := begin + len(list(run)))))
+        return runs
+
     def _slot_by_slot(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         mixed = torch.empty_like(query)
-        begin = 0
-        for slot, run in groupby(self.slots.tolist()):
-            tokens = slice(begin, begin := begin + len(list(run)))
+        for slot, tokens in self._runs:
             q, k, v = (x[tokens].unflatten(-1, (keys.shape[1], -1)).transpose(0, 1) for x in (query, key, value))
             places = self.positions[tokens]
             keys[slot, :, places], values[slot, :, places] = k.to(keys.dtype), v.to(values.dtype)

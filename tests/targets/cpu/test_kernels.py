@@ -191,6 +191,13 @@ def test_lesser_vectors(capability):
     assert done.stdout.startswith("all of ")
 
 
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels.cached_assets_path", lambda *_: tmp_path / "file")
+    with pytest.raises(CompileError, match="their cache cannot be written .*set HF_ASSETS_CACHE"):
+        compile_kernels()
+
+
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
     monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels.cached_assets_path", lambda *_: tmp_path)
     monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels._compiler", lambda: "false")
