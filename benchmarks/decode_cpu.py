@@ -40,13 +40,13 @@ DEFAULT_SHAPES = [shape for shape in SHAPES if shape != "tiny"]
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # torchrun cannot be served yet, and Inductor's search takes minutes for each batch size and context.
-    default_groups = [name for name in groups() if name != "torchrun" and "-tuned-" not in name]
+    # Inductor's search takes minutes for each batch size and context.
+    default_groups = [name for name in groups() if "-tuned-" not in name]
     what = parser.add_argument_group("what to measure")
     what.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, choices=list(SHAPES), metavar="SHAPE",
                       help=f"of {', '.join(SHAPES)} (default: all but tiny)")  # fmt: skip
     what.add_argument("--peers", nargs="+", default=default_groups, choices=list(groups()), metavar="PEER",
-                      help=f"of {', '.join(groups())} (default: without torchrun, transformers-tuned-*)")  # fmt: skip
+                      help=f"of {', '.join(groups())} (default: without transformers-tuned-*)")  # fmt: skip
     what.add_argument("--figures", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="FIGURE",
                       help=f"of {', '.join(FIGURES)} (default: all)")  # fmt: skip
     what.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N",

@@ -72,7 +72,8 @@ class OPTNeuronConfig(NeuronConfig):
         target: the compile target that follows from it (`cpu`, `trn1`, `trn2`).
         prompt_buckets: static prompt lengths, ascending; the last is `sequence_length`. By default what suits the
             target: on `cpu`, which takes any length as it is, that one.
-        cache_buckets: static lengths of the part of the cache that a step attends to, likewise.
+        cache_buckets: static lengths of the part of the cache that a step attends to, likewise; `cpu` has no use for
+            them.
         checkpoint_id, checkpoint_revision: hub id and commit of the source; None for a local one.
         format_version: of the export directory; it alone decides whether a directory can be read.
 

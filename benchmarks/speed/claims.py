@@ -37,7 +37,7 @@ def _judge(text: str, value: float | None, limit: float, numbers: str = "", at_m
 
 
 def check(records: Records) -> list[Claim]:
-    """Every line, in the order of the issue's."""
+    """Every line: decoding, prompts, loading, exporting, ranks."""
     return [
         *_decoding(records),
         _against("125m: 1.5 times the fastest 16- or 32-bit peer, batch 1", records, "125m", 1, 1.5, floats()),
