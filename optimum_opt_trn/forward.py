@@ -206,16 +206,16 @@ class OPTForwardMixin:
             lengths = torch.zeros(batch_size, dtype=torch.int32)
             ids[slots, :longest], lengths[slots] = tokens, counts
             chosen, logits = self.runtime.prefill(ids, lengths, whole)
-            return chosen[slots], logits[slots].unsqueeze(1)
-        # A row of fewer tokens repeats its last; one of none is idle.
-        place = torch.arange(max(longest, 2), dtype=torch.int32).minimum(counts[:, None] - 1)
-        positions = torch.where(place < 0, place, filled[:, None] + place)
-        tokens = tokens.gather(1, place.clamp(min=0).long())
+            return _pick(chosen, slots), _pick(logits, slots).unsqueeze(1)
         if longest == 1:
             step, at = torch.zeros(batch_size, dtype=torch.int32), torch.full((batch_size,), -1, dtype=torch.int32)
-            step[slots], at[slots] = tokens[:, 0], positions[:, 0]
+            step[slots], at[slots] = tokens[:, 0], torch.where(counts > 0, filled, -1)
             chosen, logits = self.runtime.decode(step, at, whole)
-            return chosen[slots], _at_the_end(logits[slots].unsqueeze(1), keep)
+            return _pick(chosen, slots), _at_the_end(_pick(logits, slots).unsqueeze(1), keep)
+        # A row of fewer tokens repeats its last; one of none is idle.
+        place = torch.arange(longest, dtype=torch.int32).minimum(counts[:, None] - 1)
+        positions = torch.where(place < 0, place, filled[:, None] + place)
+        tokens = tokens.gather(1, place.clamp(min=0).long())
         ids = torch.zeros(batch_size, longest, dtype=torch.int32)
         at = torch.full((batch_size, longest), -1, dtype=torch.int32)
         ids[slots], at[slots] = tokens, positions
@@ -249,6 +249,11 @@ class OPTForwardMixin:
         if len(past.columns) != rows:
             raise ValueError(f"past_key_values holds {len(past.columns)} rows, and input_ids has {rows}.")
         return past
+
+
+def _pick(x: Tensor, slots: Tensor) -> Tensor:
+    """`x[slots]`; x itself where that is all of it, for the logits of a step are not few."""
+    return x if slots.tolist() == [*range(len(x))] else x[slots]
 
 
 def _at_the_end(logits: Tensor, keep: int) -> Tensor:
