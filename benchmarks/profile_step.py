@@ -39,9 +39,12 @@ def shares(step: Callable[[], object], steps: int) -> dict[str, float]:
             step()
         total = time.perf_counter() - start
     seconds = dict.fromkeys(PARTS.values(), 0.0)
-    for event in profiled.key_averages():
-        if event.key in PARTS:
-            seconds[PARTS[event.key]] += event.cpu_time_total / 1e6
+    for event in profiled.events():
+        if event.name in PARTS:
+            seconds[PARTS[event.name]] += event.cpu_time_total / 1e6
+            around = event.cpu_parent
+            if around is not None and around.name in PARTS:  # as layernorms in products
+                seconds[PARTS[around.name]] -= event.cpu_time_total / 1e6
     seconds["everything else"] = total - sum(seconds.values())
     return {part: spent / total for part, spent in seconds.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from torch import Tensor
 
 # torch.nn.LayerNorm's default, which OPT uses.
 LAYER_NORM_EPS = 1e-5
+
+
+class LayerNorm(NamedTuple):
+    """A layernorm's float32 weight and bias `(n,)`, or neither."""
+
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,12 @@ class Arithmetic:
         return self.linear_sum([x], [weight])
 
     def linears(
-        self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None = None, relu: bool = False
+        self,
+        x: Tensor,
+        weights: list[Tensor],
+        biases: list[Tensor] | None = None,
+        relu: bool = False,
+        norm: LayerNorm | None = None,
     ) -> list[Tensor]:
         """For each weight `x @ weight.T + bias`.
 
@@ -38,10 +51,13 @@ class Arithmetic:
             weights: `(out, in)` each.
             biases: `(out,)` each, one a weight; None for none of them.
             relu: negative results become 0.
+            norm: what x goes through before.
 
         Returns:
             float32 `(…, out)` each.
         """
+        if norm is not None:
+            x = self.layer_norm(x, norm)
         if biases is None:
             sums = [self.linear(x, weight) for weight in weights]
         else:
@@ -70,9 +86,9 @@ class Arithmetic:
         total = total if bias is None else total + bias.float()
         return total if residual is None else residual + total
 
-    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """float32 layernorm of float32 `(…, n)` over the last dimension; weight and bias `(n,)`, or neither."""
+    def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
+        """float32 layernorm of float32 `(…, n)` over the last dimension."""
         mean = x.mean(-1, keepdim=True)
         centred = x - mean
         normed = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + LAYER_NORM_EPS)
-        return normed if weight is None or bias is None else normed * weight + bias
+        return normed if norm.weight is None or norm.bias is None else normed * norm.weight + norm.bias

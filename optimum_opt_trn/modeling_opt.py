@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import OPTConfig
 from transformers.activations import ACT2FN
 
+from .arithmetic import LayerNorm
 from .attention import Attend
 from .parallel import RankGroup, Weights
 
@@ -50,38 +51,38 @@ class OPTRankProgram:
             attend: how the new tokens attend to what is cached, and what writes theirs to the cache.
         """
         if self.pre_layer_norm:
-            hidden = self._attention(w, self._norm(w, "self_attn_layer_norm", hidden), attend, residual=hidden)
-            return self._mlp(w, self._norm(w, "final_layer_norm", hidden), residual=hidden)
-        hidden = self._norm(w, "self_attn_layer_norm", self._attention(w, hidden, attend, residual=hidden))
-        return self._norm(w, "final_layer_norm", self._mlp(w, hidden, residual=hidden))
+            hidden = self._attention(w, hidden, attend, _norm(w, "self_attn_layer_norm"))
+            return self._mlp(w, hidden, _norm(w, "final_layer_norm"))
+        hidden = self.arithmetic.layer_norm(self._attention(w, hidden, attend), _norm(w, "self_attn_layer_norm"))
+        return self.arithmetic.layer_norm(self._mlp(w, hidden), _norm(w, "final_layer_norm"))
 
     def logits(self, w: Weights, hidden: Tensor) -> Tensor:
         """float32 `(…, hidden)` → float32 `(…, vocabulary)`."""
-        if self.final_layer_norm:
-            hidden = self._norm(w, "final_layer_norm", hidden)
+        norm = _norm(w, "final_layer_norm") if self.final_layer_norm else None
         if "project_out.weight" in w:
-            hidden = self.arithmetic.linear(hidden, w["project_out.weight"][0])
-        parts = self.group.column(hidden, w["lm_head.weight"], None)
+            (hidden,), norm = self.arithmetic.linears(hidden, w["project_out.weight"][:1], norm=norm), None
+        parts = self.group.column(hidden, w["lm_head.weight"], None, norm=norm)
         # The words that padding the vocabulary added are cut off again.
         return self.group.gather(parts)[..., : self.vocab_size]
 
-    def _attention(self, w: Weights, x: Tensor, attend: Attend, residual: Tensor) -> Tensor:
+    def _attention(self, w: Weights, hidden: Tensor, attend: Attend, norm: LayerNorm | None = None) -> Tensor:
         names = [f"self_attn.{name}_proj" for name in "qkv"]
         weights = [shard for name in names for shard in w[f"{name}.weight"]]
         biases = [shard for name in names for shard in w.get(f"{name}.bias", [])]
-        outputs, ranks = self.group.column(x, weights, biases or None), len(self.group.ranks)
+        outputs, ranks = self.group.column(hidden, weights, biases or None, norm=norm), len(self.group.ranks)
         mixed = [attend(rank, *outputs[rank::ranks]) for rank in range(ranks)]
-        return self.group.row(mixed, w["self_attn.out_proj.weight"], w.get("self_attn.out_proj.bias"), residual)
+        return self.group.row(mixed, w["self_attn.out_proj.weight"], w.get("self_attn.out_proj.bias"), hidden)
 
-    def _mlp(self, w: Weights, x: Tensor, residual: Tensor) -> Tensor:
-        inner = self.group.column(x, w["fc1.weight"], w.get("fc1.bias"), relu=self.activation is None)
+    def _mlp(self, w: Weights, hidden: Tensor, norm: LayerNorm | None = None) -> Tensor:
+        inner = self.group.column(hidden, w["fc1.weight"], w.get("fc1.bias"), self.activation is None, norm)
         if self.activation is not None:
             inner = [self.activation(y) for y in inner]
-        return self.group.row(inner, w["fc2.weight"], w.get("fc2.bias"), residual)
+        return self.group.row(inner, w["fc2.weight"], w.get("fc2.bias"), hidden)
 
-    def _norm(self, w: Weights, name: str, x: Tensor) -> Tensor:
-        weight, bias = w.get(f"{name}.weight"), w.get(f"{name}.bias")
-        return self.arithmetic.layer_norm(x, weight[0] if weight else None, bias[0] if bias else None)
+
+def _norm(w: Weights, name: str) -> LayerNorm:
+    weight, bias = w.get(f"{name}.weight"), w.get(f"{name}.bias")
+    return LayerNorm(weight[0] if weight else None, bias[0] if bias else None)
 
 
 def prompt_positions(lengths: Tensor, n: int) -> Tensor:

@@ -74,11 +74,9 @@ def _neuron_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
 def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden, inner = tokens * config.hidden_size * _F32, tokens * config.ffn_dim * _F32
-    # Slot and position in int64, ids in int32, the slots in use; the layer's input, which is the caller's; a layernorm
-    # before, or none.
+    # Slot and position in int64, ids in int32, the slots in use; the layer's input, which is the caller's.
     indices = tokens * (8 + 8 + 4) + setup.batch_size * 8
     held = indices + hidden
-    normed = hidden if config.do_layer_norm_before else 0
 
     # Embedding, where ranks have a part of the vocabulary each: those of all ranks, the last rank's again, two sums;
     # or two more of the last rank while zeros replace the words that it has not. Ids and a mask.
@@ -86,16 +84,18 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     embedded = indices + tokens * (4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
     # Attention: query, key, value, and what is mixed of the values; then their product, one tensor however many ranks.
+    # (The layernorm before is gone when the values are mixed.)
     # Of a slot and rank at a time, keys and values as the cache has them, in float32; flash attention's result, a
     # float32 for each query and head, and the result of the slot before.
-    attended = held + normed + 4 * hidden
+    attended = held + 4 * hidden
     heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
     converted = 2 if setup.cache_bytes < _F32 else 0
     results = min(setup.batch_size, 2)
     slot = n * ((converted + results) * width + heads) * _F32 if n >= _LONG_RUN else 0
 
-    # MLP: what attention returned; the inner units, and once more after an activation that the kernel has not.
-    mlp = held + normed + hidden + inner
+    # MLP: what attention returned; the inner units, beside the layernorm before them, or once more after an activation
+    # that the kernel has not, or with the layer's output.
+    mlp = held + hidden + inner
     activated = inner if config.activation_function != "relu" else 0
 
     # Head, while the last layer's output is there: of a prompt the last tokens, apart; their logits, four more tensors

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from conftest import KINDS, rounded, tiny_opt
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import LogitsProcessorList, OPTForCausalLM, StoppingCriteriaList, set_seed
@@ -16,7 +17,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.arithmetic import Arithmetic
+from optimum_opt_trn.arithmetic import Arithmetic, LayerNorm
 
 
 # Of scores and logits, whose spread is about 1 in the random models: float32 rounding, and no more.
@@ -147,21 +148,29 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_rounded(actual: torch.Tensor, exact: torch.Tensor) -> None:
+def assert_rounded(actual: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-5) -> None:
     """`actual` is float32, and `exact`, float64, up to float32 rounding."""
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def check_linears(arithmetic: Arithmetic, shape, k, ns, dtype, with_biases, relu, view=0) -> None:
+# Whether x goes through a layernorm before, and whether that has weight and bias.
+norms = st.sampled_from([None, "plain", "affine"])
+
+
+def check_linears(arithmetic: Arithmetic, shape, k, ns, dtype, with_biases, relu, norm=None, view=0) -> None:
     """x `(*shape, k)`, weights `(n, k)`, which are views of more columns if `view`."""
-    x = random(1, *shape, k) / k**0.5
-    weights = [random(2 + i, n, k + view, dtype=dtype)[:, view:] for i, n in enumerate(ns)]
+    x = random(1, *shape, k)
+    weights = [(random(2 + i, n, k + view) / k**0.5).to(dtype)[:, view:] for i, n in enumerate(ns)]
     biases = [random(9 + i, n, dtype=dtype) for i, n in enumerate(ns)] if with_biases else None
-    results = arithmetic.linears(x, weights, biases, relu)
+    parameters = LayerNorm(random(7, k), random(8, k)) if norm == "affine" else LayerNorm(None, None)
+    results = arithmetic.linears(x, weights, biases, relu, parameters if norm else None)
+    exact_x = x.double()
+    if norm:  # which enlarges what rounding did to a row of numbers that are nearly equal
+        exact_x = torch.nn.functional.layer_norm(exact_x, (k,), *(p if p is None else p.double() for p in parameters))
     for i, (result, weight) in enumerate(zip(results, weights, strict=True)):
-        exact = x.double() @ weight.double().T + (0 if biases is None else biases[i].double())
-        assert_rounded(result, exact.clamp(min=0) if relu else exact)
+        exact = exact_x @ weight.double().T + (0 if biases is None else biases[i].double())
+        assert_rounded(result, exact.clamp(min=0) if relu else exact, 1e-4 if norm else 1e-5)
 
 
 def check_linear_sum(arithmetic: Arithmetic, shape, ks, n, dtype, with_bias, with_residual, view=0) -> None:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from against_transformers import assert_rounded, check_linear_sum, check_linears, random
+from against_transformers import assert_rounded, check_linear_sum, check_linears, norms, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.arithmetic import Arithmetic
+from optimum_opt_trn.arithmetic import Arithmetic, LayerNorm
 
 
 sizes = st.integers(1, 17)
@@ -16,9 +16,9 @@ dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
 @settings(deadline=None, max_examples=40)
-@given(batch_shapes, sizes, st.lists(sizes, min_size=1, max_size=3), dtypes, st.booleans(), st.booleans())
-def test_linears(shape, n_in, n_outs, dtype, with_biases, relu):
-    check_linears(Arithmetic(), shape, n_in, n_outs, dtype, with_biases, relu)
+@given(batch_shapes, sizes, st.lists(sizes, min_size=1, max_size=3), dtypes, st.booleans(), st.booleans(), norms)
+def test_linears(shape, n_in, n_outs, dtype, with_biases, relu, norm):
+    check_linears(Arithmetic(), shape, n_in, n_outs, dtype, with_biases, relu, norm)
 
 
 @settings(deadline=None, max_examples=40)
@@ -50,4 +50,4 @@ def test_layer_norm(rows, size, mean, scale, affine):
     weight, bias = (random(1, size), random(2, size)) if affine else (None, None)
     wide = (None if tensor is None else tensor.double() for tensor in (weight, bias))
     expected = F.layer_norm(x.double(), (size,), *wide).float()
-    torch.testing.assert_close(Arithmetic().layer_norm(x, weight, bias), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(Arithmetic().layer_norm(x, LayerNorm(weight, bias)), expected, rtol=1e-3, atol=1e-3)

@@ -10,6 +10,7 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/layer_norm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -295,10 +296,13 @@ void check_bias(const Tensor& bias, at::ScalarType dtype, int64_t n) {
 }
 
 // For each of the weights (n, k), with x float32 (..., k): relu(x @ weight.T + bias), float32 (..., n). Weights and
-// biases (n,), of which there may be none, have one dtype.
-std::vector<Tensor> linears(const Tensor& x, at::TensorList weights, at::TensorList biases, bool relu) {
+// biases (n,), of which there may be none, have one dtype. With `eps`, x goes through a layernorm before.
+std::vector<Tensor> linears(const Tensor& given, at::TensorList weights, at::TensorList biases, bool relu,
+                            std::optional<double> eps, const std::optional<Tensor>& norm_weight,
+                            const std::optional<Tensor>& norm_bias) {
   TORCH_CHECK(!weights.empty() && (biases.empty() || biases.size() == weights.size()), weights.size(), " weights and ",
               biases.size(), " biases");
+  const Tensor x = eps ? at::layer_norm(given, {given.size(-1)}, norm_weight, norm_bias, *eps) : given;
   const at::ScalarType dtype = weights[0].scalar_type();
   std::vector<Tensor> results;
   for (size_t i = 0; i < weights.size(); i++) {
@@ -369,6 +373,7 @@ void attend_head(const float* query, float scale, const C* keys, const C* values
     for (; i + LANES <= d; i += LANES) {
       sums = at::vec::fmadd(Vec::loadu(query + i), ::load(key + i), sums);
       __builtin_prefetch(key + i + 16 * ldc, 0, 2);
+      __builtin_prefetch(values + j * ldc + i, 0, 3);
     }
     float score = sum(sums);
     for (; i < d; i++) score += query[i] * static_cast<float>(key[i]);
@@ -452,7 +457,9 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, Tenso
 }  // namespace
 
 TORCH_LIBRARY(optimum_opt_trn, library) {
-  library.def("linears(Tensor x, Tensor[] weights, Tensor[] biases, bool relu) -> Tensor[]");
+  library.def(
+      "linears(Tensor x, Tensor[] weights, Tensor[] biases, bool relu, float? eps, Tensor? norm_weight, "
+      "Tensor? norm_bias) -> Tensor[]");
   library.def("linear_sum(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual) -> Tensor");
   library.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "

@@ -15,7 +15,7 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...arithmetic import LAYER_NORM_EPS, Arithmetic
+from ...arithmetic import LAYER_NORM_EPS, Arithmetic, LayerNorm
 
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -30,10 +30,16 @@ class KernelArithmetic(Arithmetic):
     """Products that read 16-bit weights as they are, once; sums are float32. Needs `load_kernels`."""
 
     def linears(
-        self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None = None, relu: bool = False
+        self,
+        x: Tensor,
+        weights: list[Tensor],
+        biases: list[Tensor] | None = None,
+        relu: bool = False,
+        norm: LayerNorm | None = None,
     ) -> list[Tensor]:
         """See `Arithmetic.linears`; x contiguous, rows of weights contiguous. Threads meet once for all of them."""
-        results: list[Tensor] = torch.ops.optimum_opt_trn.linears(x, weights, biases or [], relu)
+        eps, parameters = (None, (None, None)) if norm is None else (LAYER_NORM_EPS, norm)
+        results: list[Tensor] = torch.ops.optimum_opt_trn.linears(x, weights, biases or [], relu, eps, *parameters)
         return results
 
     def linear_sum(
@@ -43,9 +49,9 @@ class KernelArithmetic(Arithmetic):
         result: Tensor = torch.ops.optimum_opt_trn.linear_sum(xs, weights, bias, residual)
         return result
 
-    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
         """See `Arithmetic.layer_norm`."""
-        return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, LAYER_NORM_EPS)
 
 
 def host() -> dict[str, str]:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from against_transformers import assert_rounded, check_linear_sum, check_linears, random
+from against_transformers import assert_rounded, check_linear_sum, check_linears, norms, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,9 +32,17 @@ views = st.sampled_from([0, 3, 32])
 
 
 @settings(deadline=None, max_examples=100)
-@given(rows, depths, st.lists(outputs, min_size=1, max_size=3), st.sampled_from(DTYPES), *[st.booleans()] * 2, views)
-def test_linears(m, k, ns, dtype, with_biases, relu, view):
-    check_linears(KernelArithmetic(), (m,), k, ns, dtype, with_biases, relu, view)
+@given(
+    rows,
+    depths,
+    st.lists(outputs, min_size=1, max_size=3),
+    st.sampled_from(DTYPES),
+    *[st.booleans()] * 2,
+    norms,
+    views,
+)
+def test_linears(m, k, ns, dtype, with_biases, relu, norm, view):
+    check_linears(KernelArithmetic(), (m,), k, ns, dtype, with_biases, relu, norm, view)
 
 
 @settings(deadline=None, max_examples=100)
@@ -172,7 +180,7 @@ from test_kernels import *
 from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
 load_kernels(compile_kernels())
 for m, k, dtype in itertools.product([1, 3, 5, 8, 50], [15, 17, 1030], DTYPES):
-    check_linears(KernelArithmetic(), (m,), k, [3, 49], dtype, True, True, 3)
+    check_linears(KernelArithmetic(), (m,), k, [3, 49], dtype, True, True, "affine", 3)
     check_linear_sum(KernelArithmetic(), (m,), [k, 20], 49, dtype, True, True, 3)
 for d, dtype in itertools.product([7, 20, 64], DTYPES):
     check_attend([1, 0], [17, 0], [2, 3], 3, d, dtype)
