@@ -208,17 +208,15 @@ class OPTForwardMixin:
             chosen, logits = self.runtime.prefill(ids, lengths, whole)
             return _pick(chosen, slots), _pick(logits, slots).unsqueeze(1)
         if longest == 1:
-            step, at = torch.zeros(batch_size, dtype=torch.int32), torch.full((batch_size,), -1, dtype=torch.int32)
-            step[slots], at[slots] = tokens[:, 0], torch.where(counts > 0, filled, -1)
+            step = _place(tokens[:, 0], slots, batch_size, 0)
+            at = _place(torch.where(counts > 0, filled, -1), slots, batch_size, -1)
             chosen, logits = self.runtime.decode(step, at, whole)
             return _pick(chosen, slots), _at_the_end(_pick(logits, slots).unsqueeze(1), keep)
         # A row of fewer tokens repeats its last; one of none is idle.
         place = torch.arange(longest, dtype=torch.int32).minimum(counts[:, None] - 1)
         positions = torch.where(place < 0, place, filled[:, None] + place)
         tokens = tokens.gather(1, place.clamp(min=0).long())
-        ids = torch.zeros(batch_size, longest, dtype=torch.int32)
-        at = torch.full((batch_size, longest), -1, dtype=torch.int32)
-        ids[slots], at[slots] = tokens, positions
+        ids, at = _place(tokens, slots, batch_size, 0), _place(positions, slots, batch_size, -1)
         # Repetitions stand where the last of the wanted logits would.
         wanted = min(longest, keep + longest - int(counts.min()))
         chosen, logits = self.runtime.extend(ids, at, whole, wanted)
@@ -249,6 +247,15 @@ class OPTForwardMixin:
         if len(past.columns) != rows:
             raise ValueError(f"past_key_values holds {len(past.columns)} rows, and input_ids has {rows}.")
         return past
+
+
+def _place(x: Tensor, slots: Tensor, size: int, idle: int) -> Tensor:
+    """Row i of x as row `slots[i]` of `size`, the others `idle`; x itself where it is all of them."""
+    if slots.tolist() == [*range(size)]:
+        return x
+    placed = x.new_full((size, *x.shape[1:]), idle)
+    placed[slots] = x
+    return placed
 
 
 def _pick(x: Tensor, slots: Tensor) -> Tensor:

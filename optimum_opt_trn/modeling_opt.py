@@ -24,6 +24,8 @@ from .parallel import RankGroup, Weights
 # (transformers, models/opt/modeling_opt.py, OPTLearnedPositionalEmbedding).
 POSITION_OFFSET = 2
 
+_QKV_WEIGHTS, _QKV_BIASES = ([f"self_attn.{name}_proj.{kind}" for name in "qkv"] for kind in ("weight", "bias"))
+
 
 class OPTRankProgram:
     """OPT for the ranks of `group`: 125M to 175B, the post-layernorm 350M, and Galactica-like variants."""
@@ -66,9 +68,8 @@ class OPTRankProgram:
         return self.group.gather(parts)[..., : self.vocab_size]
 
     def _attention(self, w: Weights, hidden: Tensor, attend: Attend, norm: LayerNorm | None = None) -> Tensor:
-        names = [f"self_attn.{name}_proj" for name in "qkv"]
-        weights = [shard for name in names for shard in w[f"{name}.weight"]]
-        biases = [shard for name in names for shard in w.get(f"{name}.bias", [])]
+        weights = [shard for name in _QKV_WEIGHTS for shard in w[name]]
+        biases = [shard for name in _QKV_BIASES for shard in w.get(name, ())]
         outputs, ranks = self.group.column(hidden, weights, biases or None, norm=norm), len(self.group.ranks)
         mixed = [attend(rank, *outputs[rank::ranks]) for rank in range(ranks)]
         return self.group.row(mixed, w["self_attn.out_proj.weight"], w.get("self_attn.out_proj.bias"), hidden)
