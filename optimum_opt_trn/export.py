@@ -84,6 +84,7 @@ def export_opt(
     path = fetch(source, **hub)
     with _staged(output) as staging:
         weights = open_weights(source, path, CHECKPOINT_DIR if _is_export(path) else "", **hub)
+        weights.check(opt_config)  # before a compiler starts, which an error would wait for
         with ThreadPoolExecutor(1) as beside:
             beside.submit(target.prepare, eager)
             write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)

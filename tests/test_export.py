@@ -223,6 +223,16 @@ def test_a_broken_source_leaves_nothing(source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_weights_that_do_not_fit_are_refused_before_a_compiler_starts(source, tmp_path, monkeypatch):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    started = []
+    monkeypatch.setattr(CPUTarget, "prepare", lambda self, eager: started.append(eager))
+    with pytest.raises(CheckpointError, match="lacks 16 tensors"):
+        export_opt(source, tmp_path / "out", neuron_config())
+    assert not started and [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_killed_export_leaves_what_was_there(source, tmp_path):
     """SIGKILL while the second layer is read: no clean-up runs at all."""
     earlier = export_opt(source, tmp_path / "earlier", neuron_config(), eager=True)

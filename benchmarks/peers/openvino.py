@@ -1,7 +1,7 @@
 """OpenVINO through optimum-intel, stateful as it exports by default.
 
-`weights` is what they are stored in, `hint` the precision of
-inference that OpenVINO is asked for; all else is its default for latency.
+`weights` is what they are stored in, `hint` the precision of inference that OpenVINO is asked for; all else is its
+default for latency.
 """
 
 from __future__ import annotations
