@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.sampling import Selection
+from optimum_opt_trn.model.sampling import Selection
 
 
 PARTS = {

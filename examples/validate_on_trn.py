@@ -161,7 +161,7 @@ def speed(model: Any, plan: Any, config: Any) -> dict[str, Any]:
     """Prefill and steps of the runtime, whole batches, in the middle of the sequence; and the roofline."""
     import torch
 
-    from optimum_opt_trn.sampling import Selection
+    from optimum_opt_trn.model.sampling import Selection
 
     rows, length = model.neuron_config.batch_size, model.neuron_config.sequence_length
     bucket = next(n for n in model.neuron_config.prompt_buckets if n >= length // 2)

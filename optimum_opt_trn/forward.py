@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .configuration_opt import OPTNeuronConfig
 from .graphs import smallest_bucket
 from .inputs import check_inputs, compact
-from .sampling import GREEDY, Selection
+from .model.sampling import GREEDY, Selection
 from .slots import SlotCache, Slots
 from .targets import Runtime
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .forward import OPTForwardMixin
 from .inputs import check_inputs
-from .sampling import Selection
+from .model.sampling import Selection
 from .selectors import make_selector
 from .slots import SlotCache
 from .waves import Waves

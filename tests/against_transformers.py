@@ -17,7 +17,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.arithmetic import Arithmetic, LayerNorm
+from optimum_opt_trn.model.arithmetic import Arithmetic, LayerNorm
 
 
 # Of scores and logits, whose spread is about 1 in the random models: float32 rounding, and no more.

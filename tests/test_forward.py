@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, OPTForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum_opt_trn.sampling import select_tokens
+from optimum_opt_trn.model.sampling import select_tokens
 
 
 def alone(reference: OPTForCausalLM, row: list[int]) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_opt_trn import NeuronOPTForCausalLM
 from optimum_opt_trn.inputs import compact
-from optimum_opt_trn.sampling import Selection
+from optimum_opt_trn.model.sampling import Selection
 
 
 NEW_TOKENS = 130

@@ -14,7 +14,6 @@ from transformers import OPTConfig, OPTForCausalLM
 from optimum_opt_trn.checkpoint import load_weights, save_pretrained_split
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.instances import INSTANCES, GiB, Instance, this_host
-from optimum_opt_trn.kv_cache import allocate_cache
 from optimum_opt_trn.memory import (
     NEURON_RESERVE,
     SCRATCHPAD_PAGE,
@@ -28,7 +27,8 @@ from optimum_opt_trn.memory import (
     smallest_degree,
     tp_degrees,
 )
-from optimum_opt_trn.parallel import RankGroup
+from optimum_opt_trn.model.kv_cache import allocate_cache
+from optimum_opt_trn.model.parallel import RankGroup
 from optimum_opt_trn.workspace import CPU_THREAD_BYTES
 
 

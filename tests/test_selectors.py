@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from optimum_opt_trn.sampling import select_tokens
+from optimum_opt_trn.model.sampling import select_tokens
 from optimum_opt_trn.selectors import DeviceSelector, HostSelector, device_refusal, make_selector
 
 

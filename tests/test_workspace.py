@@ -9,8 +9,8 @@ from optimum_opt_trn.checkpoint import ModelWeights
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.memory import Setup
-from optimum_opt_trn.parallel import RankGroup, shard_dim, shard_range
-from optimum_opt_trn.sampling import MAX_SUPPRESSED, Selection
+from optimum_opt_trn.model.parallel import RankGroup, shard_dim, shard_range
+from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, Selection
 from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
 from optimum_opt_trn.targets.cpu.runtime import CPURuntime
 from optimum_opt_trn.workspace import (

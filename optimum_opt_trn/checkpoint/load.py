@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import OPTConfig
 
 from ..configuration_opt import OPTNeuronConfig
-from ..parallel import RankGroup, Weights, shard_dim, shard_range
+from ..model.parallel import RankGroup, Weights, shard_dim, shard_range
 from .layout import INDEX_NAME, OUTER_FILE, TensorSpec, checkpoint_files, layer_file, layer_prefix
 from .source import CheckpointError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import OPTConfig
 
 from ..configuration_opt import OPTNeuronConfig
-from ..sampling import Selection
+from ..model.sampling import Selection
 
 
 Result = TypeVar("Result")

@@ -22,7 +22,7 @@ from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME
 from optimum_opt_trn.checkpoint.source import open_directory
 from optimum_opt_trn.checkpoint.split import write_split
 from optimum_opt_trn.checkpoint.verify import find_problems
-from optimum_opt_trn.parallel import RankGroup
+from optimum_opt_trn.model.parallel import RankGroup
 
 
 CONFIG = tiny_config(

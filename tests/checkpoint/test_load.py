@@ -14,7 +14,7 @@ from torch import Tensor
 from optimum_opt_trn import CheckpointError, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import ModelWeights, load_weights
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, OUTER_FILE
-from optimum_opt_trn.parallel import RankGroup, Weights
+from optimum_opt_trn.model.parallel import RankGroup, Weights
 
 
 DEGREES = [1, 2, 4]

@@ -24,7 +24,7 @@ from optimum_opt_trn.checkpoint.layout import INDEX_NAME, OUTER_FILE, checkpoint
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import Piece, WeightSource, open_model
 from optimum_opt_trn.checkpoint.split import write_split
-from optimum_opt_trn.parallel import RankGroup
+from optimum_opt_trn.model.parallel import RankGroup
 
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import OPTConfig
 
-from ...arithmetic import Arithmetic
 from ...checkpoint import load_weights
 from ...configuration_opt import OPTNeuronConfig
-from ...parallel import RankGroup
+from ...model.arithmetic import Arithmetic
+from ...model.parallel import RankGroup
 from ..base import CHECKPOINT_DIR, COMPILED_DIR, Result, Runtime, Target
 from .artifacts import find_kernels, write_artifacts
 from .kernels import KernelArithmetic, compile_kernels, load_kernels

@@ -15,7 +15,7 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...arithmetic import LAYER_NORM_EPS, Arithmetic, LayerNorm
+from ...model.arithmetic import LAYER_NORM_EPS, Arithmetic, LayerNorm
 
 
 SOURCE = Path(__file__).with_name("kernels.cpp")

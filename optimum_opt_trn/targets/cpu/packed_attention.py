@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...attention import Attend
-from ...kv_cache import LayerCache
+from ...model.attention import Attend
+from ...model.kv_cache import LayerCache
 
 
 # The kernel reads the cache anew for each token of a slot. From so many tokens on, products of matrices are faster.

@@ -7,8 +7,8 @@ from transformers import OPTConfig
 
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
-from ...parallel import RankGroup
-from ...sampling import Selection
+from ...model.parallel import RankGroup
+from ...model.sampling import Selection
 from .processes import Processes
 from .runtime import CPURuntime
 

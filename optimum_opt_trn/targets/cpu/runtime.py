@@ -8,10 +8,10 @@ from transformers import OPTConfig
 
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
-from ...kv_cache import allocate_cache
-from ...modeling_opt import OPTRankProgram
-from ...parallel import RankGroup
-from ...sampling import Selection, select_tokens
+from ...model.kv_cache import allocate_cache
+from ...model.parallel import RankGroup
+from ...model.program import OPTRankProgram
+from ...model.sampling import Selection, select_tokens
 from ..base import Runtime
 from .kernels import KernelArithmetic
 from .packed_attention import PackedAttention

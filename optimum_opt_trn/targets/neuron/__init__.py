@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import OPTConfig
 
-from ...arithmetic import Arithmetic
 from ...checkpoint import load_weights
 from ...configuration_opt import OPTNeuronConfig
-from ...parallel import RankGroup
+from ...model.arithmetic import Arithmetic
+from ...model.parallel import RankGroup
 from ..base import CHECKPOINT_DIR, COMPILED_DIR, Runtime, Target, TargetError
 from ..cpu.runtime import CPURuntime
 from .artifacts import MODEL_NAME, check_artifacts, write_manifest

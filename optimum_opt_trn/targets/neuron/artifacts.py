@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import OPTConfig
 
-from ... import arithmetic, attention, modeling_opt, parallel, sampling, sharding
 from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
-from ...sharding import cache_shape
+from ...model import arithmetic, attention, parallel, program, sampling, shapes
+from ...model.shapes import cache_shape
 from ..base import TargetError
 from ..manifest import MANIFEST_NAME, sha256
 from . import rank_module
@@ -90,6 +90,6 @@ def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
         *(config.num_hidden_layers, config.max_position_embeddings),
     )
     digest = hashlib.sha256(repr((model, cache_shape(config, neuron_config), sorted(options.items()))).encode())
-    for module in (modeling_opt, arithmetic, attention, parallel, sharding, sampling, rank_module):
+    for module in (program, arithmetic, attention, parallel, shapes, sampling, rank_module):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from ...arithmetic import Arithmetic
-from ...attention import StaticAttention
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
-from ...modeling_opt import OPTRankProgram, last_token, prompt_positions
-from ...parallel import RankGroup, Weights
-from ...sampling import Selection, select_tokens
-from ...sharding import cache_shape
+from ...model.arithmetic import Arithmetic
+from ...model.attention import StaticAttention
+from ...model.parallel import RankGroup, Weights
+from ...model.program import OPTRankProgram, last_token, prompt_positions
+from ...model.sampling import Selection, select_tokens
+from ...model.shapes import cache_shape
 
 
 # Tokens that one run of `speculation` takes; longer calls are cut, shorter ones filled up. The weights are read once

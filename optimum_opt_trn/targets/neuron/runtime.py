@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...configuration_opt import OPTNeuronConfig
 from ...graphs import smallest_bucket
-from ...sampling import Selection
+from ...model.sampling import Selection
 from ..base import Runtime
 from .rank_module import NO_WINDOW, extension_length, selection_inputs
 

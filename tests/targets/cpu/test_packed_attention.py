@@ -8,8 +8,8 @@ from against_transformers import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.attention import StaticAttention
-from optimum_opt_trn.kv_cache import LayerCache
+from optimum_opt_trn.model.attention import StaticAttention
+from optimum_opt_trn.model.kv_cache import LayerCache
 from optimum_opt_trn.targets.cpu.packed_attention import LONG_RUN, PackedAttention
 
 

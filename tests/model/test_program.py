@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache, OPTForCausalLM
 
 from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
-from optimum_opt_trn.attention import StaticAttention
 from optimum_opt_trn.checkpoint import ModelWeights, load_weights
-from optimum_opt_trn.kv_cache import LayerCache, allocate_cache
-from optimum_opt_trn.modeling_opt import OPTRankProgram, last_token
-from optimum_opt_trn.parallel import RankGroup
+from optimum_opt_trn.model.attention import StaticAttention
+from optimum_opt_trn.model.kv_cache import LayerCache, allocate_cache
+from optimum_opt_trn.model.parallel import RankGroup
+from optimum_opt_trn.model.program import OPTRankProgram, last_token
 
 
 LENGTH = 16

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimum_opt_trn.parallel import SHARD_DIMS, RankGroup, shard_dim, shard_range
+from optimum_opt_trn.model.parallel import SHARD_DIMS, RankGroup, shard_dim, shard_range
 
 
 WORLDS = [1, 2, 4]

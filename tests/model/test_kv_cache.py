@@ -4,8 +4,8 @@ import pytest
 from conftest import tiny_config
 
 from optimum_opt_trn import OPTNeuronConfig
-from optimum_opt_trn.kv_cache import allocate_cache, cache_shape
-from optimum_opt_trn.parallel import RankGroup
+from optimum_opt_trn.model.kv_cache import allocate_cache, cache_shape
+from optimum_opt_trn.model.parallel import RankGroup
 
 
 @pytest.mark.parametrize("tp_degree", [1, 2, 4])

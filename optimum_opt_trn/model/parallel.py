@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arithmetic import Arithmetic, LayerNorm
-from .sharding import SHARD_DIMS, shard_dim, shard_range
+from .shapes import SHARD_DIMS, shard_dim, shard_range
 
 
 __all__ = ["SHARD_DIMS", "RankGroup", "Weights", "shard_dim", "shard_range"]

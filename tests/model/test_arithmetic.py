@@ -7,7 +7,7 @@ from against_transformers import assert_rounded, check_linear_sum, check_linears
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.arithmetic import Arithmetic, LayerNorm
+from optimum_opt_trn.model.arithmetic import Arithmetic, LayerNorm
 
 
 sizes = st.integers(1, 17)

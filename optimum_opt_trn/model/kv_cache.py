@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig
 
-from .configuration_opt import OPTNeuronConfig
+from ..configuration_opt import OPTNeuronConfig
 from .parallel import RankGroup
-from .sharding import cache_shape
+from .shapes import cache_shape
 
 
 __all__ = ["LayerCache", "allocate_cache", "cache_shape"]

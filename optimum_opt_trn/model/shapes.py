@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import OPTConfig
 
-    from .configuration_opt import OPTNeuronConfig
+    from ..configuration_opt import OPTNeuronConfig
 
 
 # The end of a tensor's name -> the dimension that is cut. Whatever is not here is copied to every rank: layernorms,

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from optimum_opt_trn.sampling import MAX_SUPPRESSED, running_sum, select_tokens
+from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, running_sum, select_tokens
 
 
 LAST_UNIFORM = 1 - 2**-24  # the largest that torch.rand gives in float32

@@ -6,7 +6,7 @@ from against_transformers import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.attention import MASKED, StaticAttention, write_cache
+from optimum_opt_trn.model.attention import MASKED, StaticAttention, write_cache
 
 
 @settings(deadline=None, max_examples=40)
