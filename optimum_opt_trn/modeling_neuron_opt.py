@@ -19,7 +19,7 @@ from .checkpoint.config import check_opt, load_config
 from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
 from .export import copy_export, export_opt, find_export
 from .fit import check_fit
-from .generation import OPTGenerationMixin
+from .generation.generate import OPTGenerationMixin
 from .targets import Runtime, get_target
 
 

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.utils import logging
 
-from .model.sampling import GREEDY, MAX_SUPPRESSED, Selection, select_tokens
+from ..model.sampling import GREEDY, MAX_SUPPRESSED, Selection, select_tokens
 
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .configuration_opt import OPTNeuronConfig
+from ..configuration_opt import OPTNeuronConfig
 
 
 def check_inputs(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .targets import Runtime
+from ..targets import Runtime
 
 
 class SlotCache(Cache):

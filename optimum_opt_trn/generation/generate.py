@@ -12,12 +12,12 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
+from ..model.sampling import Selection
+from .batches import Waves
 from .forward import OPTForwardMixin
 from .inputs import check_inputs
-from .model.sampling import Selection
-from .selectors import make_selector
+from .samplers import make_selector
 from .slots import SlotCache
-from .waves import Waves
 
 
 # What no export serves, and why. The rest of GenerationConfig's options give what they give in transformers.

@@ -1,0 +1,1 @@
+"""`generate()` and `forward()`: what transformers needs around a loop of steps."""
