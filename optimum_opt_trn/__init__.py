@@ -10,15 +10,15 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError, save_pretrained_split
     from .configuration_opt import OPTNeuronConfig
-    from .fit import DoesNotFitError
     from .modeling_neuron_opt import NeuronOPTForCausalLM
     from .pipelines import pipeline
+    from .planning.fit import DoesNotFitError
 
 # Public name -> the module that has it; imported when it is first asked for.
 _EXPORTS = {
     "CheckpointError": "checkpoint",
     "NeuronOPTForCausalLM": "modeling_neuron_opt",
-    "DoesNotFitError": "fit",
+    "DoesNotFitError": "planning.fit",
     "OPTNeuronConfig": "configuration_opt",
     "pipeline": "pipelines",
     "save_pretrained_split": "checkpoint",

@@ -22,7 +22,7 @@ from .checkpoint.hub import fetch, open_weights
 from .checkpoint.lock import exclusive
 from .checkpoint.split import save_companions, write_split
 from .configuration_opt import OPTNeuronConfig
-from .fit import check_fit
+from .planning.fit import check_fit
 from .targets import get_target
 from .targets.base import CHECKPOINT_DIR
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .host_memory import host_memory
+from .planning.host_memory import host_memory
 
 
 GiB = 2**30

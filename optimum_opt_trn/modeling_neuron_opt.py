@@ -18,8 +18,8 @@ from .checkpoint import push_to_hub, verify_checkpoint
 from .checkpoint.config import check_opt, load_config
 from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
 from .export import copy_export, export_opt, find_export
-from .fit import check_fit
 from .generation.generate import OPTGenerationMixin
+from .planning.fit import check_fit
 from .targets import Runtime, get_target
 
 

@@ -82,8 +82,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    from ..memory import Setup
-    from ..planning import choose_plan, plan_everywhere, read_shape
+    from ..planning.memory import Setup
+    from ..planning.plan import choose_plan, plan_everywhere, read_shape
     from .plan_text import compare, describe
 
     try:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..instances import GiB
-from ..memory import plan_memory
-from ..roofline import REALISTIC_SHARE, decode_curve
+from ..planning.memory import plan_memory
+from ..planning.roofline import REALISTIC_SHARE, decode_curve
 
 
 if TYPE_CHECKING:
-    from ..planning import Plan
+    from ..planning.plan import Plan
 
 
 FORMATS = (".png", ".svg")

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..instances import GiB
-from ..roofline import REALISTIC_SHARE
+from ..planning.roofline import REALISTIC_SHARE
 
 
 if TYPE_CHECKING:
-    from ..planning import Plan
+    from ..planning.plan import Plan
 
 
 _BAR_WIDTH = 60

@@ -14,7 +14,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from optimum_opt_trn.checkpoint import load_weights, save_pretrained_split
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.instances import INSTANCES, GiB, Instance, this_host
-from optimum_opt_trn.memory import (
+from optimum_opt_trn.model.kv_cache import allocate_cache
+from optimum_opt_trn.model.parallel import RankGroup
+from optimum_opt_trn.planning.plan.memory import (
     NEURON_RESERVE,
     SCRATCHPAD_PAGE,
     Setup,
@@ -27,9 +29,7 @@ from optimum_opt_trn.memory import (
     smallest_degree,
     tp_degrees,
 )
-from optimum_opt_trn.model.kv_cache import allocate_cache
-from optimum_opt_trn.model.parallel import RankGroup
-from optimum_opt_trn.workspace import CPU_THREAD_BYTES
+from optimum_opt_trn.planning.plan.workspace import CPU_THREAD_BYTES
 
 
 def family(hidden: int, layers: int, heads: int) -> OPTConfig:

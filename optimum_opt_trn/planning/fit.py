@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from .graphs import SHORTEST_SEQUENCE
-from .instances import GiB, Instance, largest_of_family
+from ..graphs import SHORTEST_SEQUENCE
+from ..instances import GiB, Instance, largest_of_family
 from .memory import MemoryPlan, Setup, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
 
 
 if TYPE_CHECKING:
     from transformers import OPTConfig
 
-    from .configuration_opt import OPTNeuronConfig
+    from ..configuration_opt import OPTNeuronConfig
 
 
 logger = logging.get_logger(__name__)

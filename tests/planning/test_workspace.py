@@ -8,18 +8,18 @@ from torch.profiler import ProfilerActivity, profile
 from optimum_opt_trn.checkpoint import ModelWeights
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
-from optimum_opt_trn.memory import Setup
 from optimum_opt_trn.model.parallel import RankGroup, shard_dim, shard_range
 from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, Selection
-from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
-from optimum_opt_trn.targets.cpu.runtime import CPURuntime
-from optimum_opt_trn.workspace import (
+from optimum_opt_trn.planning.plan.memory import Setup
+from optimum_opt_trn.planning.plan.workspace import (
     CONTEXT_ENCODING,
     CPU_THREAD_BYTES,
     TOKEN_GENERATION,
     graph_workspace,
     prompt_scores,
 )
+from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
+from optimum_opt_trn.targets.cpu.runtime import CPURuntime
 
 
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"

@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, cast
 
-from .checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
-from .instances import INSTANCES, GiB, Instance
-from .model.shapes import cache_shape, shard_dim, shard_range
+from ..checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
+from ..instances import INSTANCES, GiB, Instance
+from ..model.shapes import cache_shape, shard_dim, shard_range
 from .workspace import CPU_THREAD_BYTES, graph_workspace, prompt_scores
 
 
 if TYPE_CHECKING:
     from transformers import OPTConfig
 
-    from .configuration_opt import OPTNeuronConfig
+    from ..configuration_opt import OPTNeuronConfig
 
 
 # Bytes of an element. `int8` is a planning figure, exports do not have it: matrices of one byte an element with a

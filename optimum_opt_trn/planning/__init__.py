@@ -1,0 +1,1 @@
+"""What a model needs, before it is compiled: memory, time, and what fits."""
