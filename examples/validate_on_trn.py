@@ -187,7 +187,7 @@ def speed(model: Any, plan: Any, config: Any) -> dict[str, Any]:
         "decode_tokens_per_second": rows / step,
     }
     if plan:
-        from optimum_opt_trn.planning.plan.roofline import roofline
+        from optimum_opt_trn.planning.roofline import roofline
 
         line = roofline(config, plan)
         found.update(roofline_decode_ms=1e3 * line.decode_seconds, share_of_roofline=line.decode_seconds / step)
@@ -233,7 +233,7 @@ def validate(name: str, options: argparse.Namespace, instance: str | None) -> di
     plan = None
     if instance is not None:
         from optimum_opt_trn.instances import find_instance
-        from optimum_opt_trn.planning.plan.memory import Setup, plan_memory
+        from optimum_opt_trn.planning.memory import Setup, plan_memory
 
         plan = plan_memory(model.config, Setup.of(model.neuron_config), find_instance(instance))
         report["memory"] = attempt(memory, plan)

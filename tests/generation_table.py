@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, GenerationConfig, OPTForCausalLM, PreTra
 from transformers.generation import CompileConfig, WatermarkingConfig
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.generation.generate.generate import REFUSED_ARGUMENTS, REFUSED_OPTIONS
+from optimum_opt_trn.generation.generate import REFUSED_ARGUMENTS, REFUSED_OPTIONS
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "generation.md"

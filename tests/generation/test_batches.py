@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from optimum_opt_trn.generation.generate.batches import Waves
+from optimum_opt_trn.generation.batches import Waves
 
 
 def waves(prompts: int, batch_size: int, arguments: dict | None = None, **options) -> Waves:

@@ -13,7 +13,7 @@ from transformers.generation import CompileConfig, MaxLengthCriteria, StoppingCr
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.generation.generate.inputs import compact
+from optimum_opt_trn.generation.inputs import compact
 from optimum_opt_trn.model.sampling import Selection
 
 

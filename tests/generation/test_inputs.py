@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_opt_trn import OPTNeuronConfig
-from optimum_opt_trn.generation.generate.inputs import check_inputs, compact
+from optimum_opt_trn.generation.inputs import check_inputs, compact
 
 
 CONFIG = OPTNeuronConfig(batch_size=2, sequence_length=8)

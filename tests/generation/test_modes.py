@@ -14,7 +14,7 @@ import torch
 import transformers
 from against_transformers import assert_distributed, assert_possible, assert_same, generate, pair, ragged
 from conftest import KINDS, SHIPPED_MODEL, rounded
-from test_generation_random import Shift, StopAt
+from test_random_options import Shift, StopAt
 from torch import Tensor
 from transformers import (
     AsyncTextIteratorStreamer,

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from optimum_opt_trn.generation.generate.samplers import DeviceSelector, HostSelector, device_refusal, make_selector
+from optimum_opt_trn.generation.samplers import DeviceSelector, HostSelector, device_refusal, make_selector
 from optimum_opt_trn.model.sampling import select_tokens
 
 
@@ -86,7 +86,7 @@ def test_a_seed_gives_the_same_sequences_on_device_and_host(options, caplog):
     ours, _ = pair("pre_norm", 2, 6)
     options = {**ragged([4, 1, 6]), "max_new_tokens": 12, "eos_token_id": [7, 20, 33], "pad_token_id": 1, **options}
     scores = {"return_dict_in_generate": True, "output_scores": True}
-    with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.generation.generate.samplers"):
+    with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.generation.samplers"):
         caplog.clear()
         on_device = generate(ours, options, seed=3)
         assert caplog.messages == ["Tokens are selected on the device."]
@@ -118,7 +118,7 @@ REASONS: dict[str, tuple[list[LogitsProcessor], dict, str]] = {
 @pytest.mark.parametrize("case", REASONS)
 def test_why_the_host_selects(case, caplog):
     processors, options, reason = REASONS[case]
-    with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.generation.generate.samplers"):
+    with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.generation.samplers"):
         selector = make_selector(LogitsProcessorList(processors), GenerationConfig(**options), MAX_TOPK)
     assert isinstance(selector, HostSelector)
     assert reason.split(".*")[0] in caplog.text and reason.split(".*")[-1] in caplog.text

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from optimum_opt_trn.generation.generate.slots import SlotCache, Slots
+from optimum_opt_trn.generation.slots import SlotCache, Slots
 from optimum_opt_trn.model.sampling import Selection
 from optimum_opt_trn.targets import Runtime
 

@@ -10,8 +10,8 @@ import optimum_opt_trn.instances
 from optimum_opt_trn import DoesNotFitError, NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.instances import this_host
-from optimum_opt_trn.planning.plan.fit import check_fit
-from optimum_opt_trn.planning.plan.memory import Setup, plan_memory
+from optimum_opt_trn.planning.fit import check_fit
+from optimum_opt_trn.planning.memory import Setup, plan_memory
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_opt_trn.planning.plan.host_memory import host_memory
+from optimum_opt_trn.planning.host_memory import host_memory
 
 
 MB = 2**20

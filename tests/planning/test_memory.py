@@ -16,7 +16,7 @@ from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.instances import INSTANCES, GiB, Instance, this_host
 from optimum_opt_trn.model.kv_cache import allocate_cache
 from optimum_opt_trn.model.parallel import RankGroup
-from optimum_opt_trn.planning.plan.memory import (
+from optimum_opt_trn.planning.memory import (
     NEURON_RESERVE,
     SCRATCHPAD_PAGE,
     Setup,
@@ -29,7 +29,7 @@ from optimum_opt_trn.planning.plan.memory import (
     smallest_degree,
     tp_degrees,
 )
-from optimum_opt_trn.planning.plan.workspace import CPU_THREAD_BYTES
+from optimum_opt_trn.planning.workspace import CPU_THREAD_BYTES
 
 
 def family(hidden: int, layers: int, heads: int) -> OPTConfig:

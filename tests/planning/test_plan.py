@@ -9,8 +9,8 @@ from transformers import OPTConfig
 
 from optimum_opt_trn.checkpoint.source import CHUNK_BYTES
 from optimum_opt_trn.instances import GiB
-from optimum_opt_trn.planning.plan.memory import Setup, checkpoint_bytes, plan_memory
-from optimum_opt_trn.planning.plan.plan import OPTShape, choose_plan, plan_everywhere, read_shape
+from optimum_opt_trn.planning.memory import Setup, checkpoint_bytes, plan_memory
+from optimum_opt_trn.planning.plan import OPTShape, choose_plan, plan_everywhere, read_shape
 
 
 def test_a_shape_has_the_defaults_of_transformers():

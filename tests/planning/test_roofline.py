@@ -5,8 +5,8 @@ from conftest import tiny_config
 from test_memory import INF2, OPT_13B, OPT_30B, OPT_66B, TRN1
 
 from optimum_opt_trn.instances import GiB, this_host
-from optimum_opt_trn.planning.plan.memory import Setup, plan_memory
-from optimum_opt_trn.planning.plan.roofline import REALISTIC_SHARE, decode_curve, roofline
+from optimum_opt_trn.planning.memory import Setup, plan_memory
+from optimum_opt_trn.planning.roofline import REALISTIC_SHARE, decode_curve, roofline
 
 
 def test_a_step_reads_weights_and_cache_once():

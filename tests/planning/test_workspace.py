@@ -10,8 +10,8 @@ from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.model.parallel import RankGroup, shard_dim, shard_range
 from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, Selection
-from optimum_opt_trn.planning.plan.memory import Setup
-from optimum_opt_trn.planning.plan.workspace import (
+from optimum_opt_trn.planning.memory import Setup
+from optimum_opt_trn.planning.workspace import (
     CONTEXT_ENCODING,
     CPU_THREAD_BYTES,
     TOKEN_GENERATION,
