@@ -39,7 +39,7 @@ from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.checkpoint.layout import checkpoint_files
 from optimum_opt_trn.checkpoint.source import Piece, WeightSource
 from optimum_opt_trn.checkpoint.split import write_split
-from optimum_opt_trn.instances import this_host
+from optimum_opt_trn.hardware import this_host
 from optimum_opt_trn.model.sampling import Selection
 from optimum_opt_trn.planning.memory import Setup, plan_memory
 from optimum_opt_trn.targets import get_target

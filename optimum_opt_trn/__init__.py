@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .auto import install as _install
+from .compat.optimum_neuron import install as _install
 from .version import __version__
 
 

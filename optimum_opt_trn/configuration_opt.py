@@ -13,7 +13,7 @@ from optimum.neuron.configuration_utils import NeuronConfig, register_neuron_con
 from optimum.neuron.version import __version__ as optimum_neuron_version
 from transformers import OPTConfig
 
-from .graphs import SHORTEST_SEQUENCE, check_buckets, default_cache_buckets, default_prompt_buckets
+from .buckets import SHORTEST_SEQUENCE, check_buckets, default_cache_buckets, default_prompt_buckets
 from .version import __version__
 
 

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimum.neuron.configuration_utils import _NEURON_CONFIG_FOR_KEY
 from optimum.neuron.version import __version__ as optimum_neuron_version
+from small_models import tiny_config
 
 from optimum_opt_trn.configuration_opt import (
     COMPILE_TARGETS,

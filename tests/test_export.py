@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, SHIPPED_MODEL, rounded, tiny_opt
+from small_models import KINDS, SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, OPTConfig, OPTForCausalLM
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import rounded, tiny_opt
+from small_models import rounded, tiny_opt
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import SHIPPED_MODEL, rounded, tiny_opt
+from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig, pipeline

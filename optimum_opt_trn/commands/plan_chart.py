@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..instances import GiB
+from ..hardware import GiB
 from ..planning.memory import plan_memory
 from ..planning.roofline import REALISTIC_SHARE, decode_curve
 

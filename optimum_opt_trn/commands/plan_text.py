@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..instances import GiB
+from ..hardware import GiB
 from ..planning.roofline import REALISTIC_SHARE
 
 

@@ -12,8 +12,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from ..buckets import smallest_bucket
 from ..configuration_opt import OPTNeuronConfig
-from ..graphs import smallest_bucket
 from ..model.sampling import GREEDY, Selection
 from ..targets import Runtime
 from .inputs import check_inputs, compact

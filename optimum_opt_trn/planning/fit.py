@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from ..graphs import SHORTEST_SEQUENCE
-from ..instances import GiB, Instance, largest_of_family
+from ..buckets import SHORTEST_SEQUENCE
+from ..hardware import GiB, Instance, largest_of_family
 from .memory import MemoryPlan, Setup, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
 
 

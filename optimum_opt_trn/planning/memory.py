@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, cast
 
 from ..checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
-from ..instances import INSTANCES, GiB, Instance
+from ..hardware import INSTANCES, GiB, Instance
 from ..model.shapes import cache_shape, shard_dim, shard_range
 from .workspace import CPU_THREAD_BYTES, graph_workspace, prompt_scores
 

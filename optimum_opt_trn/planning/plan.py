@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..instances import INSTANCES, GiB, Instance, find_instance
+from ..hardware import INSTANCES, GiB, Instance, find_instance
 from .memory import (
     MemoryPlan,
     Setup,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import tiny_opt
+from small_models import tiny_opt
 
 from optimum_opt_trn import NeuronOPTForCausalLM
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_opt
 from safetensors.torch import load_file, save_file
+from small_models import tiny_config, tiny_opt
 from transformers import OPTForCausalLM
 
 from optimum_opt_trn import CheckpointError, save_pretrained_split

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_opt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from small_models import tiny_config, tiny_opt
 
 from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import load_weights

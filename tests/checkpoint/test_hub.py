@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED_MODEL, tiny_opt
 from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError
+from small_models import SHIPPED_MODEL, tiny_opt
 from transformers import AutoTokenizer
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import KINDS, tiny_config
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.modeling_utils import no_init_weights
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config, tiny_opt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_models import KINDS, tiny_config, tiny_opt
 from torch import Tensor
 
 from optimum_opt_trn import CheckpointError, OPTNeuronConfig, save_pretrained_split

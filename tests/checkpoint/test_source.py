@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config, tiny_opt
 from safetensors.torch import load_file, save_file
+from small_models import KINDS, tiny_config, tiny_opt
 from transformers import OPTForCausalLM
 
 from optimum_opt_trn import CheckpointError

@@ -6,8 +6,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, SHIPPED_MODEL, rounded, tiny_config, tiny_opt
 from safetensors import safe_open
+from small_models import KINDS, SHIPPED_MODEL, rounded, tiny_config, tiny_opt
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,

@@ -4,10 +4,10 @@ import hashlib
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_models import KINDS, tiny_config
 
 from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
 from optimum_opt_trn.checkpoint.stream import file_size, sha256_file, write_tensors

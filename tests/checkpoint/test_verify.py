@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config, tiny_opt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_models import KINDS, tiny_config, tiny_opt
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHIPPED_MODEL, rounded, tiny_opt
 from optimum.commands import optimum_cli
 from safetensors import safe_open
+from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoTokenizer, BertConfig
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig
 
 
-TESTS = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 COMMAND = ["optimum-cli", "export", "neuron"]
 
 
@@ -213,7 +213,7 @@ def with_sdk(source, tmp_path_factory):
         "bert, cpu": ["-m", bert, "--instance_type", "cpu", out + "7"],
         "bert, nowhere": ["-m", bert, out + "8"],
     }
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "PATH": f"{python3.parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "PATH": f"{python3.parent}:{os.environ['PATH']}"}
     result = subprocess.run(
         [sys.executable, "-c", WITH_SDK, json.dumps(list(calls.values()))],
         capture_output=True, text=True, timeout=300, env=environment,

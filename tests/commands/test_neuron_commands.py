@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_opt
 from optimum.commands import optimum_cli
+from small_models import tiny_opt
 
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, read_manifest

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny_config
+from small_models import tiny_config
 from transformers import OPTConfig
 
 from optimum_opt_trn.commands import plan_chart

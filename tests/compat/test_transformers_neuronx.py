@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import tiny_opt
+from small_models import tiny_opt
 from transformers import OPTForCausalLM, TextStreamer
 
 from optimum_opt_trn.compat import options, transformers_neuronx

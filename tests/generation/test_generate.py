@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from against_transformers import assert_distributed
-from conftest import KINDS, SHIPPED_MODEL, rounded, tiny_opt
+from small_models import KINDS, SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoTokenizer, GenerationConfig, OPTForCausalLM, TextStreamer, set_seed
 from transformers.generation import CompileConfig, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from against_transformers import assert_distributed, assert_possible, assert_same, generate, pair, ragged
-from conftest import KINDS, SHIPPED_MODEL, rounded
+from small_models import KINDS, SHIPPED_MODEL, rounded
 from test_random_options import Shift, StopAt
 from torch import Tensor
 from transformers import (

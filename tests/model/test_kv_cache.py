@@ -1,7 +1,7 @@
 """The key/value cache."""
 
 import pytest
-from conftest import tiny_config
+from small_models import tiny_config
 
 from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.model.kv_cache import allocate_cache, cache_shape

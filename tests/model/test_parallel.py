@@ -6,9 +6,9 @@ from threading import Barrier
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, tiny_opt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import KINDS, tiny_opt
 from torch import Tensor
 
 from optimum_opt_trn.model.parallel import SHARD_DIMS, RankGroup, shard_dim, shard_range

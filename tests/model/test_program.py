@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import KINDS, rounded, tiny_opt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import KINDS, rounded, tiny_opt
 from torch import Tensor
 from transformers import DynamicCache, OPTForCausalLM
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config, tiny_opt
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import KINDS, tiny_config, tiny_opt
 from transformers import OPTConfig, OPTForCausalLM
 
 from optimum_opt_trn.checkpoint import load_weights, save_pretrained_split
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
-from optimum_opt_trn.instances import INSTANCES, GiB, Instance, this_host
+from optimum_opt_trn.hardware import INSTANCES, GiB, Instance, this_host
 from optimum_opt_trn.model.kv_cache import allocate_cache
 from optimum_opt_trn.model.parallel import RankGroup
 from optimum_opt_trn.planning.memory import (

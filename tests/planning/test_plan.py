@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from conftest import KINDS, tiny_config
+from small_models import KINDS, tiny_config
 from test_memory import INF2, OPT_13B, OPT_66B
 from transformers import OPTConfig
 
 from optimum_opt_trn.checkpoint.source import CHUNK_BYTES
-from optimum_opt_trn.instances import GiB
+from optimum_opt_trn.hardware import GiB
 from optimum_opt_trn.planning.memory import Setup, checkpoint_bytes, plan_memory
 from optimum_opt_trn.planning.plan import OPTShape, choose_plan, plan_everywhere, read_shape
 

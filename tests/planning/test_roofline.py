@@ -1,10 +1,10 @@
 """The roofline, against sums by hand and what AWS measured of OPT."""
 
 import pytest
-from conftest import tiny_config
+from small_models import tiny_config
 from test_memory import INF2, OPT_13B, OPT_30B, OPT_66B, TRN1
 
-from optimum_opt_trn.instances import GiB, this_host
+from optimum_opt_trn.hardware import GiB, this_host
 from optimum_opt_trn.planning.memory import Setup, plan_memory
 from optimum_opt_trn.planning.roofline import REALISTIC_SHARE, decode_curve, roofline
 

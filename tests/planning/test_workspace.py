@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config
+from small_models import KINDS, tiny_config
 from torch.profiler import ProfilerActivity, profile
 
 from optimum_opt_trn.checkpoint import ModelWeights

@@ -8,7 +8,7 @@ from optimum.neuron.utils.instance import current_instance_type
 from optimum.neuron.utils.system import get_available_cores, get_neuron_major
 
 from ...configuration_opt import OPTNeuronConfig
-from ...instances import largest_of_family
+from ...hardware import largest_of_family
 from ..base import TargetError
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...buckets import smallest_bucket
 from ...configuration_opt import OPTNeuronConfig
-from ...graphs import smallest_bucket
 from ...model.sampling import Selection
 from ..base import Runtime
 from .rank_module import NO_WINDOW, extension_length, selection_inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHIPPED_MODEL, tiny_opt
+from small_models import SHIPPED_MODEL, tiny_opt
 from torch._inductor import config as inductor_config
 from torch._inductor import cpp_builder
 from transformers import AutoTokenizer

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import KINDS, rounded, tiny_opt
+from small_models import KINDS, rounded, tiny_opt
 from transformers import set_seed
 
 from optimum_opt_trn import NeuronOPTForCausalLM

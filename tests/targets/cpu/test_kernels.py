@@ -193,7 +193,7 @@ def test_lesser_vectors(capability):
     """ATen's own variable has torch run as if the processor had no more."""
     here = os.path.dirname(__file__)
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", CHECK, here, os.path.dirname(os.path.dirname(here))]
+    command = [sys.executable, "-c", CHECK, here, os.path.join(os.path.dirname(os.path.dirname(here)), "support")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("all of ")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from against_transformers import ragged
-from conftest import KINDS, rounded, tiny_opt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import KINDS, rounded, tiny_opt
 from torch import Tensor
 from worker import Late, calls  # beside this file
 

@@ -47,7 +47,7 @@ def _register_configuration(module: ModuleType) -> None:
     def from_dict(cls: Any, config_dict: dict[str, Any]) -> Any:
         if cls is base and config_dict.get("_serialized_key") == "OPTNeuronConfig":
             # Not above: that module may be what is importing this one.
-            from .configuration_opt import OPTNeuronConfig
+            from ..configuration_opt import OPTNeuronConfig
 
             return OPTNeuronConfig.from_dict(config_dict)
         return original(cls, config_dict)
@@ -61,7 +61,7 @@ def _answer_for_opt(module: ModuleType) -> None:
     @functools.wraps(original)
     def has_neuron_model_class(model_type: str, task: str, mode: str) -> bool:
         if (model_type, task, mode) == REGISTRY_KEY:
-            from .modeling_neuron_opt import NeuronOPTForCausalLM
+            from ..modeling_neuron_opt import NeuronOPTForCausalLM
 
             module.register_neuron_model(*REGISTRY_KEY)(NeuronOPTForCausalLM)
             return True

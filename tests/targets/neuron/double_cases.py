@@ -17,8 +17,8 @@ double.install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from conftest import rounded, tiny_config, tiny_opt  # noqa: E402
 from double import runtime as cores  # noqa: E402
+from small_models import rounded, tiny_config, tiny_opt  # noqa: E402
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
@@ -151,8 +151,8 @@ def test_compile_cache_and_environment(tmp_path, monkeypatch):
 
 def test_command_auto_class_and_pipeline_reach_it(tmp_path, monkeypatch):
     import fake_sdk
-    from conftest import SHIPPED_MODEL
     from optimum.commands import optimum_cli
+    from small_models import SHIPPED_MODEL
 
     fake_sdk.PACKAGES.add("sentence_transformers")  # which optimum.neuron.pipeline imports, for another task
     from optimum.neuron import NeuronModelForCausalLM

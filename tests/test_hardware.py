@@ -1,7 +1,7 @@
 import pytest
 
 from optimum_opt_trn.configuration_opt import COMPILE_TARGETS
-from optimum_opt_trn.instances import INSTANCES, GiB, find_instance, largest_of_family
+from optimum_opt_trn.hardware import INSTANCES, GiB, find_instance, largest_of_family
 
 
 def test_names_and_families_are_those_of_exports():

@@ -13,4 +13,4 @@ def test_no_option_is_left_out():
 
 @pytest.mark.parametrize("name", MADE)
 def test_the_page_says_what_running_every_option_gives(name):
-    assert committed(name) == MADE[name](), "run: python tests/generation_table.py --write"
+    assert committed(name) == MADE[name](), "run: python tests/support/generation_table.py --write"

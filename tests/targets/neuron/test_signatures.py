@@ -17,7 +17,7 @@ from double.signatures import NAMES, VERSIONS, Name
 
 
 HERE = Path(__file__).parent
-PACKAGE = HERE.parents[1] / "optimum_opt_trn"
+PACKAGE = HERE.parents[2] / "optimum_opt_trn"
 SDK = ("libneuronxla", "neuronx_distributed", "neuronxcc", "torch_neuronx", "torch_xla")
 
 # Checkouts of neuronx-distributed, separated as paths are.

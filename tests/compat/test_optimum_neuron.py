@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import SHIPPED_MODEL, rounded, tiny_opt
+from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig, pipeline
 
 
+SUPPORT = Path(__file__).parents[1] / "support"
 OURS_FIRST = "import optimum_opt_trn\nfrom optimum.neuron import NeuronModelForCausalLM\n"
 OURS_LAST = "from optimum.neuron import NeuronModelForCausalLM\nimport optimum_opt_trn\n"
 
@@ -120,7 +121,7 @@ from optimum.neuron.pipelines.transformers.base import pipeline
 pipe = pipeline("text-generation", sys.argv[2])
 results = pipe(["It was", "Mr."], max_new_tokens=4, do_sample=False)
 print(json.dumps([NeuronConfig.from_pretrained(sys.argv[2]) == config, type(pipe.model).__name__, results]))"""
-    same, name, results = fresh(code, SHIPPED_MODEL, tmp_path / "out", path=Path(__file__).parent)
+    same, name, results = fresh(code, SHIPPED_MODEL, tmp_path / "out", path=SUPPORT)
     assert (same, name) == (True, "NeuronOPTForCausalLM")
     ours = pipeline("text-generation", SHIPPED_MODEL, export=True, eager=True, batch_size=2, sequence_length=32)
     assert results == ours(["It was", "Mr."], max_new_tokens=4, do_sample=False)
@@ -136,7 +137,7 @@ try:
     NeuronConfig.from_dict({**made.to_dict(), "_serialized_key": "Other", "neuronxcc_version": None})
 except RuntimeError as error:
     print(json.dumps([type(made).__name__, made.sequence_length, str(error)]))"""
-    name, length, error = fresh(code, export, path=Path(__file__).parent)
+    name, length, error = fresh(code, export, path=SUPPORT)
     assert (name, length) == ("OPTNeuronConfig", 64) and "neuronxcc" in error
 
 

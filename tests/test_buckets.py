@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.graphs import (
+from optimum_opt_trn.buckets import (
     SHORTEST_SEQUENCE,
     check_buckets,
     default_cache_buckets,

@@ -11,6 +11,6 @@ CASES = Path(__file__).parent / "double_cases.py"
 def test_on_the_double():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", CASES],
-        capture_output=True, text=True, timeout=900, cwd=CASES.parents[2],
+        capture_output=True, text=True, timeout=900, cwd=CASES.parents[3],
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

@@ -8,9 +8,9 @@ import tempfile
 from typing import Any
 
 import torch
-from conftest import KINDS, rounded, tiny_opt
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from small_models import KINDS, rounded, tiny_opt
 from torch import Tensor
 from transformers import LogitsProcessorList, OPTForCausalLM, StoppingCriteriaList, set_seed
 from transformers.generation import GenerationMixin

@@ -3,7 +3,7 @@
 To be run by hand, in an environment with what nxdsim's README lists, jax 0.7.2 (jaxlib needs it to hand bfloat16 back)
 and this package's dependencies:
 
-    python tests/neuron/check_with_nxdsim.py --nxdsim DIR --nxd DIR
+    python tests/targets/neuron/check_with_nxdsim.py --nxdsim DIR --nxd DIR
 
 nxdsim stands in for the closed half of the Neuron SDK; NxD is a checkout of neuronx-distributed (0.15 to 0.18). Each
 row of the table is one small model: exported, saved, loaded, and asked for tokens in these ways. This tells whether
@@ -55,7 +55,7 @@ def prepare() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="(default: all)")
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4], help="(default: 1 2 4)")
     options = parser.parse_args()
-    folders = (options.nxdsim, options.nxd / "src", Path(__file__).parents[2], Path(__file__).parent)
+    folders = (options.nxdsim, options.nxd / "src", Path(__file__).parents[3], Path(__file__).parent)
     sys.path[:0] = [str(folder.resolve()) for folder in folders]
     # The simulator compiles a C++ shim when first used; its own folder may be read-only.
     build = Path(os.environ.setdefault("NXDSIM_BUILD", str(Path(tempfile.gettempdir(), "nxdsim-build"))))

@@ -1,7 +1,7 @@
 """The tables in docs/generation.md: every option of GenerationConfig, run against transformers; what is refused.
 
-python tests/generation_table.py          # prints them
-python tests/generation_table.py --write  # puts them into docs/generation.md
+python tests/support/generation_table.py          # prints them
+python tests/support/generation_table.py --write  # puts them into docs/generation.md
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from against_transformers import assert_possible, assert_same, generate, pair, ragged
-from conftest import SHIPPED_MODEL, rounded, tiny_opt
+from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, OPTForCausalLM, PreTrainedTokenizerBase
 from transformers.generation import CompileConfig, WatermarkingConfig
@@ -26,8 +26,8 @@ from optimum_opt_trn import NeuronOPTForCausalLM
 from optimum_opt_trn.generation.generate import REFUSED_ARGUMENTS, REFUSED_OPTIONS
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "generation.md"
-BEGIN, END = "<!-- {} of tests/generation_table.py -->\n", "<!-- end -->\n"
+PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
+BEGIN, END = "<!-- {} of tests/support/generation_table.py -->\n", "<!-- end -->\n"
 
 ENDS = [7, 20, 33, 46, 59, 72, 85, 98]
 DETAILS = {"return_dict_in_generate": True, "output_scores": True}

@@ -13,7 +13,7 @@ VERSIONS = {"neuronx_distributed": "0.15.22404", "neuronxcc": "2.21.18209"}
 
 
 def install() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[3] / "support"))
     import fake_sdk
     import neuronx_distributed.parallel_layers
     import neuronx_distributed.trace

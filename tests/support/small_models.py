@@ -1,0 +1,59 @@
+"""Small random OPTs of every kind in the family, and the reference that ours are compared with."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.modeling_utils import no_init_weights
+
+
+SHIPPED_MODEL = Path(__file__).parents[2] / "examples" / "models" / "opt-austen"
+
+# Each kind of the family: what its configuration has that the 125M to 175B models have not.
+KINDS: dict[str, dict] = {
+    "pre_norm": {},
+    "post_norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "galactica": {"enable_bias": False, "activation_function": "gelu", "layer_norm_elementwise_affine": False},
+    "untied": {"tie_word_embeddings": False},
+    "no_final_norm": {"_remove_final_layer_norm": True},
+    "odd_vocabulary": {"vocab_size": 203},
+}
+
+
+def tiny_config(**overrides) -> OPTConfig:
+    options = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 96,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 224,
+    }
+    return OPTConfig(**{**options, **overrides})
+
+
+def tiny_opt(seed: int = 0, **overrides) -> OPTForCausalLM:
+    """A float32 OPT with random weights, biases and layernorms included, large enough that tokens vary."""
+    with no_init_weights():  # transformers cannot initialise layernorms without weights
+        model = OPTForCausalLM(tiny_config(**overrides)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "layer_norm.weight" in name else 0.0
+            parameter.copy_(centre + 0.15 * torch.randn(parameter.shape, generator=generator))
+    model.tie_weights()
+    return model
+
+
+def rounded(model: OPTForCausalLM, dtype: torch.dtype = torch.float16) -> OPTForCausalLM:
+    """The reference: float32 arithmetic on weights that were rounded as an export rounds them."""
+    reference = copy.deepcopy(model).float()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "layer_norm" not in name and "embed_positions" not in name:
+                parameter.copy_(parameter.to(dtype).float())
+    return reference
