@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from ..model.sampling import SamplingInputs
 from ..targets import StepResult
 from .batches import Batches
-from .cache import SlotCache
+from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
 from .inputs import check_inputs
 from .samplers import make_sampler
@@ -181,7 +181,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         for start in range(cache.get_seq_length(), input_ids.shape[1], chunk):
             part = slice(start, start + chunk)
             if bool(mask[:, part].any()):
-                self.engine.step(cache, input_ids[:, part], mask[:, part], 1, SamplingInputs.greedy(len(input_ids)))
+                self.engine.step(cache, input_ids[:, part], mask[:, part], 1)
             else:
                 cache.append(mask[:, part])
 
@@ -226,8 +226,9 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
                 f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
                 "sequence_length."
             )
-        cache = self.own_cache(model_kwargs.pop("past_key_values", None), len(mask))
-        if cache is not None:
+        past = model_kwargs.pop("past_key_values", None)
+        if past is not None:
+            cache = own_cache(past, self.engine, len(mask))
             cache.remasked(mask)
             model_kwargs["past_key_values"] = cache
 
