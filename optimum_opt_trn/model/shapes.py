@@ -1,4 +1,4 @@
-"""How tensors are cut over ranks, as shapes alone. Imports neither torch nor transformers, for `planning.py`."""
+"""How tensors are cut over ranks. Imports neither torch nor transformers, so that planning starts fast."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ..configuration_opt import OPTNeuronConfig
 
 
-# The end of a tensor's name -> the dimension that is cut. Whatever is not here is copied to every rank: layernorms,
-# positions, project_in and project_out, and the biases of row-parallel products, which are added once, after the sum.
+# The end of a tensor's name -> the dimension that is cut. All other tensors are copied to every rank: layernorms,
+# positions, project_in, project_out, and the biases of row-parallel products, which are added once, after the sum.
 SHARD_DIMS = {
     "embed_tokens.weight": 0,
     "lm_head.weight": 0,
