@@ -19,7 +19,8 @@ _PER_PROMPT = ("attention_mask", "negative_prompt_ids", "negative_prompt_attenti
 class Batches:
     """How one call of `generate()` is cut into batches.
 
-    Beams of a prompt and the rows that guide it stay together. Sampled sequences of a prompt may be in several batches.
+    Beams of a prompt and the rows that guide it stay together. Sampled sequences of a prompt may be in different
+    batches.
 
     Args:
         input_ids: prompts, `(prompts, width)`.

@@ -19,8 +19,8 @@ from .parallel import RankGroup
 from .shapes import cache_shape
 
 
-# A layer calls its target with `(rank, query, key, value)`: the local rank, and float32 `(…, heads * d)` each of the new
-# tokens. The target writes keys and values to the cache, and returns float32 `(…, heads * d)`.
+# A layer calls its target with `(rank, query, key, value)`: the local rank, and float32 `(…, heads * d)` each of the
+# new tokens. The target writes keys and values to the cache, and returns float32 `(…, heads * d)`.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # Finite, since -inf in a mask makes NaN on Neuron; exp of it is 0 in float32.
