@@ -17,6 +17,10 @@ SHORTEST_SEQUENCE = 4
 # Neuron compiles each bucket apart, so that few and doubling ones are best.
 NEURON_SMALLEST_BUCKET = 128
 
+# On `cpu`, the attention kernel reads the cache anew for each token of a slot. From this many new tokens of a slot on,
+# products of matrices are faster and take its place.
+LONG_RUN = 16
+
 
 def _doubling(longest: int, first: int) -> tuple[int, ...]:
     sizes = []

@@ -14,35 +14,13 @@ from optimum.neuron.version import __version__ as optimum_neuron_version
 from transformers import OPTConfig
 
 from .buckets import SHORTEST_SEQUENCE, check_buckets, default_cache_buckets, default_prompt_buckets
+from .dtypes import normalize_dtype, to_torch
+from .hardware import FAMILIES, equal_degrees
 from .version import __version__
 
 
 # Raised when a directory written before can no longer be read; nothing else decides about compatibility.
 FORMAT_VERSION = 1
-
-AMP_DTYPES: dict[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-_DTYPE_ALIASES = {
-    "fp16": "f16", "float16": "f16", "half": "f16",
-    "bfloat16": "bf16",
-    "fp32": "f32", "float32": "f32", "float": "f32",
-}  # fmt: skip
-
-# Instance family -> compile target. inf2 and trn1 have the same NeuronCore-v2
-# (awsdocs-neuron, "NeuronCore-v2 Architecture"); optimum-neuron maps them in the same way.
-COMPILE_TARGETS = {"cpu": "cpu", "trn1": "trn1", "trn1n": "trn1", "inf2": "trn1", "trn2": "trn2"}
-
-
-def normalize_dtype(value: str | torch.dtype, option: str = "amp") -> str:
-    """`value` (`"f16"`, `"fp16"`, `"float16"`, `torch.float16`, …) as one of `f16`, `bf16`, `f32`.
-
-    Raises:
-        ValueError: for any other value; the message names `option`, the value and the choices.
-    """
-    name = str(value).removeprefix("torch.")
-    name = _DTYPE_ALIASES.get(name, name)
-    if name not in AMP_DTYPES:
-        raise ValueError(f"{option}={value!r} is not a dtype that OPT is exported in: choose f16, bf16 or f32.")
-    return name
 
 
 def reject_unknown(options: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -115,9 +93,9 @@ class OPTNeuronConfig(NeuronConfig):
             raise ValueError(f"sequence_length={self.sequence_length} is too short: the least is {SHORTEST_SEQUENCE}.")
         self.amp = normalize_dtype(self.amp)
         self.kv_cache_dtype = normalize_dtype(self.kv_cache_dtype or self.amp, "kv_cache_dtype")
-        if self.instance_type not in COMPILE_TARGETS:
-            raise ValueError(f"instance_type={self.instance_type!r} is not one of {', '.join(COMPILE_TARGETS)}.")
-        target = COMPILE_TARGETS[self.instance_type]
+        if self.instance_type not in FAMILIES:
+            raise ValueError(f"instance_type={self.instance_type!r} is not one of {', '.join(FAMILIES)}.")
+        target = FAMILIES[self.instance_type].target
         if self.target not in (None, target):
             raise ValueError(
                 f"target={self.target!r} does not fit instance_type={self.instance_type!r}, whose target is "
@@ -156,7 +134,7 @@ class OPTNeuronConfig(NeuronConfig):
                 f"with (max_position_embeddings): choose at most {limit}."
             )
         heads, ffn_dim = config.num_attention_heads, config.ffn_dim
-        degrees = [n for n in range(1, heads + 1) if heads % n == 0 and ffn_dim % n == 0]
+        degrees = equal_degrees(heads, ffn_dim)
         if self.tp_degree not in degrees:
             raise ValueError(
                 f"tp_degree={self.tp_degree} cannot split {heads} attention heads and an MLP of {ffn_dim} into equal "
@@ -165,7 +143,7 @@ class OPTNeuronConfig(NeuronConfig):
 
     @property
     def amp_dtype(self) -> torch.dtype:
-        return AMP_DTYPES[self.amp]
+        return to_torch(self.amp)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -179,7 +157,7 @@ class OPTNeuronConfig(NeuronConfig):
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        return AMP_DTYPES[self.kv_cache_dtype or self.amp]
+        return to_torch(self.kv_cache_dtype or self.amp)
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

@@ -87,8 +87,8 @@ def export_opt(
         weights.check(opt_config)  # before a compiler starts, which an error would wait for
         with ThreadPoolExecutor(1) as beside:
             beside.submit(target.prepare, eager)
-            write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
-        save_config(opt_config, staging, neuron_config.amp_dtype)
+            write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp)
+        save_config(opt_config, staging, neuron_config.amp)
         save_companions(path, opt_config, staging)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)

@@ -16,9 +16,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .checkpoint import push_to_hub, verify_checkpoint
 from .checkpoint.config import check_opt, load_config
-from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
+from .configuration_opt import OPTNeuronConfig, reject_unknown
+from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
+from .hardware import FAMILIES
 from .planning.fit import check_fit
 from .targets import Runtime, get_target
 
@@ -143,7 +145,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             instance_type = "cpu" if get_neuron_major() == -1 else get_instance_name().partition(".")[0]
         if tensor_parallel_size is None:
             # An unknown family is for OPTNeuronConfig to refuse.
-            on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"
+            on_neuron = instance_type in FAMILIES and FAMILIES[instance_type].on_neuron
             tensor_parallel_size = get_available_cores() if on_neuron else 1
             if tensor_parallel_size == 0:
                 raise ValueError(

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, OPTConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME
+
+from ..dtypes import to_torch
 
 
 def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
@@ -42,8 +43,8 @@ def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
     return config
 
 
-def save_config(config: OPTConfig, directory: Path, amp: torch.dtype) -> None:
+def save_config(config: OPTConfig, directory: Path, amp: str) -> None:
     """Writes config.json for weights in `amp`; `config` is left as it is."""
     saved = OPTConfig.from_dict(config.to_dict())
-    saved.architectures, saved.dtype = ["OPTForCausalLM"], amp
+    saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     saved.save_pretrained(directory)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import OPTConfig
 
 from ..configuration_opt import OPTNeuronConfig
+from ..dtypes import to_torch
 from ..model.parallel import RankGroup, Weights, shard_dim, shard_range
 from .layout import INDEX_NAME, OUTER_FILE, TensorSpec, checkpoint_files, layer_file, layer_prefix
 from .source import CheckpointError
@@ -49,8 +50,8 @@ def load_weights(directory: Path, config: OPTConfig, neuron_config: OPTNeuronCon
     """
     if not (directory / INDEX_NAME).is_file():
         raise CheckpointError(f"{directory} lacks {INDEX_NAME}: it is not a split checkpoint, or not a whole one.")
-    amp = neuron_config.amp_dtype
-    files = {file: _load_file(directory / file, specs, amp, group) for file, specs in checkpoint_files(config).items()}
+    specs = checkpoint_files(config, neuron_config.amp)
+    files = {file: _load_file(directory / file, tensors, group) for file, tensors in specs.items()}
     outer = {name.removeprefix("model.decoder."): shards for name, shards in files[OUTER_FILE].items()}
     layers = []
     for index in range(config.num_hidden_layers):
@@ -65,7 +66,7 @@ def _pick(weights: Weights, names: tuple[str, ...]) -> Weights:
     return {name: weights[name] for name in names if name in weights}
 
 
-def _load_file(file: Path, specs: dict[str, TensorSpec], amp: torch.dtype, group: RankGroup) -> Weights:
+def _load_file(file: Path, specs: dict[str, TensorSpec], group: RankGroup) -> Weights:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} lacks {file.name}: the checkpoint is not whole. Export the model again.")
     try:
@@ -78,16 +79,15 @@ def _load_file(file: Path, specs: dict[str, TensorSpec], amp: torch.dtype, group
             f"lacks {sorted(set(specs) - found)[0]}" if set(specs) - found else f"also holds {min(found - set(specs))}"
         )
         raise CheckpointError(f"{file} {what}: it is not of the model that config.json describes.")
-    return {name: _shards(file, opened.get_tensor(name), name, spec, amp, group) for name, spec in specs.items()}
+    return {name: _shards(file, opened.get_tensor(name), name, spec, group) for name, spec in specs.items()}
 
 
-def _shards(
-    file: Path, tensor: Tensor, name: str, spec: TensorSpec, amp: torch.dtype, group: RankGroup
-) -> list[Tensor]:
-    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype(amp):
+def _shards(file: Path, tensor: Tensor, name: str, spec: TensorSpec, group: RankGroup) -> list[Tensor]:
+    dtype = to_torch(spec.dtype)
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != dtype:
         raise CheckpointError(
             f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration makes it "
-            f"{spec.dtype(amp)} {spec.shape}. Export the model again."
+            f"{dtype} {spec.shape}. Export the model again."
         )
     dim = shard_dim(name)
     if dim is None or group.world_size == 1:

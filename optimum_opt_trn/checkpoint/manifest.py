@@ -73,9 +73,9 @@ def read_manifest(path: Path) -> Manifest | None:
         raise ValueError(f"{path} is broken, or of a later version of optimum_opt_trn ({error!r}).") from error
 
 
-def source_key(specs: Mapping[str, TensorSpec], amp: str, identity: str) -> str:
+def source_key(specs: Mapping[str, TensorSpec], identity: str) -> str:
     """A hash of all that a file is made from: what is in it, and the identity of the source of these tensors."""
-    described = (_FORMAT, amp, sorted((name, spec.shape, spec.in_amp) for name, spec in specs.items()), identity)
+    described = (_FORMAT, sorted((name, spec.shape, spec.dtype) for name, spec in specs.items()), identity)
     return hashlib.sha256(repr(described).encode()).hexdigest()
 
 

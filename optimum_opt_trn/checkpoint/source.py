@@ -18,6 +18,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from ..dtypes import DTYPES, to_torch
 from .forms import Readers, open_file, open_tensor, read_index
 from .layout import TensorSpec, checkpoint_files
 
@@ -130,7 +131,8 @@ class WeightSource:
         Raises:
             CheckpointError: naming tensors that are missing, that do not belong, or that are of another shape.
         """
-        expected = {name: spec for specs in checkpoint_files(config).values() for name, spec in specs.items()}
+        # Names and shapes are the same in every dtype.
+        expected = {name: spec for specs in checkpoint_files(config, "f32").values() for name, spec in specs.items()}
         # A tied head is often written out all the same; the embedding is what counts.
         found = set(self._tensors) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
         missing, foreign = expected.keys() - found, found - expected.keys()
@@ -162,18 +164,18 @@ class WeightSource:
         for index in {self._tensors[name][0] for name in names} - needed:
             self._pieces[index].close()
 
-    def chunks(self, name: str, spec: TensorSpec, amp: torch.dtype) -> Iterator[Tensor]:
-        """The tensor's rows, some at a time, cast as `spec` and `amp` say, contiguous.
+    def chunks(self, name: str, spec: TensorSpec) -> Iterator[Tensor]:
+        """The tensor's rows, some at a time, in the dtype of `spec`, contiguous.
 
         Raises:
             CheckpointError: if it is not there, is of another shape, is not of floating point, or is not finite
                 after the cast.
         """
         tensor = self._tensor(name, spec)
-        row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), spec.dtype(amp).itemsize))
+        row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), DTYPES[spec.dtype].bytes))
         for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
             try:
-                cast = rows.to("cpu", spec.dtype(amp)).contiguous()
+                cast = rows.to("cpu", to_torch(spec.dtype)).contiguous()
                 # Both are NaN if any element is; several times faster than isfinite of each.
                 extremes = torch.stack(torch.aminmax(cast))
             except RuntimeError as error:
@@ -183,9 +185,9 @@ class WeightSource:
                 raise CheckpointError(f"{self.origin}: {name} has values that are not finite {cause}.")
             yield cast
 
-    def read(self, name: str, spec: TensorSpec, amp: torch.dtype) -> Tensor:
+    def read(self, name: str, spec: TensorSpec) -> Tensor:
         """The tensor as a whole; see `chunks`."""
-        return torch.cat(list(self.chunks(name, spec, amp)))
+        return torch.cat(list(self.chunks(name, spec)))
 
     def _tensor(self, name: str, spec: TensorSpec) -> Tensor:
         if name not in self._tensors:

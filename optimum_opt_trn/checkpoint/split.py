@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration_opt import AMP_DTYPES, normalize_dtype
+from ..dtypes import normalize_dtype
 from .config import check_opt, load_config, save_config
 from .hub import fetch, open_weights
 from .layout import INDEX_NAME, TensorSpec, checkpoint_files
@@ -76,11 +76,11 @@ def save_pretrained_split(
         ValueError: if the source is not an OPT, or `amp` not one of the three.
         OSError: if the source is not there, the disk is full, or another process is writing to `directory`.
     """
-    dtype, directory = AMP_DTYPES[normalize_dtype(amp)], Path(directory)
+    amp, directory = normalize_dtype(amp), Path(directory)
     if isinstance(source, PreTrainedModel):
         config, generation_config = check_opt(source.config, type(source).__name__), source.generation_config
         companions = (lambda _: None) if generation_config is None else generation_config.save_pretrained
-        return write_split(open_model(source), config, directory, dtype, companions)
+        return write_split(open_model(source), config, directory, amp, companions)
     hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -96,7 +96,7 @@ def save_pretrained_split(
     path = fetch(source, force_download=force_download, **hub)
     shards = directory / _SHARDS_DIR if delete_source_shards else None
     weights = open_weights(source, path, scratch=shards, force_download=force_download, **hub)
-    written = write_split(weights, config, directory, dtype, partial(save_companions, path, config))
+    written = write_split(weights, config, directory, amp, partial(save_companions, path, config))
     shutil.rmtree(directory / _SHARDS_DIR, ignore_errors=True)
     return written
 
@@ -122,7 +122,7 @@ def write_split(
     weights: WeightSource,
     config: OPTConfig,
     directory: Path,
-    amp: torch.dtype,
+    amp: str,
     companions: Callable[[Path], Any] = lambda _: None,
 ) -> Path:
     """Writes the files of the split form to `directory`, those that are not there already; the directory.
@@ -131,7 +131,7 @@ def write_split(
         weights: where from.
         config: whose.
         directory: where to.
-        amp: see `save_pretrained_split`.
+        amp: `f16`, `bf16` or `f32`.
         companions: writes what else there is to be, small files, to the directory that it is given.
 
     Raises:
@@ -139,27 +139,27 @@ def write_split(
         OSError: if the disk is full, or another process is writing to the directory.
     """
     weights.check(config)
-    files = checkpoint_files(config)
+    files = checkpoint_files(config, amp)
     with exclusive(directory):
         if clash := [f.name for f in directory.glob("*.safetensors") if f.name not in files]:
             raise CheckpointError(f"{directory} already holds {clash[0]}, which is no part of a split checkpoint.")
-        keys = {file: source_key(s, normalize_dtype(amp), weights.identity(s)) for file, s in files.items()}
+        keys = {file: source_key(s, weights.identity(s)) for file, s in files.items()}
         done = _intact_files(directory, keys)
         prepared = _prepare_companions(directory, config, amp, companions)
-        index = _index(files, amp)
+        index = _index(files)
         if done.keys() == files.keys() and _is_finished(directory, prepared, index):
             logger.info(f"{directory} is this split checkpoint already, and is left as it is.")
             shutil.rmtree(prepared)
             return directory
         (directory / INDEX_NAME).unlink(missing_ok=True)
-        manifest = Manifest(normalize_dtype(amp), done)
+        manifest = Manifest(amp, done)
         manifest.write(directory / UNFINISHED_NAME)
         (directory / MANIFEST_NAME).unlink(missing_ok=True)
         for file in prepared.iterdir():
             os.replace(file, directory / file.name)
         prepared.rmdir()
 
-        _write_files(weights, files, directory, amp, keys, manifest)
+        _write_files(weights, files, directory, keys, manifest)
         manifest.write(directory / MANIFEST_NAME)
         write_json(directory / INDEX_NAME, index)
         (directory / UNFINISHED_NAME).unlink()
@@ -183,9 +183,7 @@ def _intact_files(directory: Path, keys: Mapping[str, str]) -> dict[str, FileEnt
         return {file: entry for file, entry in found.items() if entry.is_intact(directory / file, progress.update)}
 
 
-def _prepare_companions(
-    directory: Path, config: OPTConfig, amp: torch.dtype, companions: Callable[[Path], Any]
-) -> Path:
+def _prepare_companions(directory: Path, config: OPTConfig, amp: str, companions: Callable[[Path], Any]) -> Path:
     """A directory within `directory` with config.json and what else goes beside the weights."""
     prepared = directory / _COMPANIONS_DIR
     shutil.rmtree(prepared, ignore_errors=True)
@@ -195,8 +193,8 @@ def _prepare_companions(
     return prepared
 
 
-def _index(files: Mapping[str, Mapping[str, TensorSpec]], amp: torch.dtype) -> dict[str, Any]:
-    total = sum(file_size(specs, amp) for specs in files.values())
+def _index(files: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
+    total = sum(file_size(specs) for specs in files.values())
     weight_map = {name: file for file, specs in files.items() for name in specs}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
@@ -216,7 +214,6 @@ def _write_files(
     weights: WeightSource,
     files: Mapping[str, dict[str, TensorSpec]],
     directory: Path,
-    amp: torch.dtype,
     keys: Mapping[str, str],
     manifest: Manifest,
 ) -> None:
@@ -226,11 +223,11 @@ def _write_files(
         left.unlink()
     for file in done:
         weights.release(files[file])
-    linked = _linkable_files(weights, files, amp)
+    linked = _linkable_files(weights, files, manifest.amp)
     missing = sorted(files.keys() - done.keys(), key=lambda file: (weights.last_piece(files[file]), file))
-    total = sum(file_size(specs, amp) for specs in files.values())
-    _check_space(directory, {file: file_size(files[file], amp) for file in missing if file not in linked})
-    initial = total - sum(file_size(files[file], amp) for file in missing)
+    total = sum(file_size(specs) for specs in files.values())
+    _check_space(directory, {file: file_size(files[file]) for file in missing if file not in linked})
+    initial = total - sum(file_size(files[file]) for file in missing)
     with (
         tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc="Splitting") as progress,
         ThreadPoolExecutor(1) as disk,
@@ -239,9 +236,9 @@ def _write_files(
             specs, new = files[file], directory / f"{file}.partial"
             if file in linked and _link(linked[file][0], new):
                 size, digest = linked[file][1].bytes, linked[file][1].sha256
-                progress.update(file_size(specs, amp))
+                progress.update(file_size(specs))
             else:
-                size, digest = _stream(weights, specs, amp, new, progress.update)
+                size, digest = _stream(weights, specs, new, progress.update)
             os.replace(new, directory / file)
             # A file reaches the disk while the next is written.
             syncs.append(disk.submit(_sync, directory / file))
@@ -256,10 +253,10 @@ def _write_files(
 
 
 def _stream(
-    weights: WeightSource, specs: dict[str, TensorSpec], amp: torch.dtype, file: Path, progress: Callable[[int], Any]
+    weights: WeightSource, specs: dict[str, TensorSpec], file: Path, progress: Callable[[int], Any]
 ) -> tuple[int, str]:
     try:
-        return write_tensors(file, specs, amp, lambda name: weights.chunks(name, specs[name], amp), progress)
+        return write_tensors(file, specs, lambda name: weights.chunks(name, specs[name]), progress)
     except BaseException as error:
         file.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -271,7 +268,7 @@ def _stream(
 
 
 def _linkable_files(
-    weights: WeightSource, files: Mapping[str, Mapping[str, TensorSpec]], amp: torch.dtype
+    weights: WeightSource, files: Mapping[str, Mapping[str, TensorSpec]], amp: str
 ) -> dict[str, tuple[Path, FileEntry]]:
     """The files of a source that is a split checkpoint in `amp` itself, by their names, where they are sound."""
     if weights.directory is None:
@@ -280,13 +277,13 @@ def _linkable_files(
         manifest = read_manifest(weights.directory / MANIFEST_NAME)
     except ValueError:  # then it is read as any other checkpoint
         return {}
-    if manifest is None or manifest.amp != normalize_dtype(amp):
+    if manifest is None or manifest.amp != amp:
         return {}
     found = {}
     for file, entry in manifest.files.items():
         path = weights.directory / file
         try:
-            if file in files and entry.fits(path) and not any(header_problems(path, files[file], amp)):
+            if file in files and entry.fits(path) and not any(header_problems(path, files[file])):
                 found[file] = path, entry
         except (OSError, SafetensorError):
             continue

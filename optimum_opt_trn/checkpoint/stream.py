@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPES
 from .layout import TensorSpec
 
-
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # How many chunks may wait to be hashed and written.
 _AHEAD = 4
@@ -34,14 +33,9 @@ _WRITE_BYTES = 128 * 1024
 Progress = Callable[[int], Any]
 
 
-def tensor_bytes(spec: TensorSpec, amp: torch.dtype) -> int:
-    return torch.Size(spec.shape).numel() * spec.dtype(amp).itemsize
-
-
 def write_tensors(
     file: Path,
     specs: Mapping[str, TensorSpec],
-    amp: torch.dtype,
     chunks: Callable[[str], Iterator[Tensor]],
     progress: Progress,
 ) -> tuple[int, str]:
@@ -50,13 +44,12 @@ def write_tensors(
     Args:
         file: written to from the start, and no temporary of its own is made.
         specs: the tensors.
-        amp: what a spec's dtype depends on.
         chunks: gives the contiguous pieces that make up a tensor, of its dtype and in its order.
         progress: told of the bytes of tensors.
     """
     # Wide types first, then by name: every tensor is aligned, and the order is that of safetensors' own writer.
-    names = sorted(specs, key=lambda name: (-specs[name].dtype(amp).itemsize, name))
-    header = _header({name: specs[name] for name in names}, amp)
+    names = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].bytes, name))
+    header = _header({name: specs[name] for name in names})
     digest = hashlib.sha256(header)
     # Two threads hash and write a chunk (both free the interpreter) while this one reads and casts the next.
     with (
@@ -102,18 +95,22 @@ def sha256_file(file: Path, progress: Progress = lambda _: None) -> str:
     return digest.hexdigest()
 
 
-def file_size(specs: Mapping[str, TensorSpec], amp: torch.dtype) -> int:
-    """The bytes of tensors in a file of `specs`: the header, a few kilobytes, left aside."""
-    return sum(tensor_bytes(spec, amp) for spec in specs.values())
+def file_size(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of the tensors in a file of `specs`, without the header of a few kilobytes."""
+    return sum(spec.bytes for spec in specs.values())
 
 
-def _header(specs: Mapping[str, TensorSpec], amp: torch.dtype) -> bytes:
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     # The metadata is what transformers reads to know that the tensors are PyTorch's.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
-        end = offset + tensor_bytes(spec, amp)
-        entries[name] = {"dtype": _DTYPES[spec.dtype(amp)], "shape": spec.shape, "data_offsets": (offset, end)}
+        end = offset + spec.bytes
+        entries[name] = {
+            "dtype": DTYPES[spec.dtype].safetensors,
+            "shape": spec.shape,
+            "data_offsets": (offset, end),
+        }
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import OPTConfig
 
-from ..configuration_opt import AMP_DTYPES, normalize_dtype
+from ..dtypes import normalize_dtype, to_torch
 from ..targets.base import CHECKPOINT_DIR
 from .config import load_config
 from .layout import INDEX_NAME, TensorSpec, checkpoint_files
@@ -45,16 +45,16 @@ def find_problems(directory: Path, contents: bool = True) -> list[str]:
     try:
         config = load_config(directory)
         manifest = read_manifest(directory / MANIFEST_NAME)
-        amp = AMP_DTYPES[normalize_dtype(config.dtype or torch.float32 if manifest is None else manifest.amp)]
+        amp = normalize_dtype(config.dtype or "f32" if manifest is None else manifest.amp)
     except (OSError, ValueError) as error:
         return [str(error)]
     return list(_problems(directory, config, amp, manifest, contents))
 
 
 def _problems(
-    directory: Path, config: OPTConfig, amp: torch.dtype, manifest: Manifest | None, contents: bool
+    directory: Path, config: OPTConfig, amp: str, manifest: Manifest | None, contents: bool
 ) -> Iterator[str]:
-    files = checkpoint_files(config)
+    files = checkpoint_files(config, amp)
     if manifest is None:
         yield (
             f"{directory / MANIFEST_NAME} is missing: without the hashes in it, nothing tells whether the files are "
@@ -68,7 +68,7 @@ def _problems(
     with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not contents) as progress:
         for file, specs in files.items():
             entry = None if manifest is None else manifest.files.get(file)
-            yield from _file_problems(directory / file, specs, amp, entry, contents, progress.update)
+            yield from _file_problems(directory / file, specs, entry, contents, progress.update)
 
 
 def _index_problems(index: Path, files: Mapping[str, Mapping[str, TensorSpec]]) -> Iterator[str]:
@@ -87,7 +87,6 @@ def _index_problems(index: Path, files: Mapping[str, Mapping[str, TensorSpec]]) 
 def _file_problems(
     file: Path,
     specs: Mapping[str, TensorSpec],
-    amp: torch.dtype,
     entry: FileEntry | None,
     contents: bool,
     progress: Progress,
@@ -99,7 +98,7 @@ def _file_problems(
         yield f"{file} has {file.stat().st_size} bytes, and was written with {entry.bytes}: it is cut off or replaced."
         return
     try:
-        wrong = list(header_problems(file, specs, amp))
+        wrong = list(header_problems(file, specs))
     except (OSError, SafetensorError) as error:
         yield f"{file} is truncated or broken ({error})."
         return
@@ -115,7 +114,7 @@ def _file_problems(
                     yield f"{file}: {name} has values that are not finite."
 
 
-def header_problems(file: Path, specs: Mapping[str, TensorSpec], amp: torch.dtype) -> Iterator[str]:
+def header_problems(file: Path, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     """What is not as it should be in the header of a safetensors file: names, shapes and dtypes of its tensors.
 
     Raises:
@@ -131,8 +130,9 @@ def header_problems(file: Path, specs: Mapping[str, TensorSpec], amp: torch.dtyp
             if name not in found:
                 continue
             tensor = opened.get_tensor(name)  # a view of the mapped file: nothing is read
-            if tuple(tensor.shape) != specs[name].shape or tensor.dtype != specs[name].dtype(amp):
+            dtype = to_torch(specs[name].dtype)
+            if tuple(tensor.shape) != specs[name].shape or tensor.dtype != dtype:
                 yield (
                     f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration makes it "
-                    f"{specs[name].dtype(amp)} {specs[name].shape}."
+                    f"{dtype} {specs[name].shape}."
                 )

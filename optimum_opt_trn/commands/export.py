@@ -12,10 +12,13 @@ from typing import Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from ..dtypes import AMP_DTYPES, DTYPES
+from ..hardware import FAMILIES
+
 
 TASKS = ("auto", "text-generation")
-CAST_TYPES = ("fp16", "bf16", "fp32")
-INSTANCE_TYPES = ("cpu", "trn1", "trn1n", "inf2", "trn2")
+CAST_TYPES = tuple(DTYPES[name].cli for name in AMP_DTYPES)
+INSTANCE_TYPES = tuple(FAMILIES)
 
 DESCRIPTION = """\
 Export an OPT model: split its checkpoint, compile it for a target, and write the result to a directory that
@@ -66,7 +69,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "Dtype of attention, MLP, embedding and output weights; layernorms stay float32 (default: fp16).",
     },
     "--torch_dtype": {
-        "choices": ("float16", "bfloat16", "float32"),
+        "choices": tuple(DTYPES[name].torch for name in AMP_DTYPES),
         "help": "The same as --auto_cast_type, in torch's names.",
     },
     "--instance_type": {
@@ -79,7 +82,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
 # ... and those that it lacks.
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "--kv_cache_dtype": {
-        "choices": ("fp32", "fp16", "bf16"),
+        "choices": CAST_TYPES,
         "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: that of the "
         "weights).",
     },
@@ -220,7 +223,7 @@ def _export(
         TargetError: if the target is not to be had on this host, or refuses the model.
     """
     from ..checkpoint.config import load_config
-    from ..configuration_opt import normalize_dtype
+    from ..dtypes import normalize_dtype
     from ..export import export_opt
     from ..modeling_neuron_opt import NeuronOPTForCausalLM
 

@@ -11,8 +11,11 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptio
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from ..dtypes import AMP_DTYPES, DTYPES
 
-DTYPES = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "int8": "int8"}
+
+# The name of a dtype on the command line -> ours.
+_CLI_DTYPES = {dtype.cli: dtype.name for dtype in DTYPES.values()}
 
 DESCRIPTION = """\
 Plan an OPT model: how much of a NeuronCore's memory its weights, cache and workspace take, what fits and what does
@@ -66,13 +69,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add(
         "--auto_cast_type",
-        choices=DTYPES,
+        choices=_CLI_DTYPES,
         default="fp16",
         help="Dtype of the weights; int8 for planning alone, exports do not have it (default: fp16).",
     )
     add(
         "--kv_cache_dtype",
-        choices=("fp16", "bf16", "fp32"),
+        choices=tuple(DTYPES[name].cli for name in AMP_DTYPES),
         help="Dtype of the key/value cache (default: that of the weights, fp16 with int8).",
     )
     add("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
@@ -82,8 +85,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    from ..planning.memory import Setup
     from ..planning.plan import choose_plan, plan_everywhere, read_shape
+    from ..planning.setup import Setup
     from .plan_text import compare, describe
 
     try:
@@ -91,8 +94,8 @@ def run(options: Namespace) -> None:
         setup = Setup(
             batch_size=options.batch_size,
             sequence_length=options.sequence_length or config.max_position_embeddings,
-            weights=DTYPES[options.auto_cast_type],
-            cache=DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else "",
+            amp=_CLI_DTYPES[options.auto_cast_type],
+            kv_cache_dtype=_CLI_DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else "",
         )
         plan = choose_plan(config, setup, options.instance, options.tensor_parallel_size)
         if options.plot:

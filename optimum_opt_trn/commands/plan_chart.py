@@ -39,7 +39,7 @@ def draw(plan: Plan, file: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     figure.suptitle(
-        f"{setup.weights} weights, {setup.sequence_length} positions, {setup.tp_degree} ranks, {memory.instance.name}"
+        f"{setup.amp} weights, {setup.sequence_length} positions, {setup.tp_degree} ranks, {memory.instance.name}"
     )
 
     # The batch size that was asked for, and both sides of the limit.

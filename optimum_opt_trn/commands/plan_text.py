@@ -24,8 +24,8 @@ def describe(plan: Plan, model: str) -> Iterator[str]:
     yield model
     yield f"{plan.parameters / 1e9:.3g} billion parameters in {config.num_hidden_layers} layers"
     yield (
-        f"batch size {setup.batch_size}, {setup.sequence_length} positions, weights {setup.weights}, "
-        f"cache {setup.cache}"
+        f"batch size {setup.batch_size}, {setup.sequence_length} positions, weights {setup.amp}, "
+        f"cache {setup.kv_cache_dtype}"
     )
     yield f"{_count(setup.tp_degree, 'rank')} on {instance.name} ({chips})"
     yield ""

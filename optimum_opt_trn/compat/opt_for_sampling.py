@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..checkpoint.config import load_config
 from ..checkpoint.hub import fetch, open_weights
 from ..checkpoint.layout import layer_prefix, layer_specs
-from ..configuration_opt import normalize_dtype, reject_unknown
+from ..configuration_opt import reject_unknown
+from ..dtypes import normalize_dtype
 from ..modeling_neuron_opt import NeuronOPTForCausalLM
 from .options import GenerationConfig, NeuronConfig, buckets, check_environment, refuse
 
@@ -111,7 +112,7 @@ class OPTForSampling:
             "batch_size": batch_size if isinstance(batch_size, int) else max(batch_size),
             "sequence_length": length,
             "tp_degree": tp_degree,
-            "amp": normalize_dtype(amp if amp is not None else config.dtype or torch.float32),
+            "amp": normalize_dtype(amp if amp is not None else config.dtype or "f32"),
             "cache_buckets": None if isinstance(n_positions, int) else buckets("n_positions", n_positions, length),
             "prompt_buckets": buckets("context_length_estimate", context_length_estimate, length),
             "max_topk": max_topk,
@@ -143,7 +144,8 @@ class OPTForSampling:
             saved = getattr(model.neuron_config, name, value)
             if value is not None and saved != value:
                 raise ValueError(f"{self._artifacts} was saved with {name}={saved!r}, and this model has {value!r}.")
-        if not _same_weights(Path(self._artifacts) / "checkpoint", self._checkpoint, self.config, model.dtype):
+        saved_weights, amp = Path(self._artifacts) / "checkpoint", model.neuron_config.amp
+        if not _same_weights(saved_weights, self._checkpoint, self.config, amp):
             raise ValueError(f"{self._artifacts} was saved with other weights than those of {self._checkpoint}.")
         self._model = model
 
@@ -283,12 +285,12 @@ def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) 
             refuse(name, overrides[name], f"the checkpoint has {getattr(config, name)!r}. Change its config.json")
 
 
-def _same_weights(left: Path, right: str, config: transformers.OPTConfig, dtype: torch.dtype) -> bool:
-    """Whether two checkpoints have the same last layer, as far as `dtype` tells."""
+def _same_weights(left: Path, right: str, config: transformers.OPTConfig, amp: str) -> bool:
+    """Whether two checkpoints have the same last layer once it is cast to `amp`."""
     prefix = layer_prefix(config.num_hidden_layers - 1)
     sources = open_weights(left, left), open_weights(right, fetch(right))
-    for name, spec in layer_specs(config).items():
-        one, other = (source.read(prefix + name, spec, dtype) for source in sources)
+    for name, spec in layer_specs(config, amp).items():
+        one, other = (source.read(prefix + name, spec) for source in sources)
         if not torch.equal(one, other):
             return False
     return True

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from ..checkpoint import save_pretrained_split as _save_split
-from ..configuration_opt import normalize_dtype
+from ..dtypes import normalize_dtype
 from .opt_for_sampling import OPTForSampling
 from .options import GenerationConfig, NeuronConfig
 

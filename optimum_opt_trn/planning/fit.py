@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging
 
 from ..buckets import SHORTEST_SEQUENCE
-from ..hardware import GiB, Instance, largest_of_family
-from .memory import MemoryPlan, Setup, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
+from ..hardware import GiB, Instance
+from ..model.shapes import ModelShape
+from .host import largest_of_family
+from .memory import MemoryPlan, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
+from .setup import Setup
 
 
 if TYPE_CHECKING:
-    from transformers import OPTConfig
-
     from ..configuration_opt import OPTNeuronConfig
 
 
@@ -25,7 +26,7 @@ class DoesNotFitError(ValueError):
     """An export that needs more memory than there is."""
 
 
-def check_fit(config: OPTConfig, neuron_config: OPTNeuronConfig, force: bool = False) -> None:
+def check_fit(config: ModelShape, neuron_config: OPTNeuronConfig, force: bool = False) -> None:
     """Checks an export against the cores of its instance family, or on `cpu` against the memory available now.
 
     On `cpu` all but the weights has to fit. Weights are mapped files: where memory is short, they are read from the
@@ -61,7 +62,7 @@ def _shortage(plan: MemoryPlan) -> str:
         "reserve": plan.reserve,
     }
     listed = ", ".join(f"{name} {size / GiB:.2f}" for name, size in parts.items() if size)
-    where = f"a core of {instance.family} has" if instance.on_neuron else "are available on this host"
+    where = f"a core of {instance.family.name} has" if instance.on_neuron else "are available on this host"
     return (
         f"batch_size={setup.batch_size}, sequence_length={setup.sequence_length}, tp_degree={setup.tp_degree} needs "
         f"{plan.total / GiB:.2f} GiB ({listed}), {-plan.free / GiB:.2f} more than the {instance.core_bytes / GiB:.2f} "
@@ -69,7 +70,7 @@ def _shortage(plan: MemoryPlan) -> str:
     )
 
 
-def _ways_out(config: OPTConfig, setup: Setup, instance: Instance) -> Iterator[str]:
+def _ways_out(config: ModelShape, setup: Setup, instance: Instance) -> Iterator[str]:
     """The nearest settings that fit, each with all else equal."""
     if size := max_batch_size(config, setup, instance):
         yield f"batch_size={size}"

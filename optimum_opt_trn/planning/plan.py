@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from ..hardware import INSTANCES, GiB, Instance, find_instance
+from ..hardware import INSTANCES, GiB, Instance
+from ..model.shapes import ModelShape
+from .host import find_instance
 from .memory import (
     MemoryPlan,
-    Setup,
     cheapest,
     checkpoint_bytes,
     max_batch_size,
@@ -26,10 +27,7 @@ from .memory import (
     tp_degrees,
 )
 from .roofline import REALISTIC_SHARE, Roofline, roofline
-
-
-if TYPE_CHECKING:
-    from transformers import OPTConfig
+from .setup import OPTShape, Setup
 
 
 # What splitting a checkpoint takes, whatever the model's size, for it goes by chunks of 16 MiB (checkpoint/source.py)
@@ -38,30 +36,7 @@ if TYPE_CHECKING:
 SPLIT_BYTES = GiB // 2
 
 
-@dataclass(frozen=True)
-class OPTShape:
-    """What a config.json says about memory, with the defaults of transformers' OPTConfig, for which it can stand."""
-
-    vocab_size: int = 50272
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    ffn_dim: int = 3072
-    max_position_embeddings: int = 2048
-    do_layer_norm_before: bool = True
-    _remove_final_layer_norm: bool = False
-    word_embed_proj_dim: int | None = None
-    num_attention_heads: int = 12
-    enable_bias: bool = True
-    layer_norm_elementwise_affine: bool = True
-    tie_word_embeddings: bool = True
-    activation_function: str = "relu"
-
-    def __post_init__(self) -> None:
-        if self.word_embed_proj_dim is None:
-            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
-
-
-def read_shape(model: str, revision: str | None = None, cache_dir: str | None = None) -> OPTConfig:
+def read_shape(model: str, revision: str | None = None, cache_dir: str | None = None) -> OPTShape:
     """The shape of `model`: a config.json, a directory that has one, or an id on the hub.
 
     Raises:
@@ -91,7 +66,7 @@ def read_shape(model: str, revision: str | None = None, cache_dir: str | None = 
     if kind != "opt":
         raise ValueError(f"{model} is of model_type {kind!r}, and optimum_opt_trn serves 'opt' alone.")
     known = {field.name for field in fields(OPTShape)}
-    return cast("OPTConfig", OPTShape(**{name: value for name, value in values.items() if name in known}))
+    return OPTShape(**{name: value for name, value in values.items() if name in known and value is not None})
 
 
 @dataclass(frozen=True)
@@ -106,7 +81,7 @@ class Plan:
         max_sequence_length: likewise, up to the model's positions.
     """
 
-    config: OPTConfig
+    config: ModelShape
     memory: MemoryPlan
     speed: Roofline | None
     max_batch_size: int
@@ -139,8 +114,8 @@ class Plan:
             "batch_size": setup.batch_size,
             "sequence_length": setup.sequence_length,
             "tensor_parallel_size": setup.tp_degree,
-            "weight_dtype": setup.weights,
-            "cache_dtype": setup.cache,
+            "weight_dtype": setup.amp,
+            "cache_dtype": setup.kv_cache_dtype,
             "parameters": self.parameters,
             "hbm_bytes_per_core": instance.core_bytes,
             "weights_bytes_per_core": sum(memory.weights.values()),
@@ -173,7 +148,7 @@ class Plan:
         return values
 
 
-def make_plan(config: OPTConfig, setup: Setup, instance: Instance) -> Plan:
+def make_plan(config: ModelShape, setup: Setup, instance: Instance) -> Plan:
     """The plan of `setup` on `instance`.
 
     Raises:
@@ -198,7 +173,7 @@ def make_plan(config: OPTConfig, setup: Setup, instance: Instance) -> Plan:
     )
 
 
-def choose_plan(config: OPTConfig, setup: Setup, instance: str | None, degree: int | None) -> Plan:
+def choose_plan(config: ModelShape, setup: Setup, instance: str | None, degree: int | None) -> Plan:
     """The plan on `instance` at `degree`; where either is None, the cheapest that fits, else the roomiest.
 
     Raises:
@@ -220,13 +195,13 @@ def choose_plan(config: OPTConfig, setup: Setup, instance: str | None, degree: i
     return make_plan(config, setup, (fitting or able or list(INSTANCES.values()))[0])
 
 
-def _roomiest(config: OPTConfig) -> tuple[Instance, int]:
+def _roomiest(config: ModelShape) -> tuple[Instance, int]:
     degrees = {name: tp_degrees(config, instance)[-1] for name, instance in INSTANCES.items()}
     name = max(degrees, key=lambda name: degrees[name] * INSTANCES[name].core_bytes)
     return INSTANCES[name], degrees[name]
 
 
-def plan_everywhere(config: OPTConfig, setup: Setup) -> Iterator[Plan]:
+def plan_everywhere(config: ModelShape, setup: Setup) -> Iterator[Plan]:
     """`setup` on each instance, at the smallest degree that fits, else at the largest."""
     for instance in INSTANCES.values():
         degree = smallest_degree(config, setup, instance) or tp_degrees(config, instance)[-1]

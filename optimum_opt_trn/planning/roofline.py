@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
+from ..model.shapes import ModelShape
 from .memory import MemoryPlan, plan_memory, rank_tensors
-
-
-if TYPE_CHECKING:
-    from transformers import OPTConfig
 
 
 # The share of the roofline that one may expect. AWS measured OPT-13B (8 cores), 30B (8) and 66B (24) on inf2.48xlarge
@@ -53,7 +49,7 @@ class Roofline:
         return self.prompt_tokens / self.prefill_seconds
 
 
-def roofline(config: OPTConfig, plan: MemoryPlan) -> Roofline | None:
+def roofline(config: ModelShape, plan: MemoryPlan) -> Roofline | None:
     """That of `plan`; None on an instance whose bandwidth and arithmetic nobody publishes (`cpu`)."""
     bandwidth, flops = plan.instance.core_bandwidth, plan.instance.core_flops
     if bandwidth is None or flops is None:
@@ -88,7 +84,7 @@ def roofline(config: OPTConfig, plan: MemoryPlan) -> Roofline | None:
     )
 
 
-def decode_curve(config: OPTConfig, plan: MemoryPlan, batch_sizes: list[int]) -> list[float]:
+def decode_curve(config: ModelShape, plan: MemoryPlan, batch_sizes: list[int]) -> list[float]:
     """Tokens per second of decoding at each of the batch sizes, at the full roofline; empty where there is none."""
     lines = [
         roofline(config, plan_memory(config, replace(plan.setup, batch_size=size), plan.instance))

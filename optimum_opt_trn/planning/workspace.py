@@ -1,8 +1,8 @@
 """How much a graph needs beside weights and cache: the tensors of the rank program at its widest moment.
 
-The list follows `modeling_opt.py`, whose dtypes and shapes it repeats: `b` rows, `n` new tokens, `c` cached positions,
-`R` ranks. Of each part (attention, MLP, head) the moment with the most bytes is counted, and of these the largest; in
-between, memory is used again.
+The list follows `model/program.py`, whose dtypes and shapes it repeats: `b` rows, `n` new tokens, `c` cached
+positions, `R` ranks. Of each part (attention, MLP, head) the moment with the most bytes is counted, and of these the
+largest; in between, memory is used again.
 
 - On `neuron` it is what one core needs. The scores of a prompt, `(b, heads / R, n, n)`, are not counted: the compiler
   works on tiles of them that fit the core's 24 MiB of on-chip memory ("For an inference kernel, scratchpad usage is
@@ -16,22 +16,16 @@ between, memory is used again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    from transformers import OPTConfig
-
-    from .memory import Setup
+from ..buckets import LONG_RUN
+from ..dtypes import DTYPES
+from ..model.shapes import ModelShape
+from .setup import Setup
 
 
 CONTEXT_ENCODING = "context_encoding"
 TOKEN_GENERATION = "token_generation"
 
-_F32 = 4
-
-# Up to so many tokens of a slot are attended to by the kernel (LONG_RUN in targets/cpu/packed_attention.py).
-_LONG_RUN = 16
+_F32 = DTYPES["f32"].bytes
 
 # What a thread has at most at a time on `cpu`: a panel of weights (PANELS * DEPTH * PANEL floats in kernels.cpp, with
 # AVX-512 4 * 1024 * 48 of them: 0.75 MiB) or the blocks of flash attention (256 queries by 512 keys, two sums a query,
@@ -39,7 +33,7 @@ _LONG_RUN = 16
 CPU_THREAD_BYTES = 3 * 2**19
 
 
-def graph_workspace(config: OPTConfig, setup: Setup, on_neuron: bool) -> dict[str, int]:
+def graph_workspace(config: ModelShape, setup: Setup, on_neuron: bool) -> dict[str, int]:
     """For each graph, at its largest bucket, the bytes that it needs at its widest moment."""
     moments = _neuron_moments if on_neuron else _cpu_moments
     return {
@@ -48,17 +42,17 @@ def graph_workspace(config: OPTConfig, setup: Setup, on_neuron: bool) -> dict[st
     }
 
 
-def prompt_scores(config: OPTConfig, setup: Setup) -> int:
+def prompt_scores(config: ModelShape, setup: Setup) -> int:
     """Bytes of the float32 attention scores of one rank and layer, for the longest prompts."""
     return _scores(config, setup, setup.sequence_length)
 
 
-def _scores(config: OPTConfig, setup: Setup, n: int) -> int:
+def _scores(config: ModelShape, setup: Setup, n: int) -> int:
     heads = config.num_attention_heads // setup.tp_degree
     return setup.batch_size * heads * n * setup.sequence_length * _F32
 
 
-def _neuron_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
+def _neuron_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden = tokens * config.hidden_size
     residual, normed, summand = hidden * _F32, hidden * setup.compute_bytes, hidden * _F32
@@ -71,7 +65,7 @@ def _neuron_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     return attention, mlp, head
 
 
-def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
+def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden, inner = tokens * config.hidden_size * _F32, tokens * config.ffn_dim * _F32
     # Slot and position in int64, ids in int32, the slots in use; the layer's input, which is the caller's.
@@ -91,7 +85,7 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
     converted = 2 if setup.cache_bytes < _F32 else 0
     results = min(setup.batch_size, 2)
-    slot = n * ((converted + results) * width + heads) * _F32 if n >= _LONG_RUN else 0
+    slot = n * ((converted + results) * width + heads) * _F32 if n >= LONG_RUN else 0
 
     # MLP: what attention returned; the inner units, beside the layernorm before them, or once more after an activation
     # that the kernel has not, or with the layer's output.

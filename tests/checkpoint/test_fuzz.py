@@ -127,7 +127,7 @@ def test_damaged_sources(form, sources, tmp_path, data):
 
 def assert_error_or_whole(source: Path, output: Path) -> None:
     try:
-        write_split(open_directory(source), CONFIG, output, torch.float16)
+        write_split(open_directory(source), CONFIG, output, "f16")
     except (ValueError, OSError) as error:
         assert str(error)
         assert not (output / INDEX_NAME).exists()
@@ -152,7 +152,7 @@ def test_damaged_outputs(sources, tmp_path, data):
     except ValueError as error:
         assert str(output) in str(error)
     find_problems(output)
-    write_split(open_directory(sources["safetensors"]), CONFIG, output, torch.float32)
+    write_split(open_directory(sources["safetensors"]), CONFIG, output, "f32")
     assert find_problems(output) == []
     for file in sources["split"].glob("*.safetensors"):
         assert (output / file.name).read_bytes() == file.read_bytes()

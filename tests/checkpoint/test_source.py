@@ -16,6 +16,7 @@ from optimum_opt_trn.checkpoint import source as source_module
 from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
 from optimum_opt_trn.checkpoint.source import LocalFiles, WeightSource, open_directory, open_files, open_model
 from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.dtypes import to_torch
 
 
 FORMS = {
@@ -31,9 +32,9 @@ def assert_same_tensors(source: WeightSource, model: OPTForCausalLM) -> None:
     """Every tensor of the layout can be read from `source` and has the model's values."""
     source.check(model.config)
     state = model.state_dict()
-    for specs in checkpoint_files(model.config).values():
+    for specs in checkpoint_files(model.config, "f32").values():
         for name, spec in specs.items():
-            tensor = source.read(name, spec, torch.float32)
+            tensor = source.read(name, spec)
             assert tensor.dtype == torch.float32 and tensor.is_contiguous()
             assert torch.equal(tensor, state[name].float()), name
 
@@ -60,15 +61,15 @@ def test_loaded_model(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("amp", [torch.float32, torch.float16])
+@pytest.mark.parametrize("amp", ["f32", "f16"])
 def test_a_chunk_is_small_before_and_after_the_cast(dtype, amp, monkeypatch):
     monkeypatch.setattr(source_module, "CHUNK_BYTES", 1024)
     model = tiny_opt().to(dtype)
-    spec = checkpoint_files(model.config)["layer_000.safetensors"][FC1]
-    chunks = [*open_model(model).chunks(FC1, spec, amp)]
+    spec = checkpoint_files(model.config, amp)["layer_000.safetensors"][FC1]
+    chunks = [*open_model(model).chunks(FC1, spec)]
     # 96 rows of 64: four of them are 1024 bytes of float32, eight in 16 bits.
-    assert [len(chunk) for chunk in chunks] == ([4] * 24 if torch.float32 in (dtype, amp) else [8] * 12)
-    assert torch.equal(torch.cat(chunks), model.state_dict()[FC1].to(amp))
+    assert [len(chunk) for chunk in chunks] == ([4] * 24 if dtype == torch.float32 or amp == "f32" else [8] * 12)
+    assert torch.equal(torch.cat(chunks), model.state_dict()[FC1].to(to_torch(amp)))
 
 
 def save_old_split(model: OPTForCausalLM, directory) -> None:
@@ -128,11 +129,11 @@ def test_a_form_of_its_own_for_each_source_gives_the_same_files(tmp_path):
     sources["tied head"].mkdir()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, sources["tied head"] / "model.safetensors")
-    write_split(open_model(model), model.config, tmp_path / "expected", torch.float16)
+    write_split(open_model(model), model.config, tmp_path / "expected", "f16")
     expected = {file.name: file.read_bytes() for file in (tmp_path / "expected").glob("*.safetensors")}
     assert len(expected) == 4
     for form, source in sources.items():
-        write_split(open_directory(source), model.config, tmp_path / "out" / form, torch.float16)
+        write_split(open_directory(source), model.config, tmp_path / "out" / form, "f16")
         for name, content in expected.items():
             assert (tmp_path / "out" / form / name).read_bytes() == content, (form, name)
 
@@ -193,31 +194,31 @@ def test_missing_and_extra_tensors(tmp_path):
 @pytest.mark.parametrize(
     ("value", "amp", "message"),
     [
-        (torch.zeros(96, 63), torch.float32, r"shape \(96, 63\), but config.json makes it \(96, 64\)"),
-        (torch.zeros(64, 96), torch.float32, r"shape \(64, 96\)"),
-        (torch.zeros(96 * 64), torch.float32, r"shape \(6144,\)"),
-        (torch.zeros(96, 64, dtype=torch.int8), torch.float32, "dtype torch.int8, not one of floating point"),
-        (torch.full((96, 64), torch.nan), torch.float32, "values that are not finite in the source"),
-        (torch.full((96, 64), -torch.inf), torch.float16, "values that are not finite in the source"),
-        (torch.full((96, 64), 1e5), torch.float16, "values that are not finite once cast to torch.float16: try bf16"),
+        (torch.zeros(96, 63), "f32", r"shape \(96, 63\), but config.json makes it \(96, 64\)"),
+        (torch.zeros(64, 96), "f32", r"shape \(64, 96\)"),
+        (torch.zeros(96 * 64), "f32", r"shape \(6144,\)"),
+        (torch.zeros(96, 64, dtype=torch.int8), "f32", "dtype torch.int8, not one of floating point"),
+        (torch.full((96, 64), torch.nan), "f32", "values that are not finite in the source"),
+        (torch.full((96, 64), -torch.inf), "f16", "values that are not finite in the source"),
+        (torch.full((96, 64), 1e5), "f16", "values that are not finite once cast to torch.float16: try bf16"),
     ],
 )
 def test_bad_tensors(value, amp, message, tmp_path):
     source = saved(tmp_path, lambda state: state.update({FC1: value}))
     with pytest.raises(CheckpointError, match=f"{FC1} has {message}") as error:
-        source.read(FC1, TensorSpec((96, 64), True), amp)
+        source.read(FC1, TensorSpec((96, 64), amp))
     assert str(tmp_path) in str(error.value)
 
 
 def test_large_values_fit_bf16(tmp_path):
     source = saved(tmp_path, lambda state: state.update({FC1: torch.full((96, 64), 1e5)}))
-    tensor = source.read(FC1, TensorSpec((96, 64), True), torch.bfloat16)
+    tensor = source.read(FC1, TensorSpec((96, 64), "bf16"))
     torch.testing.assert_close(tensor.float(), torch.full((96, 64), 1e5), rtol=2**-8, atol=0)
 
 
 def test_reading_what_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="lacks the tensor model.nothing"):
-        saved(tmp_path, lambda state: None).read("model.nothing", TensorSpec((1,), True), torch.float32)
+        saved(tmp_path, lambda state: None).read("model.nothing", TensorSpec((1,), "f32"))
 
 
 def test_no_weights(tmp_path):
@@ -321,7 +322,7 @@ def test_pieces_are_opened_once_and_closed_when_they_are_done(tmp_path):
 
     shards = sorted(file.name for file in tmp_path.glob("model-*"))
     assert len(shards) > 4
-    write_split(open_files(Files(tmp_path), lazily=True), model.config, tmp_path / "out", torch.float16)
+    write_split(open_files(Files(tmp_path), lazily=True), model.config, tmp_path / "out", "f16")
     assert sorted(events) == sorted([f"{what} {name}" for name in shards for what in ("open", "close")])
     held, most = 0, 0
     for event in events:

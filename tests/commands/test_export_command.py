@@ -43,7 +43,7 @@ def test_help_teaches():
         capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    for words in ("examples:", "--kv_cache_dtype {fp32,fp16,bf16}", "checkpoint/", "compiled/", "(default: fp16)"):
+    for words in ("examples:", "--kv_cache_dtype {fp16,bf16,fp32}", "checkpoint/", "compiled/", "(default: fp16)"):
         assert words in " ".join(result.stdout.split())
     assert "optimum_opt_trn" not in result.stderr
 
@@ -227,7 +227,7 @@ def with_sdk(source, tmp_path_factory):
 def test_with_the_sdk_there_is_one_command_for_both(with_sdk):
     results, _, _, _ = with_sdk
     assert results["help"]["code"] == 0
-    for words in ("--lora_model_ids", "--kv_cache_dtype {fp32,fp16,bf16}", "{bf16,fp16,tf32,fp32}", "OPT models"):
+    for words in ("--lora_model_ids", "--kv_cache_dtype {fp16,bf16,fp32}", "{bf16,fp16,tf32,fp32}", "OPT models"):
         assert words in results["help"]["out"]
 
 

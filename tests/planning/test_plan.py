@@ -9,8 +9,9 @@ from transformers import OPTConfig
 
 from optimum_opt_trn.checkpoint.source import CHUNK_BYTES
 from optimum_opt_trn.hardware import GiB
-from optimum_opt_trn.planning.memory import Setup, checkpoint_bytes, plan_memory
-from optimum_opt_trn.planning.plan import OPTShape, choose_plan, plan_everywhere, read_shape
+from optimum_opt_trn.planning.memory import checkpoint_bytes, plan_memory
+from optimum_opt_trn.planning.plan import choose_plan, plan_everywhere, read_shape
+from optimum_opt_trn.planning.setup import OPTShape, Setup
 
 
 def test_a_shape_has_the_defaults_of_transformers():

@@ -8,10 +8,11 @@ from torch.profiler import ProfilerActivity, profile
 from optimum_opt_trn.checkpoint import ModelWeights
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
+from optimum_opt_trn.dtypes import to_torch
 from optimum_opt_trn.generation.inputs import pack
 from optimum_opt_trn.model.parallel import RankGroup, shard_dim, shard_range
 from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, SamplingInputs
-from optimum_opt_trn.planning.memory import Setup
+from optimum_opt_trn.planning.setup import Setup
 from optimum_opt_trn.planning.workspace import (
     CONTEXT_ENCODING,
     CPU_THREAD_BYTES,
@@ -29,7 +30,7 @@ FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def shards(specs, group: RankGroup, amp: torch.dtype) -> dict[str, list[torch.Tensor]]:
+def shards(specs, group: RankGroup) -> dict[str, list[torch.Tensor]]:
     weights = {}
     for name, spec in specs.items():
         dim, shape = shard_dim(name), list(spec.shape)
@@ -37,17 +38,17 @@ def shards(specs, group: RankGroup, amp: torch.dtype) -> dict[str, list[torch.Te
             start, stop, padding = shard_range(shape[dim], 0, group.world_size)
             shape[dim] = stop - start + padding
         copies = 1 if dim is None else group.world_size
-        tensor = torch.full(shape, 0.01, dtype=spec.dtype(amp))
+        tensor = torch.full(shape, 0.01, dtype=to_torch(spec.dtype))
         weights[name.removeprefix("model.decoder.")] = [tensor] * copies
     return weights
 
 
 def runtime(config, neuron_config) -> CPURuntime:
-    degree, amp = neuron_config.tp_degree, neuron_config.amp_dtype
+    degree, amp = neuron_config.tp_degree, neuron_config.amp
     group = RankGroup(degree, range(degree), KernelArithmetic())
-    outer = shards(outer_specs(config), group, amp)
+    outer = shards(outer_specs(config, amp), group)
     outer.setdefault("lm_head.weight", outer["embed_tokens.weight"])
-    layers = [shards(layer_specs(config), group, amp) for _ in range(config.num_hidden_layers)]
+    layers = [shards(layer_specs(config, amp), group) for _ in range(config.num_hidden_layers)]
     return CPURuntime(
         config, neuron_config, group, ModelWeights(outer, layers, outer, torch.arange(degree, dtype=torch.int32))
     )
