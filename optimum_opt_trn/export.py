@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,14 +15,13 @@ from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from .checkpoint.config import check_opt, load_config, save_config
-from .checkpoint.hub import fetch, open_weights
-from .checkpoint.lock import exclusive
-from .checkpoint.split import save_companions, write_split
+from .checkpoint.config import check_opt, load_config, save_companions, save_config
+from .checkpoint.hub import open_checkpoint
+from .checkpoint.layout import CHECKPOINT_DIR
+from .checkpoint.write import one_writer, write_split
 from .configuration_opt import OPTNeuronConfig
 from .planning.fit import check_fit
 from .targets import get_target
-from .targets.base import CHECKPOINT_DIR
 
 
 def export_opt(
@@ -81,15 +78,14 @@ def export_opt(
     target = get_target(neuron_config)
     _check_output(output, source)
 
-    path = fetch(source, **hub)
     with _staged(output) as staging:
-        weights = open_weights(source, path, CHECKPOINT_DIR if _is_export(path) else "", **hub)
-        weights.check(opt_config)  # before a compiler starts, which an error would wait for
-        with ThreadPoolExecutor(1) as beside:
-            beside.submit(target.prepare, eager)
-            write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp)
+        # Checks the weights before a compiler starts, for which an error would have to wait.
+        checkpoint = open_checkpoint(source, opt_config, **hub)
+        with ThreadPoolExecutor(1) as compiler:
+            compiler.submit(target.prepare, eager)
+            write_split(checkpoint.weights, staging / CHECKPOINT_DIR, neuron_config.amp)
         save_config(opt_config, staging, neuron_config.amp)
-        save_companions(path, opt_config, staging)
+        save_companions(checkpoint.directory, opt_config, staging)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)
     return output
@@ -135,46 +131,40 @@ def _check_output(output: Path, source: str | os.PathLike) -> None:
 
 @contextmanager
 def _staged(output: Path, keep: tuple[str, ...] = (CHECKPOINT_DIR,)) -> Iterator[Path]:
-    """A directory beside `output` that takes its place when the block ends well, and is removed when it does not.
+    """A directory next to `output` that takes its place when the block ends well, and is removed when it does not.
 
-    At every moment either what was at `output` before is whole there, or what was written is. What a process left
-    there that was killed is removed, but for `keep`.
+    At every moment, what was at `output` before or what was written is whole: at `output`, or, between the two
+    renames, in `.NAME.old` next to it, from where the next call brings it back. What a killed process left in the
+    directory is removed, except for `keep`.
 
     Raises:
         BlockingIOError: if another process is writing the same output.
     """
     output = output.resolve()  # of a link, what it points to is replaced
-    staging = output.with_name(f".{output.name}.partial")
-    with exclusive(staging):
+    staging, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
+    with one_writer(output):
         try:
+            _finish_swap(output, old)
+            staging.mkdir(exist_ok=True)
             for left in staging.iterdir():
                 if left.name not in keep:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield staging
-            if not output.exists():
-                os.rename(staging, output)
-                return
+            if output.exists():
+                os.rename(output, old)
+            os.rename(staging, output)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        # The lock that is held moves along with what was written; another one keeps others from the remains.
-        with exclusive(output):
-            try:
-                _exchange(staging, output)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            _finish_swap(output, old)
 
 
-def _exchange(staging: Path, output: Path) -> None:
-    """Swaps two directories, atomically where the system can (Linux: renameat2 with RENAME_EXCHANGE)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    if renameat2 and renameat2(at_cwd, os.fsencode(staging), at_cwd, os.fsencode(output), exchange) == 0:
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    os.rename(output, old / output.name)
-    os.rename(staging, output)
-    shutil.rmtree(old)
+def _finish_swap(output: Path, old: Path) -> None:
+    """Repairs a half-done swap: `old` goes back to `output`, or is removed if its successor is there."""
+    if old.exists() and not _is_export(output):
+        os.rename(old, output)  # which is missing, or empty
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:

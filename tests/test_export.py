@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, OPTConfig,
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
-from optimum_opt_trn.checkpoint.lock import exclusive
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import WeightSource
+from optimum_opt_trn.checkpoint.write import one_writer
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.targets.cpu import CPUTarget
 
@@ -133,10 +133,7 @@ def test_an_export_is_a_source_by_its_checkpoint(source, tmp_path):
     assert all((first / "checkpoint" / f).read_bytes() == (second / "checkpoint" / f).read_bytes() for f in files)
 
 
-@pytest.mark.parametrize("atomic", [True, False])
-def test_an_earlier_export_is_replaced(atomic, save_opt, tmp_path, monkeypatch):
-    if not atomic:  # a system without renameat2
-        monkeypatch.setattr("optimum_opt_trn.export.ctypes.CDLL", lambda *args, **kwargs: object())
+def test_an_earlier_export_is_replaced(save_opt, tmp_path):
     old = save_opt(tiny_opt(seed=1, num_hidden_layers=3), "old")
     output = export_opt(old, tmp_path / "out", neuron_config(), eager=True)
     (output / "note.txt").write_text("of the old one")
@@ -233,6 +230,25 @@ def test_weights_that_do_not_fit_are_refused_before_a_compiler_starts(source, tm
     assert not started and [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def kill_half_way(code: str, source: Path, *outputs: Path) -> None:
+    """Runs `code` in a process, and kills it when it has said for each output that it is half-way."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, source, *outputs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    with child:
+        try:
+            assert child.stdout is not None
+            assert [child.stdout.readline() for _ in outputs] == ["half-way\n"] * len(outputs)
+        finally:
+            child.kill()
+    assert child.returncode == -signal.SIGKILL
+
+
 def test_a_killed_export_leaves_what_was_there(source, tmp_path):
     """SIGKILL while the second layer is read: no clean-up runs at all."""
     earlier = export_opt(source, tmp_path / "earlier", neuron_config(), eager=True)
@@ -256,24 +272,11 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
             threading.Thread(target=export_opt, args=(source, output, config), kwargs={"eager": True}).start()
         time.sleep(600)
     """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, source, earlier, tmp_path / "new"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    with child:
-        try:
-            assert child.stdout is not None
-            assert [child.stdout.readline() for _ in range(2)] == ["half-way\n"] * 2
-        finally:
-            child.kill()
-    assert child.returncode == -signal.SIGKILL
+    kill_half_way(code, source, earlier, tmp_path / "new")
     assert snapshot(earlier) == before
     # It was in the middle of both. What is left over is hidden.
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", ".earlier.partial", ".new.partial"}
+    hidden = {".earlier.partial", ".earlier.lock", ".new.partial", ".new.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", *hidden}
     # The next export of the same output goes on from it.
     (tmp_path / ".new.partial" / "of another version").mkdir()
     done = tmp_path / ".new.partial" / "checkpoint" / "layer_000.safetensors"
@@ -281,12 +284,106 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
     export_opt(source, tmp_path / "new", neuron_config(), eager=True)
     assert snapshot(tmp_path / "new") == before
     assert (tmp_path / "new" / "checkpoint" / "layer_000.safetensors").stat().st_ino == inode
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", "new", ".earlier.partial"}
+    left = {".earlier.partial", ".earlier.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", "new", *left}
+
+
+KILLED_WHILE_SWAPPING = """
+import os, sys, shutil, time
+from pathlib import Path
+from optimum_opt_trn import OPTNeuronConfig
+from optimum_opt_trn.export import export_opt
+
+source, output = sys.argv[1:]
+rename, rmtree, moment = os.rename, shutil.rmtree, "MOMENT"
+
+def stop():
+    os.write(1, b"half-way\\n")
+    time.sleep(600)
+
+def renaming(old, new):
+    if moment == "between the renames" and Path(new) == Path(output):
+        stop()
+    rename(old, new)
+
+def removing(path, **options):
+    if moment == "before the old one is removed" and Path(path).name == f".{Path(output).name}.old":
+        if Path(path).exists():
+            stop()
+    rmtree(path, **options)
+
+os.rename, shutil.rmtree = renaming, removing
+export_opt(source, output, OPTNeuronConfig(sequence_length=64, batch_size=2), eager=True)
+"""
+
+
+def kill_while_swapping(moment: str, source: Path, tmp_path: Path) -> tuple[dict, dict]:
+    """Kills an export that replaces `out`; what was there before, and what it wrote."""
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    replaced = snapshot(output)
+    written = snapshot(export_opt(source, tmp_path / "expected", neuron_config(batch_size=2), eager=True))
+    assert replaced != written
+    shutil.rmtree(tmp_path / "expected")
+    kill_half_way(KILLED_WHILE_SWAPPING.replace("MOMENT", moment), source, output)
+    return replaced, written
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_killed_between_the_renames_both_are_whole_and_the_next_run_repairs(source, tmp_path):
+    replaced, written = kill_while_swapping("between the renames", source, tmp_path)
+    assert names(tmp_path) == {"source", ".out.old", ".out.partial", ".out.lock"}
+    assert snapshot(tmp_path / ".out.old") == replaced
+    assert snapshot(tmp_path / ".out.partial") == written
+    # A run that fails has put the old one back first; so does one that finds an empty directory in its place.
+    broken = shutil.copytree(source, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError):
+        export_opt(broken, tmp_path / "out", neuron_config(), eager=True)
+    assert names(tmp_path) == {"source", "broken", "out"}
+    assert snapshot(tmp_path / "out") == replaced
+    export_opt(source, tmp_path / "out", neuron_config(batch_size=2), eager=True)
+    assert names(tmp_path) == {"source", "broken", "out"}
+    assert snapshot(tmp_path / "out") == written
+
+
+def test_killed_between_the_renames_the_next_run_replaces_it(source, tmp_path):
+    _, written = kill_while_swapping("between the renames", source, tmp_path)
+    export_opt(source, tmp_path / "out", neuron_config(batch_size=2), eager=True)
+    assert snapshot(tmp_path / "out") == written
+    assert names(tmp_path) == {"source", "out"}
+
+
+def test_killed_before_the_old_one_is_removed_the_new_one_is_there(source, tmp_path):
+    _, written = kill_while_swapping("before the old one is removed", source, tmp_path)
+    assert names(tmp_path) == {"source", "out", ".out.old", ".out.lock"}
+    assert snapshot(tmp_path / "out") == written
+    export_opt(source, tmp_path / "out", neuron_config(batch_size=2), eager=True)
+    assert snapshot(tmp_path / "out") == written
+    assert names(tmp_path) == {"source", "out"}
+
+
+def test_a_swap_that_fails_puts_the_old_one_back(source, tmp_path, monkeypatch):
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    before, rename = snapshot(tmp_path), os.rename
+
+    def failing(old, new):
+        if Path(old).name == ".out.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        export_opt(source, output, neuron_config(batch_size=2), eager=True)
+    assert snapshot(tmp_path) == before
 
 
 def test_two_exports_of_the_same_output(source, tmp_path):
     config = neuron_config()
-    with exclusive(tmp_path / ".out.partial"), pytest.raises(BlockingIOError, match=rf"process {os.getpid()}\b.*wait"):
+    with one_writer(tmp_path / "out"), pytest.raises(BlockingIOError, match="out is being written by another .*wait"):
         export_opt(source, tmp_path / "out", config, eager=True)
     assert not (tmp_path / "out").exists()
     export_opt(source, tmp_path / "out", config, eager=True)

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hub import push_to_hub
-    from .load import ModelWeights, load_weights
+    from .read import ModelWeights, load_weights
     from .source import CheckpointError
-    from .split import save_pretrained_split
     from .verify import verify_checkpoint
+    from .write import save_pretrained_split
 
 # Public name -> the module that has it; imported when it is first asked for.
 _EXPORTS = {
     "CheckpointError": "source",
-    "ModelWeights": "load",
-    "load_weights": "load",
+    "ModelWeights": "read",
+    "load_weights": "read",
     "push_to_hub": "hub",
-    "save_pretrained_split": "split",
+    "save_pretrained_split": "write",
     "verify_checkpoint": "verify",
 }
 

@@ -1,4 +1,4 @@
-"""A model's config.json: read, checked to be an OPT's, and written."""
+"""The small files of a checkpoint: config.json, which has to be an OPT's, generation config and tokenizer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, OPTConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME, logging
 
 from ..dtypes import to_torch
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
@@ -48,3 +51,20 @@ def save_config(config: OPTConfig, directory: Path, amp: str) -> None:
     saved = OPTConfig.from_dict(config.to_dict())
     saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     saved.save_pretrained(directory)
+
+
+def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
+    """Writes what a user of the checkpoint `source` needs beside weights and config.json to `directory`.
+
+    That is the generation config, and the tokenizer, without which there is a warning.
+    """
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation_config = GenerationConfig.from_model_config(config)
+    generation_config.save_pretrained(directory)
+    try:
+        AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
+        cause = str(error).strip().partition("\n")[0]
+        logger.warning(f"{source} has no tokenizer that can be loaded, so its copy has none ({cause}).")

@@ -13,6 +13,9 @@ from ..model.shapes import ModelShape
 
 
 INDEX_NAME = "model.safetensors.index.json"
+# Where an export directory keeps its split checkpoint.
+CHECKPOINT_DIR = "checkpoint"
+
 # The tensors outside of the decoder layers.
 OUTER_FILE = "embeddings_and_head.safetensors"
 

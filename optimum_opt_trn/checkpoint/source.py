@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import OPTConfig
+from transformers import OPTConfig, PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -19,7 +19,7 @@ from transformers.utils import (
 )
 
 from ..dtypes import DTYPES, to_torch
-from .forms import Readers, open_file, open_tensor, read_index
+from .formats import Readers, open_file, open_tensor, read_index
 from .layout import TensorSpec, checkpoint_files
 
 
@@ -105,16 +105,22 @@ class Piece:
 
 
 class WeightSource:
-    """Named tensors that are read when they are asked for.
+    """The weights of a model: named tensors that are read when they are asked for.
 
     Args:
         pieces: what they come in.
         origin: what error messages call the source.
-        directory: of a source that is a local directory.
+        config: the model's configuration.
+        directory: the source's directory, if it is a local one.
+
+    Raises:
+        CheckpointError: naming tensors that the model of `config` has and the source lacks, or the other way round,
+            or that are of another shape, as far as their files are open.
     """
 
-    def __init__(self, pieces: list[Piece], origin: str, directory: Path | None = None):
+    def __init__(self, pieces: list[Piece], origin: str, config: OPTConfig, directory: Path | None = None):
         self.origin = origin
+        self.config = config
         self.directory = directory
         self._pieces = pieces
         # Our name -> the piece that has it, and the name there.
@@ -123,14 +129,11 @@ class WeightSource:
             for name in piece.names:
                 if (ours := _canonical_name(name)) not in _IGNORED:
                     self._tensors[ours] = index, name
-        self._needed = set(self._tensors)
+        self._needed = self._check()
 
-    def check(self, config: OPTConfig) -> None:
-        """Checks that the tensors are those of a model of `config`; their shapes, too, where their file is open.
-
-        Raises:
-            CheckpointError: naming tensors that are missing, that do not belong, or that are of another shape.
-        """
+    def _check(self) -> set[str]:
+        """Checks names, and the shapes of the tensors in open files; the names of the model's tensors."""
+        config = self.config
         # Names and shapes are the same in every dtype.
         expected = {name: spec for specs in checkpoint_files(config, "f32").values() for name, spec in specs.items()}
         # A tied head is often written out all the same; the embedding is what counts.
@@ -143,7 +146,7 @@ class WeightSource:
         for name, spec in expected.items():
             if self._pieces[self._tensors[name][0]].is_open:
                 self._tensor(name, spec)
-        self._needed = set(expected)
+        return set(expected)
 
     def last_piece(self, names: Collection[str]) -> int:
         """The position of the last piece that `names` are in, by which to order reading: each piece is opened once."""
@@ -210,8 +213,8 @@ class WeightSource:
         return tensor
 
 
-def open_model(model: torch.nn.Module) -> WeightSource:
-    """The weights of a loaded `OPTForCausalLM`, which is not changed."""
+def open_model(model: PreTrainedModel) -> WeightSource:
+    """The weights of a loaded `OPTForCausalLM`, which is not changed; raises as `WeightSource`."""
     state = model.state_dict()
 
     def identity(names: Collection[str]) -> str:
@@ -224,46 +227,46 @@ def open_model(model: torch.nn.Module) -> WeightSource:
         return digest.hexdigest()
 
     readers: Readers = {name: tensor.detach for name, tensor in state.items()}
-    return WeightSource([Piece(lambda: readers, identity)], "the loaded model")
+    return WeightSource([Piece(lambda: readers, identity)], "the loaded model", model.config)
 
 
-def open_directory(directory: Path) -> WeightSource:
-    """The weights in a local directory.
+def open_directory(directory: Path, config: OPTConfig) -> WeightSource:
+    """The weights in a local directory, those of a model of `config`.
 
     They may be safetensors or PyTorch files, in one piece or sharded with an index, or a split checkpoint of
     transformers-neuronx.
 
     Raises:
-        CheckpointError: if there are none, or if a file that the index names is missing or broken.
+        CheckpointError: if there are none, if a file that the index names is missing or broken, or if they are not
+            those of the model (see `WeightSource`).
     """
-    source = open_files(LocalFiles(directory), lazily=False)
-    source.directory = directory
-    return source
+    files = LocalFiles(directory)
+    return WeightSource(_pieces(files, lazily=False), files.origin, config, directory)
 
 
-def open_files(files: Files, lazily: bool) -> WeightSource:
-    """The weights in `files`; see `open_directory`.
+def open_files(files: Files, config: OPTConfig) -> WeightSource:
+    """The weights in `files`, those of a model of `config`; see `open_directory`.
 
-    Args:
-        files: the checkpoint.
-        lazily: whether to believe the index, and to find and open each shard when a tensor of it is needed.
+    The index is believed: each shard is found and opened when a tensor of it is needed.
     """
+    return WeightSource(_pieces(files, lazily=True), files.origin, config)
+
+
+def _pieces(files: Files, lazily: bool) -> list[Piece]:
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if files.find(single):
-            return WeightSource([_file(files, single)], files.origin)
+            return [_file(files, single)]
         if path := files.find(index):
             shards: dict[str, list[str]] = {}
             for name, file in _indexed(path).items():
                 shards.setdefault(file, []).append(name)
-            pieces = [_file(files, file, shards[file] if lazily else None, index) for file in sorted(shards)]
-            return WeightSource(pieces, files.origin)
+            return [_file(files, file, shards[file] if lazily else None, index) for file in sorted(shards)]
     if path := files.find(f"{OLD_SPLIT_DIR}/{OLD_SPLIT_INDEX}"):
         named = _indexed(path, None)
         for file in named.values():
             if not lazily and not files.find(f"{OLD_SPLIT_DIR}/{file}"):
                 raise CheckpointError(f"{files.origin} lacks {OLD_SPLIT_DIR}/{file}, which {OLD_SPLIT_INDEX} names.")
-        pieces = [_file(files, f"{OLD_SPLIT_DIR}/{file}", [name], OLD_SPLIT_INDEX) for name, file in named.items()]
-        return WeightSource(pieces, files.origin)
+        return [_file(files, f"{OLD_SPLIT_DIR}/{file}", [name], OLD_SPLIT_INDEX) for name, file in named.items()]
     raise CheckpointError(
         f"{files.origin} has no weights: expected {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME} or "
         f"{WEIGHTS_INDEX_NAME}."

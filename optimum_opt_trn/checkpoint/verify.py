@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 from transformers import OPTConfig
 
 from ..dtypes import normalize_dtype, to_torch
-from ..targets.base import CHECKPOINT_DIR
 from .config import load_config
-from .layout import INDEX_NAME, TensorSpec, checkpoint_files
+from .layout import CHECKPOINT_DIR, INDEX_NAME, TensorSpec, checkpoint_files
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from .source import CheckpointError
 from .stream import Progress

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.config import load_config
-from ..checkpoint.hub import fetch, open_weights
+from ..checkpoint.hub import open_checkpoint
 from ..checkpoint.layout import layer_prefix, layer_specs
 from ..configuration_opt import reject_unknown
 from ..dtypes import normalize_dtype
@@ -144,8 +144,7 @@ class OPTForSampling:
             saved = getattr(model.neuron_config, name, value)
             if value is not None and saved != value:
                 raise ValueError(f"{self._artifacts} was saved with {name}={saved!r}, and this model has {value!r}.")
-        saved_weights, amp = Path(self._artifacts) / "checkpoint", model.neuron_config.amp
-        if not _same_weights(saved_weights, self._checkpoint, self.config, amp):
+        if not _same_weights(self._artifacts, self._checkpoint, self.config, model.neuron_config.amp):
             raise ValueError(f"{self._artifacts} was saved with other weights than those of {self._checkpoint}.")
         self._model = model
 
@@ -285,10 +284,10 @@ def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) 
             refuse(name, overrides[name], f"the checkpoint has {getattr(config, name)!r}. Change its config.json")
 
 
-def _same_weights(left: Path, right: str, config: transformers.OPTConfig, amp: str) -> bool:
+def _same_weights(left: str, right: str, config: transformers.OPTConfig, amp: str) -> bool:
     """Whether two checkpoints have the same last layer once it is cast to `amp`."""
     prefix = layer_prefix(config.num_hidden_layers - 1)
-    sources = open_weights(left, left), open_weights(right, fetch(right))
+    sources = [open_checkpoint(checkpoint, config).weights for checkpoint in (left, right)]
     for name, spec in layer_specs(config, amp).items():
         one, other = (source.read(prefix + name, spec) for source in sources)
         if not torch.equal(one, other):

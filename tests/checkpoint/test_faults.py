@@ -17,10 +17,9 @@ from transformers import OPTForCausalLM
 from optimum_opt_trn import CheckpointError, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
-from optimum_opt_trn.checkpoint.lock import exclusive
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME, read_manifest
 from optimum_opt_trn.checkpoint.source import open_directory
-from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.checkpoint.write import one_writer, write_split
 
 
 F16 = "f16"
@@ -34,7 +33,7 @@ def source(tmp_path) -> Path:
 
 
 def split(source: Path, output: Path) -> None:
-    write_split(open_directory(source), tiny_config(), output, F16)
+    write_split(open_directory(source, tiny_config()), output, F16)
 
 
 def weights_of(directory: Path) -> dict[str, bytes]:
@@ -84,7 +83,7 @@ def test_killed_at_any_moment(before, source, tmp_path):
         other = tiny_opt(seed=1 if before == "another model" else 0)
         amp = F16 if before == "another model" else "bf16"
         other.save_pretrained(tmp_path / "other")
-        write_split(open_directory(tmp_path / "other"), tiny_config(), tmp_path / "old", amp)
+        write_split(open_directory(tmp_path / "other", tiny_config()), tmp_path / "old", amp)
     moment, killed = 0, True
     while killed:
         moment += 1
@@ -185,7 +184,7 @@ def test_a_file_that_was_damaged_meanwhile_is_written_again(source, tmp_path):
 
 
 def test_another_writer(source, tmp_path):
-    with exclusive(tmp_path / "output"), pytest.raises(BlockingIOError, match=f"output is .*process {os.getpid()}"):
+    with one_writer(tmp_path / "output"), pytest.raises(BlockingIOError, match="output is being written by another"):
         split(source, tmp_path / "output")
     assert not list((tmp_path / "output").iterdir())
     split(source, tmp_path / "output")
@@ -223,7 +222,7 @@ def test_a_disk_that_is_too_small_is_told_before(source, small_disk):
 
 def test_a_disk_that_fills_up(source, small_disk, monkeypatch):
     """Meanwhile, by something else; a run with more space goes on."""
-    monkeypatch.setattr("optimum_opt_trn.checkpoint.split._check_space", lambda *arguments: None)
+    monkeypatch.setattr("optimum_opt_trn.checkpoint.write._check_space", lambda *arguments: None)
     filler = small_disk / "other"
     filler.write_bytes(bytes(160_000))
     output = small_disk / "output"

@@ -20,8 +20,8 @@ from optimum_opt_trn.checkpoint import load_weights
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME
 from optimum_opt_trn.checkpoint.source import open_directory
-from optimum_opt_trn.checkpoint.split import write_split
 from optimum_opt_trn.checkpoint.verify import find_problems
+from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.model.parallel import RankGroup
 
 
@@ -127,7 +127,7 @@ def test_damaged_sources(form, sources, tmp_path, data):
 
 def assert_error_or_whole(source: Path, output: Path) -> None:
     try:
-        write_split(open_directory(source), CONFIG, output, "f16")
+        write_split(open_directory(source, CONFIG), output, "f16")
     except (ValueError, OSError) as error:
         assert str(error)
         assert not (output / INDEX_NAME).exists()
@@ -152,7 +152,7 @@ def test_damaged_outputs(sources, tmp_path, data):
     except ValueError as error:
         assert str(output) in str(error)
     find_problems(output)
-    write_split(open_directory(sources["safetensors"]), CONFIG, output, "f32")
+    write_split(open_directory(sources["safetensors"], CONFIG), output, "f32")
     assert find_problems(output) == []
     for file in sources["split"].glob("*.safetensors"):
         assert (output / file.name).read_bytes() == file.read_bytes()

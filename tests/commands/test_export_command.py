@@ -163,7 +163,7 @@ def test_interrupted(cli, source, tmp_path, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optimum_opt_trn.checkpoint.split.write_split", interrupt)
+    monkeypatch.setattr("optimum_opt_trn.checkpoint.write.write_split", interrupt)
     monkeypatch.setattr("optimum_opt_trn.export.write_split", interrupt)
     with pytest.raises(SystemExit) as ended:
         cli("-m", source, "--eager", tmp_path / "out")

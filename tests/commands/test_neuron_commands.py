@@ -108,7 +108,7 @@ def test_interrupted(cli, source, tmp_path, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optimum_opt_trn.checkpoint.split.write_tensors", interrupt)
+    monkeypatch.setattr("optimum_opt_trn.checkpoint.write.write_tensors", interrupt)
     with pytest.raises(SystemExit) as ended:
         cli("split", "-m", source, tmp_path / "out")
     assert ended.value.code == 130

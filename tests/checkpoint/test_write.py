@@ -23,7 +23,7 @@ from optimum_opt_trn.checkpoint import load_weights
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, OUTER_FILE, checkpoint_files
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import Piece, WeightSource, open_model
-from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.model.parallel import RankGroup
 
 
@@ -174,7 +174,7 @@ def test_an_interruption_leaves_no_checkpoint(error, again, tmp_path):
     readers = {name: tensor.detach for name, tensor in model.state_dict().items()}
     readers["model.decoder.layers.1.fc1.weight"] = interrupted
     with pytest.raises(error):
-        write_split(source_of(readers), model.config, tmp_path, "f16")
+        write_split(source_of(readers, model.config), tmp_path, "f16")
     assert not (tmp_path / INDEX_NAME).exists()
     with pytest.raises(OSError):
         OPTForCausalLM.from_pretrained(tmp_path)
@@ -185,9 +185,9 @@ def test_an_interruption_leaves_no_checkpoint(error, again, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def source_of(readers) -> WeightSource:
+def source_of(readers, config) -> WeightSource:
     """A source that does not open anything before it writes."""
-    return WeightSource([Piece(lambda: readers, lambda names: "the test", names=list(readers))], "the test")
+    return WeightSource([Piece(lambda: readers, lambda names: "the test", names=list(readers))], "the test", config)
 
 
 @pytest.mark.parametrize("amp", ["f16", "f32"])
@@ -206,7 +206,7 @@ def test_one_files_tensors_are_in_memory_at_a_time(amp, tmp_path):
 
     # A source of float32 that needs no cast: what is written is what was read.
     readers = {name: lambda t=tensor: read(t.to(DTYPES[amp])) for name, tensor in model.state_dict().items()}
-    write_split(source_of(readers), config, tmp_path, amp)
+    write_split(source_of(readers, config), tmp_path, amp)
     largest = max(
         sum(torch.Size(spec.shape).numel() * DTYPES[amp].itemsize for spec in specs.values())
         for specs in checkpoint_files(config, amp).values()
@@ -278,7 +278,7 @@ def test_open_model_reads_the_present_values(tmp_path):
     source = open_model(model)
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.bias.fill_(0.25)
-    write_split(source, model.config, tmp_path, "f32")
+    write_split(source, tmp_path, "f32")
     assert split_tensors(tmp_path)["model.decoder.layers.0.fc1.bias"].eq(0.25).all()
 
 

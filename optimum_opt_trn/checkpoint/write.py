@@ -12,23 +12,25 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
+from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PreTrainedModel
+from transformers import OPTConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..dtypes import normalize_dtype
-from .config import check_opt, load_config, save_config
-from .hub import fetch, open_weights
+from .config import check_opt, load_config, save_companions, save_config
+from .hub import open_checkpoint
 from .layout import INDEX_NAME, TensorSpec, checkpoint_files
-from .lock import exclusive
 from .manifest import MANIFEST_NAME, UNFINISHED_NAME, FileEntry, Manifest, read_manifest, source_key, write_json
 from .source import CheckpointError, WeightSource, open_model
 from .stream import file_size, write_tensors
@@ -36,6 +38,11 @@ from .verify import header_problems
 
 
 logger = logging.get_logger(__name__)
+
+# How long to try for a lock. WeakFileLock tries several times meanwhile; with 0 it would not try once.
+_LOCK_SECONDS = 0.2
+# What a file system without locks answers, or one on which the directory's parent cannot be written.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
 
 # Where in the output shards of the hub are put that are deleted again, and the small files that are being made.
 _SHARDS_DIR, _COMPANIONS_DIR = ".source_shards", ".companions"
@@ -78,9 +85,10 @@ def save_pretrained_split(
     """
     amp, directory = normalize_dtype(amp), Path(directory)
     if isinstance(source, PreTrainedModel):
-        config, generation_config = check_opt(source.config, type(source).__name__), source.generation_config
+        check_opt(source.config, type(source).__name__)
+        generation_config = source.generation_config
         companions = (lambda _: None) if generation_config is None else generation_config.save_pretrained
-        return write_split(open_model(source), config, directory, amp, companions)
+        return write_split(open_model(source), directory, amp, companions)
     hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -93,34 +101,16 @@ def save_pretrained_split(
         raise ValueError(f"delete_source_shards is for ids on the hub, and {source} is a directory of yours.")
     if local and directory.exists() and directory.samefile(source):
         raise FileExistsError(f"{directory} is the source itself: choose another output directory.")
-    path = fetch(source, force_download=force_download, **hub)
     shards = directory / _SHARDS_DIR if delete_source_shards else None
-    weights = open_weights(source, path, scratch=shards, force_download=force_download, **hub)
-    written = write_split(weights, config, directory, amp, partial(save_companions, path, config))
+    checkpoint = open_checkpoint(source, config, scratch=shards, force_download=force_download, **hub)
+    companions = partial(save_companions, checkpoint.directory, config)
+    written = write_split(checkpoint.weights, directory, amp, companions)
     shutil.rmtree(directory / _SHARDS_DIR, ignore_errors=True)
     return written
 
 
-def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
-    """Writes what a user of the checkpoint `source` needs beside weights and config.json to `directory`.
-
-    That is the generation config, and the tokenizer, without which there is a warning.
-    """
-    try:
-        generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:
-        generation_config = GenerationConfig.from_model_config(config)
-    generation_config.save_pretrained(directory)
-    try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(directory)
-    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
-        cause = str(error).strip().partition("\n")[0]
-        logger.warning(f"{source} has no tokenizer that can be loaded, so its copy has none ({cause}).")
-
-
 def write_split(
     weights: WeightSource,
-    config: OPTConfig,
     directory: Path,
     amp: str,
     companions: Callable[[Path], Any] = lambda _: None,
@@ -129,7 +119,6 @@ def write_split(
 
     Args:
         weights: where from.
-        config: whose.
         directory: where to.
         amp: `f16`, `bf16` or `f32`.
         companions: writes what else there is to be, small files, to the directory that it is given.
@@ -138,14 +127,14 @@ def write_split(
         CheckpointError: see `WeightSource`; the directory then has no index, and is no checkpoint.
         OSError: if the disk is full, or another process is writing to the directory.
     """
-    weights.check(config)
-    files = checkpoint_files(config, amp)
-    with exclusive(directory):
+    files = checkpoint_files(weights.config, amp)
+    directory.mkdir(parents=True, exist_ok=True)
+    with one_writer(directory):
         if clash := [f.name for f in directory.glob("*.safetensors") if f.name not in files]:
             raise CheckpointError(f"{directory} already holds {clash[0]}, which is no part of a split checkpoint.")
         keys = {file: source_key(s, weights.identity(s)) for file, s in files.items()}
         done = _intact_files(directory, keys)
-        prepared = _prepare_companions(directory, config, amp, companions)
+        prepared = _prepare_companions(directory, weights.config, amp, companions)
         index = _index(files)
         if done.keys() == files.keys() and _is_finished(directory, prepared, index):
             logger.info(f"{directory} is this split checkpoint already, and is left as it is.")
@@ -288,6 +277,35 @@ def _linkable_files(
         except (OSError, SafetensorError):
             continue
     return found
+
+
+@contextmanager
+def one_writer(directory: Path) -> Iterator[None]:
+    """Keeps other threads and processes from writing `directory`, by a lock file beside it.
+
+    The lock ends with its process, however that ends. On a file system without locks, or where no file can be made
+    beside the directory, nothing keeps others off.
+
+    Raises:
+        BlockingIOError: at once, if another one is writing it.
+    """
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    file = directory.with_name(f".{directory.name}.lock")
+    with ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(file, timeout=_LOCK_SECONDS))
+            # The holder removes the file; whoever opened it before finds it gone, and makes a new one.
+            held.callback(file.unlink, missing_ok=True)
+        except Timeout:
+            raise BlockingIOError(
+                f"{directory} is being written by another process or thread: wait for it to end, or choose another "
+                "directory."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
 
 
 def _link(source: Path, target: Path) -> bool:
