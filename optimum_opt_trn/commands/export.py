@@ -6,18 +6,18 @@ optimum-cli loads this file at every start, so whatever is heavy is imported whe
 from __future__ import annotations
 
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..dtypes import AMP_DTYPES, DTYPES
 from ..hardware import FAMILIES
+from .common import AUTO_CAST_TYPE, CACHE_DIR, CAST_TYPES, REVISION, describe, explain_errors, lengths, one_line_errors
 
 
 TASKS = ("auto", "text-generation")
-CAST_TYPES = tuple(DTYPES[name].cli for name in AMP_DTYPES)
 INSTANCE_TYPES = tuple(FAMILIES)
 
 DESCRIPTION = """\
@@ -41,14 +41,7 @@ use it:
   pipeline("text-generation", "opt-125m-cpu")("Hello, my", max_new_tokens=20)"""
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not a comma-separated list of lengths, like 128,512,2048") from None
-
-
-# The options that optimum-neuron's command has too (with choices and defaults that are not made for OPT) ...
+# The options that optimum-neuron's command has too (there with choices and defaults that are not made for OPT) ...
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--task": {"choices": TASKS, "help": "What to export the model for. OPT does text-generation (default: auto)."},
     "--batch_size": {"type": int, "metavar": "N", "help": "Sequences that a call holds at most (default: 1)."},
@@ -64,10 +57,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "Ranks to split the model over: NeuronCores, or parts of one process on cpu. Has to divide the "
         "attention heads (default: 1).",
     },
-    "--auto_cast_type": {
-        "choices": CAST_TYPES,
-        "help": "Dtype of attention, MLP, embedding and output weights; layernorms stay float32 (default: fp16).",
-    },
+    "--auto_cast_type": AUTO_CAST_TYPE,
     "--torch_dtype": {
         "choices": tuple(DTYPES[name].torch for name in AMP_DTYPES),
         "help": "The same as --auto_cast_type, in torch's names.",
@@ -77,7 +67,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "What the export will run on; all but cpu take the Neuron SDK, and no device to export (default: the "
         "Neuron instance that this is, else cpu).",
     },
-    "--cache_dir": {"metavar": "DIR", "help": "Where downloads are kept (default: the Hugging Face cache)."},
+    "--cache_dir": CACHE_DIR,
 }
 # ... and those that it lacks.
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
@@ -92,17 +82,17 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "How many of the most likely tokens sampling on the device chooses among (default: 256).",
     },
     "--prompt_buckets": {
-        "type": _lengths,
+        "type": lengths,
         "metavar": "N,N,...",
         "help": "Prompt lengths, in tokens, to compile for; a prompt takes the smallest that fits, and the last is "
         "the sequence length. For neuron: cpu takes any length as it is (default: doubling from 128).",
     },
     "--cache_buckets": {
-        "type": _lengths,
+        "type": lengths,
         "metavar": "N,N,...",
         "help": "Lengths of the cache, in tokens, that a step reads; likewise for neuron.",
     },
-    "--revision": {"metavar": "REV", "help": "Branch, tag or commit of a model on the Hub (default: main)."},
+    "--revision": REVISION,
     "--force": {
         "action": "store_const",
         "const": True,
@@ -123,8 +113,7 @@ class OPTExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        describe(parser, DESCRIPTION, EPILOG)
         required = parser.add_argument_group("required")
         required.add_argument("-m", "--model", required=True, help="Model id on the Hub, or a local directory.")
         required.add_argument(
@@ -187,21 +176,11 @@ def extend(command: type[BaseOptimumCLICommand]) -> None:
 
 
 def _run(options: dict[str, Any], foreign: list[str] | None = None) -> None:
-    """Exports; what the user can mend ends in one line on stderr and exit status 1."""
-    try:
+    """Exports; an error that the user can correct ends in one line on stderr and exit status 1."""
+    with one_line_errors("optimum-cli export neuron", f"{options['output']} is as it was."):
         if foreign:
             raise ValueError(f"no meaning for OPT models: {', '.join(foreign)}. Leave it out.")
         _export(**{name: value for name, value in options.items() if name != "task"})  # there is but one
-    except KeyboardInterrupt:
-        print(f"Interrupted: {options['output']} is as it was.", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        from ..targets import TargetError
-
-        if not isinstance(error, (OSError, ValueError, TargetError)):
-            raise
-        print(f"optimum-cli export neuron: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def _export(
@@ -220,7 +199,7 @@ def _export(
     Raises:
         ValueError: if the model is not an OPT, an option does not fit it, or the device's memory is too small.
         OSError: if the model cannot be found, or the output cannot be written.
-        TargetError: if the target is not to be had on this host, or refuses the model.
+        TargetError: if the target is not available on this host, or refuses the model.
     """
     from ..checkpoint.config import load_config
     from ..dtypes import normalize_dtype
@@ -255,25 +234,3 @@ def _is_opt(options: dict[str, Any]) -> bool:
 
 def _action(parser: ArgumentParser, flag: str) -> Action:
     return next(action for action in parser._actions if flag in action.option_strings)
-
-
-def explain_errors(parser: ArgumentParser) -> None:
-    """Makes `parser` answer a usage error in one line, and an unknown option by naming the nearest known one."""
-    parse = parser.parse_known_args
-
-    def error(message: str) -> NoReturn:
-        parser.exit(2, f"{parser.prog}: error: {message} (--help explains the options)\n")
-
-    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
-        namespace, unknown = parse(*args, **kwargs)
-        if unknown:
-            import difflib
-
-            flag = unknown[0].partition("=")[0]
-            known = [known for action in parser._actions for known in action.option_strings]
-            nearest = difflib.get_close_matches(flag, known, n=1)
-            error(f"unknown argument {flag}" + (f", did you mean {nearest[0]}?" if nearest else ""))
-        return namespace, unknown
-
-    parser.error = error  # type: ignore[method-assign]
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..dtypes import AMP_DTYPES, DTYPES
+from ..dtypes import DTYPES
+from .common import CACHE_DIR, CAST_TYPES, REVISION, describe, one_line_errors, positive
 
 
 # The name of a dtype on the command line -> ours.
@@ -44,8 +44,7 @@ class PlanCommand(BaseOptimumCLICommand):
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.formatter_class = RawDescriptionHelpFormatter
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    describe(parser, DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("-m", "--model", required=True, help="Model id on the Hub, a local directory, or a config.json.")
     add(
@@ -54,16 +53,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="EC2 instance such as trn1.2xlarge, or cpu for this host (default: the first that fits, fewest chips "
         "first).",
     )
-    add("--batch_size", type=_positive, default=1, metavar="N", help="Sequences at once (default: 1).")
+    add("--batch_size", type=positive, default=1, metavar="N", help="Sequences at once (default: 1).")
     add(
         "--sequence_length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="Tokens of prompt and continuation (default: the positions that the model has).",
     )
     add(
         "--tensor_parallel_size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="NeuronCores to split the model over (default: the fewest that fit).",
     )
@@ -71,25 +70,25 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--auto_cast_type",
         choices=_CLI_DTYPES,
         default="fp16",
-        help="Dtype of the weights; int8 for planning alone, exports do not have it (default: fp16).",
+        help="Dtype of the weights; int8 for planning only, exports do not have it (default: fp16).",
     )
     add(
         "--kv_cache_dtype",
-        choices=tuple(DTYPES[name].cli for name in AMP_DTYPES),
+        choices=CAST_TYPES,
         help="Dtype of the key/value cache (default: that of the weights, fp16 with int8).",
     )
-    add("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
-    add("--cache_dir", metavar="DIR", help="Where downloads are kept (default: the Hugging Face cache).")
+    add("--revision", **REVISION)
+    add("--cache_dir", **CACHE_DIR)
     add("--json", action="store_true", help="Print one JSON object: bytes, seconds, tokens per second.")
     add("--plot", metavar="FILE", help="Also draw memory and speed, to a .png or .svg file (needs matplotlib).")
 
 
 def run(options: Namespace) -> None:
-    from ..planning.plan import choose_plan, plan_everywhere, read_shape
-    from ..planning.setup import Setup
-    from .plan_text import compare, describe
+    with one_line_errors("optimum-cli neuron plan", "there is no plan.", also=(ImportError,)):
+        from ..planning.plan import choose_plan, plan_everywhere, read_shape
+        from ..planning.setup import Setup
+        from .plan_text import compare, describe_plan
 
-    try:
         config = read_shape(options.model, options.revision, options.cache_dir)
         setup = Setup(
             batch_size=options.batch_size,
@@ -102,21 +101,11 @@ def run(options: Namespace) -> None:
             from .plan_chart import draw
 
             draw(plan, options.plot)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"optimum-cli neuron plan: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
-    lines = [*describe(plan, options.model), "", *compare(list(plan_everywhere(config, setup)))]
+    lines = [*describe_plan(plan, options.model), "", *compare(list(plan_everywhere(config, setup)))]
     print("\n".join(lines))
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return value
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 60
 
 
-def describe(plan: Plan, model: str) -> Iterator[str]:
+def describe_plan(plan: Plan, model: str) -> Iterator[str]:
     """Lines that say what goes where, what fits, and how fast it can be."""
     memory, config = plan.memory, plan.config
     setup, instance = memory.setup, memory.instance

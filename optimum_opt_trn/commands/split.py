@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .export import OWN_OPTIONS, SHARED_OPTIONS, explain_errors
-from .neuron import one_line_errors
+from .common import AUTO_CAST_TYPE, CACHE_DIR, REVISION, describe, explain_errors, one_line_errors
 
 
 DESCRIPTION = """\
@@ -43,8 +42,7 @@ class SplitCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        describe(parser, DESCRIPTION, EPILOG)
         required = parser.add_argument_group("required")
         required.add_argument(
             "-m", "--model", metavar="SOURCE", required=True, help="Model id on the Hub, or a local directory."
@@ -56,15 +54,15 @@ class SplitCommand(BaseOptimumCLICommand):
             help="Directory to write: not there yet, or what an earlier split left.",
         )
         group = parser.add_argument_group("options")
-        group.add_argument("--auto_cast_type", default="fp16", **SHARED_OPTIONS["--auto_cast_type"])
+        group.add_argument("--auto_cast_type", default="fp16", **AUTO_CAST_TYPE)
         group.add_argument(
             "--delete_source_shards",
             action="store_true",
             help="Keep no copy of a Hub model's weights: fetch one file after the other to OUTPUT, and delete it when "
             "it is split. What is in the cache already stays there.",
         )
-        group.add_argument("--revision", **OWN_OPTIONS["--revision"])
-        group.add_argument("--cache_dir", **SHARED_OPTIONS["--cache_dir"])
+        group.add_argument("--revision", **REVISION)
+        group.add_argument("--cache_dir", **CACHE_DIR)
         explain_errors(parser)
 
     def run(self) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .export import explain_errors
-from .neuron import one_line_errors
+from .common import describe, explain_errors, one_line_errors
 
 
 DESCRIPTION = """\
@@ -31,8 +30,7 @@ class VerifyCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        describe(parser, DESCRIPTION, EPILOG)
         parser.add_argument("directory", metavar="DIR", type=Path, help="A split checkpoint or an export.")
         explain_errors(parser)
 
