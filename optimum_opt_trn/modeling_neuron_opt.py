@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -115,11 +114,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         batch_size: int | None = None,
         sequence_length: int | None = None,
         tensor_parallel_size: int | None = None,
-        amp: str | torch.dtype | None = None,
-        kv_cache_dtype: str | torch.dtype | None = None,
-        max_topk: int | None = None,
-        prompt_buckets: tuple[int, ...] | None = None,
-        cache_buckets: tuple[int, ...] | None = None,
+        **options: Any,
     ) -> OPTNeuronConfig:
         """The configuration to export a model with; what is not given gets a default that suits this host.
 
@@ -131,12 +126,15 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             batch_size: by default 1.
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
-            amp: by default `f16`.
-            kv_cache_dtype, max_topk, prompt_buckets, cache_buckets: see `OPTNeuronConfig`.
+            options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
+                `prompt_buckets`, `cache_buckets`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.
+            TypeError: for an unknown option; the message names the nearest one.
         """
+        others = set(OPTNeuronConfig.export_options()) - {"tp_degree"}
+        reject_unknown(options, {"tensor_parallel_size", *others}, f"{cls.__name__}.get_neuron_config")
         if config is None:
             config = load_config(model_name_or_path, token=token, revision=revision)
         opt_config = check_opt(config, model_name_or_path)
@@ -156,12 +154,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             sequence_length = min(opt_config.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
         local = Path(model_name_or_path).is_dir()
         given: dict[str, Any] = {
+            **options,
             "batch_size": batch_size,
-            "amp": None if amp is None else normalize_dtype(amp),
-            "kv_cache_dtype": None if kv_cache_dtype is None else normalize_dtype(kv_cache_dtype, "kv_cache_dtype"),
-            "max_topk": max_topk,
-            "prompt_buckets": prompt_buckets,
-            "cache_buckets": cache_buckets,
             "checkpoint_id": None if local else str(model_name_or_path),
             "checkpoint_revision": None if local else opt_config._commit_hash,
         }
@@ -362,7 +356,5 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
 
 def export_options() -> tuple[str, ...]:
-    """The options of `from_pretrained` that go to `get_neuron_config`."""
-    parameters = inspect.signature(NeuronOPTForCausalLM.get_neuron_config).parameters
-    own = (name for name in parameters if name not in ("model_name_or_path", "config", "token", "revision"))
-    return (*own, *_ALIASES)
+    """The options of `from_pretrained` that go to `get_neuron_config`, and other names of them."""
+    return tuple({*OPTNeuronConfig.export_options(), *_ALIASES, *_ALIASES.values()})

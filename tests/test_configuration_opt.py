@@ -1,4 +1,4 @@
-"""OPTNeuronConfig: what it accepts, what it refuses, and how it travels."""
+"""OPTNeuronConfig: what it accepts, what it refuses, and how it is saved and copied."""
 
 import copy
 import json
@@ -171,7 +171,7 @@ def test_file_round_trip(tmp_path_factory, given_options):
     assert written["target"] == config.target
 
 
-def test_from_dict_leaves_its_argument_alone():
+def test_from_dict_does_not_change_its_argument():
     written = OPTNeuronConfig().to_dict()
     before = copy.deepcopy(written)
     OPTNeuronConfig.from_dict(written)
@@ -243,7 +243,7 @@ def test_missing_and_broken_files(tmp_path):
 @given(options())
 def test_optimum_neurons_generic_loader_can_make_it(given_options):
     config = OPTNeuronConfig(**given_options)
-    # What NeuronConfig.from_dict does, behind its checks of versions, which need the SDK.
+    # What NeuronConfig.from_dict does after its checks of versions, which need the SDK.
     values = json.loads(config.to_json_string())
     for key in ("optimum_neuron_version", "neuronxcc_version"):
         values.pop(key)
@@ -272,7 +272,7 @@ def test_check_model_length():
     [
         (12, 48, 5, "1, 2, 3, 4, 6, 12"),
         (12, 48, 24, "1, 2, 3, 4, 6, 12"),  # more ranks than heads
-        (12, 20, 3, "1, 2, 4"),  # the heads would do, the MLP does not
+        (12, 20, 3, "1, 2, 4"),  # the heads can be split, the MLP cannot
         (7, 28, 2, "1, 7"),
     ],
 )

@@ -1,6 +1,6 @@
-"""`optimum-cli export neuron` for OPT: our own command, or optimum-neuron's, taught about OPT.
+"""`optimum-cli export neuron` for OPT: a command of our own, or optimum-neuron's extended for OPT.
 
-optimum-cli loads this file at every start, so whatever is heavy is imported when a command runs.
+optimum-cli loads this file at every start, so heavy modules are imported only when a command runs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ examples:
 
 OUTPUT will hold:
   config.json, generation_config.json, tokenizer files   as in the source
-  neuron_config.json    the options above, as they were decided
+  neuron_config.json    the options of the export
   checkpoint/           the weights: an ordinary Hugging Face checkpoint, one safetensors file per decoder layer
-  compiled/             what was compiled (graphs, or the cpu's kernels) and its manifest
+  compiled/             what was compiled for the target, and its manifest
 
 use it:
   from optimum_opt_trn import pipeline
@@ -54,7 +54,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--tensor_parallel_size": {
         "type": int,
         "metavar": "N",
-        "help": "Ranks to split the model over: NeuronCores, or parts of one process on cpu. Has to divide the "
+        "help": "Ranks to split the model over: NeuronCores, or parts of one process on cpu. Must divide the "
         "attention heads (default: 1).",
     },
     "--auto_cast_type": AUTO_CAST_TYPE,
@@ -64,8 +64,8 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--instance_type": {
         "choices": INSTANCE_TYPES,
-        "help": "What the export will run on; all but cpu take the Neuron SDK, and no device to export (default: the "
-        "Neuron instance that this is, else cpu).",
+        "help": "What the export will run on. All except cpu need the Neuron SDK, but no device to export (default: "
+        "this host if it is a Neuron instance, otherwise cpu).",
     },
     "--cache_dir": CACHE_DIR,
 }
@@ -73,8 +73,8 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "--kv_cache_dtype": {
         "choices": CAST_TYPES,
-        "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: that of the "
-        "weights).",
+        "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: the weights' "
+        "dtype).",
     },
     "--max_topk": {
         "type": int,
@@ -85,18 +85,18 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "type": lengths,
         "metavar": "N,N,...",
         "help": "Prompt lengths, in tokens, to compile for; a prompt takes the smallest that fits, and the last is "
-        "the sequence length. For neuron: cpu takes any length as it is (default: doubling from 128).",
+        "the sequence length. For Neuron targets: cpu takes any length (default: doubling from 128).",
     },
     "--cache_buckets": {
         "type": lengths,
         "metavar": "N,N,...",
-        "help": "Lengths of the cache, in tokens, that a step reads; likewise for neuron.",
+        "help": "Cache lengths, in tokens, that a step reads. For Neuron targets (default: doubling from 128).",
     },
     "--revision": REVISION,
     "--force": {
         "action": "store_const",
         "const": True,
-        "help": "Export even what does not fit the memory of the device (see optimum-cli neuron plan).",
+        "help": "Export a model even if it does not fit the memory of the device (see optimum-cli neuron plan).",
     },
     "--eager": {
         "action": "store_const",
@@ -107,7 +107,7 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class OPTExportCommand(BaseOptimumCLICommand):
-    """`optimum-cli export neuron` on a host without the Neuron SDK: OPT alone, for the CPU unless told otherwise."""
+    """`optimum-cli export neuron` on a host without the Neuron SDK: only for OPT, and by default for the CPU."""
 
     COMMAND = CommandInfo(name="neuron", help="Export OPT models for AWS Neuron devices, or for this host's CPU.")
 
@@ -120,7 +120,7 @@ class OPTExportCommand(BaseOptimumCLICommand):
             "output",
             metavar="OUTPUT",
             type=Path,
-            help="Directory to write: not there yet, empty, or an earlier export, which is replaced.",
+            help="Directory to write: new, empty, or an earlier export, which is replaced.",
         )
         group = parser.add_argument_group("options")
         for flag, settings in (SHARED_OPTIONS | OWN_OPTIONS).items():
@@ -132,28 +132,28 @@ class OPTExportCommand(BaseOptimumCLICommand):
 
 
 def extend(command: type[BaseOptimumCLICommand]) -> None:
-    """Teaches optimum-neuron's `command` to export OPT, in place; any other model goes the way it went before."""
+    """Makes optimum-neuron's `command` export OPT as well, in place. Nothing changes for other models."""
     parse_args, run = command.parse_args, command.run
 
     def parse_args_with_opt(parser: ArgumentParser) -> None:
         parse_args(parser)
         for flag, choices in (("--auto_cast_type", CAST_TYPES), ("--instance_type", INSTANCE_TYPES)):
             action = _action(parser, flag)
-            # A new list: optimum-neuron uses the old one elsewhere.
+            # A new list, since optimum-neuron uses the old one elsewhere.
             action.choices = list(dict.fromkeys([*(action.choices or ()), *choices]))
             action.required = False
         group = parser.add_argument_group(
             "OPT models",
-            "These are for OPT alone, whose export is done by optimum_opt_trn. It takes --task, --batch_size, "
+            "Options for OPT only, which optimum_opt_trn exports. It also takes --task, --batch_size, "
             "--sequence_length, --tensor_parallel_size, --auto_cast_type or --torch_dtype, --instance_type and "
-            "--cache_dir too; weights are fp16 unless told otherwise.",
+            "--cache_dir. By default, weights are fp16.",
         )
         for flag, settings in OWN_OPTIONS.items():
             group.add_argument(flag, **settings)
         explain_errors(parser)
 
     def run_with_opt(self: BaseOptimumCLICommand) -> None:
-        # The namespace cannot tell a default from an option that was given, and the defaults are not for OPT.
+        # The namespace does not show which options were given, and the defaults are not for OPT.
         argv = sys.argv[3:]
         parser = ArgumentParser(prog=self.parser.prog)
         parse_args_with_opt(parser)
@@ -165,7 +165,7 @@ def extend(command: type[BaseOptimumCLICommand]) -> None:
             foreign = [action.option_strings[-1] for action in parser._actions if action.dest in given.keys() - known]
             _run(given, foreign)
             return
-        # What was added above is not for this model: its own parser says so.
+        # The options added above are not for this model: the original parser refuses them.
         parser = ArgumentParser(prog=self.parser.prog)
         parse_args(parser)
         parser.parse_args(argv)
@@ -177,10 +177,10 @@ def extend(command: type[BaseOptimumCLICommand]) -> None:
 
 def _run(options: dict[str, Any], foreign: list[str] | None = None) -> None:
     """Exports; an error that the user can correct ends in one line on stderr and exit status 1."""
-    with one_line_errors("optimum-cli export neuron", f"{options['output']} is as it was."):
+    with one_line_errors("optimum-cli export neuron", f"{options['output']} is unchanged."):
         if foreign:
             raise ValueError(f"no meaning for OPT models: {', '.join(foreign)}. Leave it out.")
-        _export(**{name: value for name, value in options.items() if name != "task"})  # there is but one
+        _export(**{name: value for name, value in options.items() if name != "task"})  # there is only one
 
 
 def _export(
@@ -228,7 +228,7 @@ def _is_opt(options: dict[str, Any]) -> bool:
     where = {name: options[name] for name in ("revision", "cache_dir", "subfolder") if name in options}
     try:
         return PretrainedConfig.get_config_dict(options["model"], **where)[0].get("model_type") == "opt"
-    except (OSError, ValueError):  # a diffusion model, say, has no config.json; what is amiss else is not ours to say
+    except (OSError, ValueError):  # a diffusion model has no config.json; optimum-neuron explains what is wrong
         return False
 
 
