@@ -41,18 +41,18 @@ def export_opt(
     """Exports an OPT checkpoint.
 
     `output` gets config.json, generation_config.json, neuron_config.json, the tokenizer, `checkpoint/` (an ordinary
-    Hugging Face checkpoint, one file a layer) and `compiled/`. It is written beside and renamed when it is whole: an
-    interrupted export leaves what was there before. Of a source that is a split checkpoint in the same amp, or an
-    export with one, the files are hard links where the file system allows.
+    Hugging Face checkpoint, one file a layer) and `compiled/`. It is written to a directory next to `output`, which is
+    renamed when it is complete: an interrupted export leaves what was there before. If the source is a split
+    checkpoint in the same amp, or an export with one, the files are linked where the file system allows.
 
     Args:
-        source: a local directory or an id on the hub; an export is exported anew from its `checkpoint/`.
-        output: a directory that is not there, is empty, or holds an earlier export, which is replaced.
-        neuron_config: what to export for.
-        config: the model's configuration, if it is at hand.
+        source: a local directory or an id on the hub. An export is exported again from its `checkpoint/`.
+        output: a directory that does not exist, is empty, or holds an earlier export, which is replaced.
+        neuron_config: the options of the export.
+        config: the model's configuration; by default it is read from the source.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
         eager: skips compilation; the export runs eagerly.
-        force: goes on with an export that does not fit the device's memory.
+        force: exports even if the device's memory is too small.
 
     Returns:
         The output directory.
@@ -61,8 +61,8 @@ def export_opt(
         ValueError: if the source is not an OPT, or does not fit `neuron_config`; DoesNotFitError if `neuron_config`
             needs more memory than there is; CheckpointError if its weights do not fit its config.json.
         FileExistsError: if `output` holds anything but an export.
-        OSError: if the source is not there, the disk is full, or another process is writing this output.
-        RuntimeError: if the target is not to be had on this host.
+        OSError: if the source does not exist, the disk is full, or another process is writing this output.
+        TargetError: if the target is not available on this host.
     """
     output = Path(output)
     hub: dict[str, Any] = {
@@ -92,7 +92,7 @@ def export_opt(
 
 
 def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None:
-    """The local directory of the export `model_id`, downloaded if need be; None if that is not an export.
+    """The local directory of the export `model_id`, downloaded if necessary; None if it is not an export.
 
     `hub` has the options of an id on the hub: revision, token, cache_dir, force_download, local_files_only.
     """
@@ -105,9 +105,9 @@ def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None
 
 
 def copy_export(source: Path, output: Path, generation_config: GenerationConfig) -> None:
-    """Copies an export with another generation config; `output` is then whole, or as it was.
+    """Copies an export with another generation config; if that fails, `output` is unchanged.
 
-    Weights and what was compiled, which nobody edits, are hard links where the file system allows.
+    Weights and compiled files, which nobody edits, are linked where the file system allows.
 
     Raises:
         FileExistsError: if `output` holds anything but an export.
@@ -131,16 +131,16 @@ def _check_output(output: Path, source: str | os.PathLike) -> None:
 
 @contextmanager
 def _staged(output: Path, keep: tuple[str, ...] = (CHECKPOINT_DIR,)) -> Iterator[Path]:
-    """A directory next to `output` that takes its place when the block ends well, and is removed when it does not.
+    """A directory next to `output`. It replaces `output` when the block succeeds, and is removed when it fails.
 
-    At every moment, what was at `output` before or what was written is whole: at `output`, or, between the two
-    renames, in `.NAME.old` next to it, from where the next call brings it back. What a killed process left in the
-    directory is removed, except for `keep`.
+    At every moment, the old content or the new one is complete: at `output`, or, between the two renames, in
+    `.NAME.old` next to it, from where the next call restores it. What a killed process left in the directory is
+    removed, except for `keep`.
 
     Raises:
         BlockingIOError: if another process is writing the same output.
     """
-    output = output.resolve()  # of a link, what it points to is replaced
+    output = output.resolve()  # a link stays, and its target is replaced
     staging, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
     with one_writer(output):
         try:
@@ -161,9 +161,9 @@ def _staged(output: Path, keep: tuple[str, ...] = (CHECKPOINT_DIR,)) -> Iterator
 
 
 def _finish_swap(output: Path, old: Path) -> None:
-    """Repairs a half-done swap: `old` goes back to `output`, or is removed if its successor is there."""
+    """Repairs an incomplete swap: restores `old` to `output`, or removes it if an export has replaced it."""
     if old.exists() and not _is_export(output):
-        os.rename(old, output)  # which is missing, or empty
+        os.rename(old, output)  # missing, or an empty directory
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Export: what a directory holds, what is refused, and what an interruption leaves."""
+"""Export: the content of a directory, what is refused, and what an interruption leaves."""
 
 import errno
 import json
@@ -184,7 +184,7 @@ def fail_reading(monkeypatch, error) -> None:
 
 def fail_compiling(monkeypatch, error) -> None:
     def failing(self, config, neuron_config, directory, eager):
-        assert (directory / "neuron_config.json").is_file()  # at this point all else is there
+        assert (directory / "neuron_config.json").is_file()  # at this point everything else is there
         (directory / "compiled").mkdir()
         raise error
 
@@ -274,10 +274,10 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
     """)
     kill_half_way(code, source, earlier, tmp_path / "new")
     assert snapshot(earlier) == before
-    # It was in the middle of both. What is left over is hidden.
+    # It was in the middle of both. What it left is hidden.
     hidden = {".earlier.partial", ".earlier.lock", ".new.partial", ".new.lock"}
     assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", *hidden}
-    # The next export of the same output goes on from it.
+    # The next export of the same output continues from it.
     (tmp_path / ".new.partial" / "of another version").mkdir()
     done = tmp_path / ".new.partial" / "checkpoint" / "layer_000.safetensors"
     inode = done.stat().st_ino
@@ -318,7 +318,7 @@ export_opt(source, output, OPTNeuronConfig(sequence_length=64, batch_size=2), ea
 
 
 def kill_while_swapping(moment: str, source: Path, tmp_path: Path) -> tuple[dict, dict]:
-    """Kills an export that replaces `out`; what was there before, and what it wrote."""
+    """Kills an export that replaces `out`; returns the snapshots of what was there before and of what it wrote."""
     output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
     replaced = snapshot(output)
     written = snapshot(export_opt(source, tmp_path / "expected", neuron_config(batch_size=2), eager=True))
@@ -413,7 +413,7 @@ def test_a_split_source_that_is_damaged_is_not_linked(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_where_links_are_not_to_be_had_files_are_copied(source, tmp_path, monkeypatch):
+def test_without_links_files_are_copied(source, tmp_path, monkeypatch):
     split = save_pretrained_split(source, tmp_path / "split", "f16")
 
     def refuse(*arguments, **options):
@@ -428,7 +428,7 @@ def test_where_links_are_not_to_be_had_files_are_copied(source, tmp_path, monkey
 
 def test_other_models_are_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match="source is of model_type 'gpt2', and optimum_opt_trn serves 'opt' alone"):
+    with pytest.raises(ValueError, match="source is of model_type 'gpt2', and optimum_opt_trn serves only 'opt'"):
         export_opt(tmp_path / "source", tmp_path / "out", neuron_config(), eager=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -463,12 +463,12 @@ def test_sources_that_are_not_there(tmp_path):
         export_opt(tmp_path / "deep" / "nowhere", tmp_path / "out", neuron_config(), local_files_only=True)
     with pytest.raises(OSError):  # transformers' message
         export_opt("no/such-model", tmp_path / "out", neuron_config(), local_files_only=True)
-    with pytest.raises(OSError, match="nowhere"):  # with the configuration at hand, too
+    with pytest.raises(OSError, match="nowhere"):  # with a given configuration, too
         export_opt(tmp_path / "deep" / "nowhere", tmp_path / "out", neuron_config(), config=OPTConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_an_export_is_exported_anew_from_its_checkpoint(source, tmp_path):
+def test_an_export_is_exported_again_from_its_checkpoint(source, tmp_path):
     first = export_opt(source, tmp_path / "first", neuron_config(), eager=True)
     wider = OPTNeuronConfig(sequence_length=32, batch_size=3, tp_degree=2)
     second = export_opt(first, tmp_path / "second", wider, eager=True)

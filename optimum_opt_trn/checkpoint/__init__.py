@@ -1,4 +1,4 @@
-"""The split checkpoint: what is in it, how it is written, verified and published, and how ranks read it."""
+"""The split checkpoint: its layout, and how it is written, verified, published and read by ranks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .verify import verify_checkpoint
     from .write import save_pretrained_split
 
-# Public name -> the module that has it; imported when it is first asked for.
+# Public name -> the module that has it, which is imported at first use.
 _EXPORTS = {
     "CheckpointError": "source",
     "ModelWeights": "read",

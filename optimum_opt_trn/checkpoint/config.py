@@ -23,40 +23,40 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         hub: revision, token, cache_dir, force_download, local_files_only, as in transformers.
 
     Raises:
-        OSError: if there is none. For a directory without one, transformers would guess it by the directory's name.
+        OSError: if there is no config.json. (transformers would guess the model type from the directory's name.)
         ValueError: if it is of another model_type.
     """
     if not Path(source).is_dir():
         try:
             return check_opt(AutoConfig.from_pretrained(source, **hub), source)
         except OSError as error:
-            raise OSError(f"{source} is no local directory, and cannot be had from the hub: {error}") from error
+            raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
     if not (Path(source) / CONFIG_NAME).is_file():
-        raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or not a whole one.")
+        raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or incomplete.")
     return check_opt(AutoConfig.from_pretrained(source), source)
 
 
 def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
-    """`config`, if it is an OPT's; ValueError else."""
+    """`config`; raises ValueError if it is not an OPT's."""
     if config.model_type != "opt":
         raise ValueError(
-            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves 'opt' alone. For other "
+            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
             "models see optimum-neuron."
         )
     return config
 
 
 def save_config(config: OPTConfig, directory: Path, amp: str) -> None:
-    """Writes config.json for weights in `amp`; `config` is left as it is."""
+    """Writes config.json for weights in `amp`; `config` is not changed."""
     saved = OPTConfig.from_dict(config.to_dict())
     saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     saved.save_pretrained(directory)
 
 
 def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
-    """Writes what a user of the checkpoint `source` needs beside weights and config.json to `directory`.
+    """Writes the generation config and the tokenizer of the checkpoint `source` to `directory`.
 
-    That is the generation config, and the tokenizer, without which there is a warning.
+    Without a tokenizer there is a warning.
     """
     try:
         generation_config = GenerationConfig.from_pretrained(source)
@@ -65,6 +65,6 @@ def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
     generation_config.save_pretrained(directory)
     try:
         AutoTokenizer.from_pretrained(source).save_pretrained(directory)
-    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
+    except Exception as error:  # tokenizers raise many errors; without files it can be an ImportError
         cause = str(error).strip().partition("\n")[0]
-        logger.warning(f"{source} has no tokenizer that can be loaded, so its copy has none ({cause}).")
+        logger.warning(f"{source} has no tokenizer that can be loaded, so the copy has none ({cause}).")

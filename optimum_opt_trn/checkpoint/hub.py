@@ -17,7 +17,7 @@ from .source import CheckpointError, WeightSource, open_directory, open_files
 from .verify import find_problems
 
 
-# What is needed of a repository besides weights: configurations, indices, tokenizer.
+# The files of a repository that are needed besides the weights: configurations, indices, tokenizer.
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 
@@ -26,8 +26,8 @@ class Checkpoint:
     """A checkpoint to read.
 
     Args:
-        directory: a local directory with its small files: the given one, or that of a download.
-        weights: its weights, which are the model's.
+        directory: a local directory with its small files: the source itself, or its snapshot in the cache.
+        weights: its weights, checked against the model's configuration.
     """
 
     directory: Path
@@ -81,7 +81,7 @@ def _fetch_small_files(source: str, revision: str | None, hub: dict[str, Any]) -
 
 
 class _HubFiles:
-    """The files of a commit on the hub, of which `snapshot` is the directory in the cache; see `Files`."""
+    """The files of a commit on the hub, whose directory in the cache is `snapshot`; see `Files`."""
 
     def __init__(self, repository: str, snapshot: Path, subfolder: str, scratch: Path | None, hub: dict[str, Any]):
         self.origin = repository
@@ -135,24 +135,24 @@ def push_to_hub(
     token: bool | str | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Uploads an export, or a split checkpoint, in one commit; the address of the commit.
+    """Uploads an export, or a split checkpoint, in one commit; returns the address of the commit.
 
-    It is one commit so that the repository is never half of it. After an interruption, files that were uploaded are
-    not uploaded again: the hub knows them by their hashes.
+    With one commit, the repository never holds a part of it. After an interruption, files that were uploaded are not
+    uploaded again: the hub knows them by their hashes.
 
     Args:
         directory: what to upload.
-        repository_id: where to, `user/name`; made if it is not there.
-        private: whether a new repository is.
-        revision: the branch, by default the main one; made if it is not there.
+        repository_id: `user/name`; created if it does not exist.
+        private: whether a new repository is private.
+        revision: the branch, by default the main one; created if it does not exist.
         token, endpoint: as in huggingface_hub.
 
     Raises:
-        CheckpointError: if the directory lacks something, or a file has not the size that the manifest says.
+        CheckpointError: if a file is missing, or has another size than the manifest says.
     """
     directory = Path(directory)
     if problems := find_problems(directory, contents=False):
-        raise CheckpointError(f"{directory} is not uploaded, since it is not whole. {problems[0]}")
+        raise CheckpointError(f"{directory} is not uploaded, since it is incomplete. {problems[0]}")
     api = HfApi(endpoint=endpoint, token=token)
     api.create_repo(repository_id, private=private, exist_ok=True)
     if revision is not None:

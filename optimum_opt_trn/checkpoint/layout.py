@@ -1,4 +1,4 @@
-"""What an OPT checkpoint consists of: names, shapes and dtypes of its tensors, and the files of the split form.
+"""What an OPT checkpoint consists of: names, shapes and dtypes of its tensors, and the files of the split format.
 
 `amp` in this module is the dtype that attention, MLP, embedding and head are stored in, a name in `dtypes.DTYPES`.
 """
@@ -57,7 +57,7 @@ def layer_specs(config: ModelShape, amp: str) -> dict[str, TensorSpec]:
 
 
 def outer_specs(config: ModelShape, amp: str) -> dict[str, TensorSpec]:
-    """The tensors outside of the layers, by their names in a Hugging Face checkpoint."""
+    """The tensors outside the layers, by their names in a Hugging Face checkpoint."""
     hidden, words, dim = config.hidden_size, config.vocab_size, config.word_embed_proj_dim
     specs = {
         f"{_DECODER}embed_tokens.weight": TensorSpec((words, dim), amp),
@@ -81,7 +81,7 @@ def _layer_norm(name: str, config: ModelShape) -> dict[str, TensorSpec]:
 
 
 def checkpoint_files(config: ModelShape, amp: str) -> dict[str, dict[str, TensorSpec]]:
-    """Every file of the split form, and the tensors in it by their full names, in the order of writing."""
+    """Every file of the split format, and its tensors by their full names, in the order of writing."""
     files = {OUTER_FILE: outer_specs(config, amp)}
     layer = layer_specs(config, amp)
     for index in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Reading OPT weights, a few megabytes at a time, from the forms in which they are found."""
+"""Reading OPT weights, a few megabytes at a time, from every format in which they are found."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .formats import Readers, open_file, open_tensor, read_index
 from .layout import TensorSpec, checkpoint_files
 
 
-# What of a tensor is read, cast, checked and written at a time, in the wider of the source's dtype and the output's.
+# Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output.
 CHUNK_BYTES = 16 << 20
 
-# transformers-neuronx's split form: a directory of this name with a file for each tensor, and their names in a JSON.
+# The split format of transformers-neuronx: a directory of this name with a file for each tensor, and an index in JSON.
 OLD_SPLIT_DIR, OLD_SPLIT_INDEX = WEIGHTS_NAME, "key_to_filename.json"
 
 # Written by the first OPT conversions, and ignored by transformers as well.
@@ -34,14 +34,15 @@ _IGNORED = {"model.decoder.version"}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not whole, or not of the model that its config.json describes."""
+    """A checkpoint that is incomplete, broken, or not of the model that its config.json describes."""
 
 
 class Files(Protocol):
-    """The files of a checkpoint, here or to be had.
+    """The files of a checkpoint, local or on the hub.
 
-    `origin` is what messages call it. `find` gives a file's path, None if there is no such file; it may take long.
-    `identity` changes when the file does. `discard` is told that a file is not needed any more.
+    `origin` is what messages call it. `find` returns a file's path, or None if there is no such file; it may download
+    the file first. `identity` returns a text that changes when the file does. `discard` is called when a file is not
+    needed any more.
     """
 
     origin: str
@@ -66,17 +67,17 @@ class LocalFiles:
         return f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
 
     def discard(self, name: str) -> None:
-        """Nothing: the files are the user's."""
+        """Does nothing: the files are the user's."""
 
 
 class Piece:
-    """A part of a source, usually a file: opened when a tensor of it is asked for, closed after the last one.
+    """A part of a source, usually a file. It is opened when one of its tensors is read, and closed after the last.
 
     Args:
         open_readers: opens it.
-        identity: changes when any of the named tensors does.
-        close: what else to do when none of it is needed any more.
-        names: its tensors; by default opening it tells.
+        identity: returns a text that changes when any of the named tensors does.
+        close: called when none of its tensors is needed any more.
+        names: its tensors; by default it is opened to find them.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class WeightSource:
     """The weights of a model: named tensors that are read when they are asked for.
 
     Args:
-        pieces: what they come in.
+        pieces: the files, or other parts, that have them.
         origin: what error messages call the source.
         config: the model's configuration.
         directory: the source's directory, if it is a local one.
@@ -136,7 +137,7 @@ class WeightSource:
         config = self.config
         # Names and shapes are the same in every dtype.
         expected = {name: spec for specs in checkpoint_files(config, "f32").values() for name, spec in specs.items()}
-        # A tied head is often written out all the same; the embedding is what counts.
+        # Many files have a copy of a tied head; the embedding is what is read.
         found = set(self._tensors) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
         missing, foreign = expected.keys() - found, found - expected.keys()
         for names, what in ((missing, "lacks"), (foreign, "holds, beyond what config.json says,")):
@@ -149,11 +150,11 @@ class WeightSource:
         return set(expected)
 
     def last_piece(self, names: Collection[str]) -> int:
-        """The position of the last piece that `names` are in, by which to order reading: each piece is opened once."""
+        """The index of the last piece that has any of `names`. Reading in this order opens each piece once."""
         return max(self._tensors[name][0] for name in names)
 
     def identity(self, names: Collection[str]) -> str:
-        """Some text that changes when the source of any of these tensors does."""
+        """A text that changes when the source of any of these tensors does."""
         pieces: dict[int, list[str]] = {}
         for name in sorted(names):
             index, theirs = self._tensors[name]
@@ -161,7 +162,7 @@ class WeightSource:
         return "\n".join(self._pieces[index].identity(theirs) for index, theirs in sorted(pieces.items()))
 
     def release(self, names: Collection[str]) -> None:
-        """Says that these tensors will not be read any more; pieces without any other are closed."""
+        """Marks these tensors as done; pieces without any other tensor are closed."""
         self._needed -= set(names)
         needed = {self._tensors[name][0] for name in self._needed}
         for index in {self._tensors[name][0] for name in names} - needed:
@@ -171,15 +172,15 @@ class WeightSource:
         """The tensor's rows, some at a time, in the dtype of `spec`, contiguous.
 
         Raises:
-            CheckpointError: if it is not there, is of another shape, is not of floating point, or is not finite
-                after the cast.
+            CheckpointError: if the tensor is missing, has another shape or no floating-point dtype, or has values
+                that are not finite after the cast.
         """
         tensor = self._tensor(name, spec)
         row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), DTYPES[spec.dtype].bytes))
         for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
             try:
                 cast = rows.to("cpu", to_torch(spec.dtype)).contiguous()
-                # Both are NaN if any element is; several times faster than isfinite of each.
+                # Both are NaN if any element is. This is several times faster than isfinite of each element.
                 extremes = torch.stack(torch.aminmax(cast))
             except RuntimeError as error:
                 raise CheckpointError(f"{self.origin}: {name} cannot be read ({error}).") from error
@@ -207,7 +208,7 @@ class WeightSource:
                 f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {spec.shape}."
             )
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{self.origin}: {name} has dtype {tensor.dtype}, not one of floating point.")
+            raise CheckpointError(f"{self.origin}: {name} has dtype {tensor.dtype}, not a floating-point dtype.")
         if tensor.is_meta:
             raise CheckpointError(f"{self.origin}: {name} has no data: it is on the meta device.")
         return tensor

@@ -1,4 +1,4 @@
-"""Writing and hashing safetensors files in pieces, so that neither a file nor a tensor is in memory as a whole.
+"""Writing and hashing safetensors files in pieces, so that no whole file or tensor is in memory.
 
 The format is https://github.com/huggingface/safetensors#format: the header's length in eight bytes, a JSON header
 padded to a multiple of eight, and the tensors' bytes without gaps.
@@ -25,11 +25,11 @@ from .layout import TensorSpec
 # How many chunks may wait to be hashed and written.
 _AHEAD = 4
 
-# What one system call writes; cp does the same. Larger calls have the kernel cache the file in larger pages, which
-# where those are scarce (a virtual machine that gives free memory back to its host) took up to ten times as long.
+# Bytes that one system call writes, as many as cp does. After larger calls the kernel caches the file in larger pages.
+# Where those are scarce (a virtual machine that returns free memory to its host), that took up to ten times as long.
 _WRITE_BYTES = 128 * 1024
 
-# Called with the number of bytes that were written or read since the last call.
+# Called with the number of bytes written or read since the last call.
 Progress = Callable[[int], Any]
 
 
@@ -39,13 +39,13 @@ def write_tensors(
     chunks: Callable[[str], Iterator[Tensor]],
     progress: Progress,
 ) -> tuple[int, str]:
-    """Writes a safetensors file; the file's size in bytes, and its SHA-256.
+    """Writes a safetensors file; returns its size in bytes and its SHA-256.
 
     Args:
-        file: written to from the start, and no temporary of its own is made.
+        file: the path to write to; no temporary file is made.
         specs: the tensors.
-        chunks: gives the contiguous pieces that make up a tensor, of its dtype and in its order.
-        progress: told of the bytes of tensors.
+        chunks: yields the contiguous pieces of a tensor, in its dtype and in order.
+        progress: called with the bytes of tensors that were written.
     """
     # Wide types first, then by name: every tensor is aligned, and the order is that of safetensors' own writer.
     names = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].bytes, name))
@@ -75,7 +75,7 @@ def write_tensors(
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """One thread casts faster than one hashes; torch's others spin while they wait, on cores that are needed."""
+    """One thread casts faster than one hashes. More torch threads would spin on cores that hashing needs."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Verifying a split checkpoint, or the one in an export: is every file what it was when it was written?"""
+"""Verifying a split checkpoint, or the one in an export: whether every file is what was written."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from .stream import Progress
 
 
 def verify_checkpoint(directory: str | os.PathLike) -> None:
-    """Reads a split checkpoint, or that of an export, and compares it with its manifest.
+    """Reads a split checkpoint, or the one in an export, and compares it with its manifest.
 
     Raises:
         CheckpointError: naming each file that is missing, is not what was written, or does not belong.
     """
     if problems := find_problems(Path(directory)):
-        raise CheckpointError(f"{directory} is not whole:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise CheckpointError(f"{directory} is incomplete:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
 def find_problems(directory: Path, contents: bool = True) -> list[str]:
-    """What is wrong with a split checkpoint, or with that of an export: a sentence for each problem.
+    """What is wrong with a split checkpoint, or with the one in an export: a sentence for each problem.
 
     Args:
         directory: the checkpoint or export.
-        contents: whether to read the files and compare their hashes; else names, sizes, shapes and dtypes alone.
+        contents: whether to read the files and compare their hashes. Without, only names, sizes, shapes and dtypes
+            are compared.
     """
     if not directory.is_dir():
         return [f"{directory} is not a directory: give a split checkpoint, or an export."]
@@ -56,8 +57,8 @@ def _problems(
     files = checkpoint_files(config, amp)
     if manifest is None:
         yield (
-            f"{directory / MANIFEST_NAME} is missing: without the hashes in it, nothing tells whether the files are "
-            "what was written. Split the model again."
+            f"{directory / MANIFEST_NAME} is missing: without its hashes, the files cannot be compared with what "
+            "was written. Split the model again."
         )
     yield from _index_problems(directory / INDEX_NAME, files)
     for path in sorted(directory.glob("*.safetensors")):
@@ -74,7 +75,7 @@ def _index_problems(index: Path, files: Mapping[str, Mapping[str, TensorSpec]]) 
     try:
         found = json.loads(index.read_text())["weight_map"]
     except FileNotFoundError:
-        yield f"{index} is missing: the checkpoint is not whole."
+        yield f"{index} is missing: the checkpoint is incomplete."
         return
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{index} is broken ({error!r})."
@@ -114,7 +115,7 @@ def _file_problems(
 
 
 def header_problems(file: Path, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """What is not as it should be in the header of a safetensors file: names, shapes and dtypes of its tensors.
+    """What is wrong in the header of a safetensors file: names, shapes and dtypes of its tensors.
 
     Raises:
         OSError, SafetensorError: if the file cannot be read.

@@ -1,8 +1,8 @@
 """Writing the split checkpoint: an ordinary Hugging Face checkpoint with one safetensors file for each layer.
 
-A few megabytes of it are in memory at a time. Files are renamed into place when they are whole, and the index, without
-which the directory is no checkpoint, is written last. Until then `manifest.UNFINISHED_NAME` has what is done, from
-where a run that was ended goes on.
+A few megabytes of it are in memory at a time. Files are renamed into place when they are complete. The index is
+written last: without it the directory is no checkpoint. Until then `manifest.UNFINISHED_NAME` lists what is done, so
+that the next run continues from there.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from .verify import header_problems
 
 logger = logging.get_logger(__name__)
 
-# How long to try for a lock. WeakFileLock tries several times meanwhile; with 0 it would not try once.
+# How long to try for a lock. WeakFileLock tries several times in this time; with 0 it would not try at all.
 _LOCK_SECONDS = 0.2
-# What a file system without locks answers, or one on which the directory's parent cannot be written.
+# The errors of file systems without locks, and of a parent directory that cannot be written.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
 
-# Where in the output shards of the hub are put that are deleted again, and the small files that are being made.
+# Directories in the output: shards from the hub that are deleted later, and small files that are being written.
 _SHARDS_DIR, _COMPANIONS_DIR = ".source_shards", ".companions"
 
 
@@ -62,17 +62,17 @@ def save_pretrained_split(
 ) -> Path:
     """Writes OPT weights as a split checkpoint, with attention, MLP, embedding and head in `amp`.
 
-    Layernorms and position embeddings are float32. `OPTForCausalLM.from_pretrained` loads the result. Generation
-    config and tokenizer come along, where the source has them. If a run is ended, the next one goes on from there:
-    what is there already is checked by its hash, and kept.
+    Layernorms and position embeddings are float32. `OPTForCausalLM.from_pretrained` loads the result. The
+    generation config and the tokenizer are written too, where the source has them. After an interruption, the next
+    run continues: files that are there already are checked by their hashes, and kept.
 
     Args:
-        source: a loaded `OPTForCausalLM` (not changed), a local directory, or an id on the hub. Of a directory that is
-            a split checkpoint in `amp`, the files are hard links where the file system allows.
-        directory: where to write; made if it is not there.
+        source: a loaded `OPTForCausalLM` (not changed), a local directory, or an id on the hub. If it is a
+            directory with a split checkpoint in `amp`, the files are linked where the file system allows.
+        directory: where to write; created if it does not exist.
         amp: `f16`, `bf16` or `f32`.
-        delete_source_shards: keeps no copy of an id's weights: what is not in the cache is fetched to `directory`, one
-            file after the other, and deleted when it has been split.
+        delete_source_shards: keeps no copy of the weights of an id on the hub: a file that is not in the cache is
+            fetched to `directory`, and deleted when it has been split.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
 
     Returns:
@@ -81,7 +81,7 @@ def save_pretrained_split(
     Raises:
         CheckpointError: if the weights are not those of an OPT model with the source's config.json.
         ValueError: if the source is not an OPT, or `amp` not one of the three.
-        OSError: if the source is not there, the disk is full, or another process is writing to `directory`.
+        OSError: if the source does not exist, the disk is full, or another process is writing to `directory`.
     """
     amp, directory = normalize_dtype(amp), Path(directory)
     if isinstance(source, PreTrainedModel):
@@ -98,7 +98,7 @@ def save_pretrained_split(
     config = load_config(source, **hub)
     local = Path(source).is_dir()
     if local and delete_source_shards:
-        raise ValueError(f"delete_source_shards is for ids on the hub, and {source} is a directory of yours.")
+        raise ValueError(f"delete_source_shards is for ids on the hub, and {source} is a local directory.")
     if local and directory.exists() and directory.samefile(source):
         raise FileExistsError(f"{directory} is the source itself: choose another output directory.")
     shards = directory / _SHARDS_DIR if delete_source_shards else None
@@ -115,29 +115,30 @@ def write_split(
     amp: str,
     companions: Callable[[Path], Any] = lambda _: None,
 ) -> Path:
-    """Writes the files of the split form to `directory`, those that are not there already; the directory.
+    """Writes the files of the split format that are missing in `directory`; returns the directory.
 
     Args:
-        weights: where from.
-        directory: where to.
+        weights: the source.
+        directory: where to write.
         amp: `f16`, `bf16` or `f32`.
-        companions: writes what else there is to be, small files, to the directory that it is given.
+        companions: writes the small files, except config.json, to the directory that it is called with.
 
     Raises:
-        CheckpointError: see `WeightSource`; the directory then has no index, and is no checkpoint.
+        CheckpointError: if a tensor cannot be read (see `WeightSource.chunks`), or the directory holds foreign files.
+            A directory without an index is no checkpoint.
         OSError: if the disk is full, or another process is writing to the directory.
     """
     files = checkpoint_files(weights.config, amp)
     directory.mkdir(parents=True, exist_ok=True)
     with one_writer(directory):
         if clash := [f.name for f in directory.glob("*.safetensors") if f.name not in files]:
-            raise CheckpointError(f"{directory} already holds {clash[0]}, which is no part of a split checkpoint.")
+            raise CheckpointError(f"{directory} already holds {clash[0]}, which is foreign to a split checkpoint.")
         keys = {file: source_key(s, weights.identity(s)) for file, s in files.items()}
         done = _intact_files(directory, keys)
         prepared = _prepare_companions(directory, weights.config, amp, companions)
         index = _index(files)
         if done.keys() == files.keys() and _is_finished(directory, prepared, index):
-            logger.info(f"{directory} is this split checkpoint already, and is left as it is.")
+            logger.info(f"{directory} is this split checkpoint already: nothing is written.")
             shutil.rmtree(prepared)
             return directory
         (directory / INDEX_NAME).unlink(missing_ok=True)
@@ -156,13 +157,13 @@ def write_split(
 
 
 def _intact_files(directory: Path, keys: Mapping[str, str]) -> dict[str, FileEntry]:
-    """Of the files in a directory, those that need not be written: made from the same, and whole."""
+    """The files in a directory that need not be written again: complete, and made from the same source."""
     found: dict[str, FileEntry] = {}
     for name in (MANIFEST_NAME, UNFINISHED_NAME):
         try:
             manifest = read_manifest(directory / name)
         except ValueError as error:
-            logger.warning(f"{error} What it tells of is written again.")
+            logger.warning(f"{error} The files that it lists are written again.")
             continue
         for file, entry in (manifest.files if manifest else {}).items():
             if keys.get(file) == entry.source and entry.fits(directory / file):
@@ -173,7 +174,7 @@ def _intact_files(directory: Path, keys: Mapping[str, str]) -> dict[str, FileEnt
 
 
 def _prepare_companions(directory: Path, config: OPTConfig, amp: str, companions: Callable[[Path], Any]) -> Path:
-    """A directory within `directory` with config.json and what else goes beside the weights."""
+    """A directory within `directory` with config.json and the other small files."""
     prepared = directory / _COMPANIONS_DIR
     shutil.rmtree(prepared, ignore_errors=True)
     prepared.mkdir()
@@ -189,7 +190,7 @@ def _index(files: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
 
 
 def _is_finished(directory: Path, prepared: Path, index: dict[str, Any]) -> bool:
-    """Whether, the weights apart, a directory has all that it should have."""
+    """Whether a directory has the index and the small files that it should have."""
     try:
         same = json.loads((directory / INDEX_NAME).read_text()) == index
     except (OSError, ValueError):
@@ -206,7 +207,7 @@ def _write_files(
     keys: Mapping[str, str],
     manifest: Manifest,
 ) -> None:
-    """Writes what `manifest` does not have yet, and adds it there."""
+    """Writes the files that `manifest` does not have yet, and adds them to it."""
     done, syncs = manifest.files, []
     for left in directory.glob("*.safetensors.partial"):
         left.unlink()
@@ -229,7 +230,7 @@ def _write_files(
             else:
                 size, digest = _stream(weights, specs, new, progress.update)
             os.replace(new, directory / file)
-            # A file reaches the disk while the next is written.
+            # A file is flushed to the disk while the next is written.
             syncs.append(disk.submit(_sync, directory / file))
             done[file] = FileEntry(size, digest, keys[file])
             manifest.write(directory / UNFINISHED_NAME, sync=False)
@@ -251,7 +252,7 @@ def _stream(
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno,
-                f"No space is left for {file.parent}: free some and do the same again, it goes on from there",
+                f"No space is left for {file.parent}: free some and run this again: it continues where it stopped",
             ) from error
         raise
 
@@ -259,12 +260,12 @@ def _stream(
 def _linkable_files(
     weights: WeightSource, files: Mapping[str, Mapping[str, TensorSpec]], amp: str
 ) -> dict[str, tuple[Path, FileEntry]]:
-    """The files of a source that is a split checkpoint in `amp` itself, by their names, where they are sound."""
+    """The sound files of a source that is itself a split checkpoint in `amp`, by their names."""
     if weights.directory is None:
         return {}
     try:
         manifest = read_manifest(weights.directory / MANIFEST_NAME)
-    except ValueError:  # then it is read as any other checkpoint
+    except ValueError:  # it is read like any other checkpoint
         return {}
     if manifest is None or manifest.amp != amp:
         return {}
@@ -281,10 +282,10 @@ def _linkable_files(
 
 @contextmanager
 def one_writer(directory: Path) -> Iterator[None]:
-    """Keeps other threads and processes from writing `directory`, by a lock file beside it.
+    """Keeps other threads and processes from writing `directory`, by a lock file next to it.
 
-    The lock ends with its process, however that ends. On a file system without locks, or where no file can be made
-    beside the directory, nothing keeps others off.
+    The lock ends with its process, even if that is killed. There is no lock where the file system has none, or where
+    the parent directory cannot be written.
 
     Raises:
         BlockingIOError: at once, if another one is writing it.
@@ -295,7 +296,7 @@ def one_writer(directory: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             held.enter_context(WeakFileLock(file, timeout=_LOCK_SECONDS))
-            # The holder removes the file; whoever opened it before finds it gone, and makes a new one.
+            # Removed while it is locked: another writer that had opened it notices, and creates a new one.
             held.callback(file.unlink, missing_ok=True)
         except Timeout:
             raise BlockingIOError(
@@ -317,7 +318,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _check_space(directory: Path, sizes: Mapping[str, int]) -> None:
-    """Raises OSError if the disk has not the room for files of these sizes, in bytes, some of which may be there."""
+    """Raises OSError if files of these sizes, in bytes, do not fit the disk. Files that are there are replaced."""
     replaced = sum((directory / file).stat().st_size for file in sizes if (directory / file).is_file())
     needed, free = sum(sizes.values()), shutil.disk_usage(directory).free + replaced
     if needed > free:

@@ -1,6 +1,6 @@
-"""`optimum-cli neuron plan`: what a model needs, before anything is compiled.
+"""`optimum-cli neuron plan`: how much memory a model needs and how fast it can be, before anything is compiled.
 
-`python -m optimum_opt_trn.commands.plan` is the same command, without what optimum-cli imports at its start.
+`python -m optimum_opt_trn.commands.plan` is the same command, without the imports of optimum-cli.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CLI_DTYPES = {dtype.cli: dtype.name for dtype in DTYPES.values()}
 
 DESCRIPTION = """\
 Plan an OPT model: how much of a NeuronCore's memory its weights, cache and workspace take, what fits and what does
-not, on which instance, and how fast it can be at most. Reads config.json alone: no weights, no Neuron device."""
+not, on which instance, and how fast it can be at most. Reads only config.json: no weights, no Neuron device."""
 
 EPILOG = """\
 examples:
@@ -31,7 +31,7 @@ The reserve of 1.25 GiB a core is calibrated, not measured on a device; see docs
 
 
 class PlanCommand(BaseOptimumCLICommand):
-    """The command; exit status 0 whether it fits or not, 1 with one line on stderr if there is nothing to plan."""
+    """The command. Exit status 0 whether the model fits or not; 1, with one line on stderr, after an error."""
 
     COMMAND = CommandInfo(name="plan", help="Plan an OPT model's memory and speed before compiling it.")
 
@@ -75,7 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--kv_cache_dtype",
         choices=CAST_TYPES,
-        help="Dtype of the key/value cache (default: that of the weights, fp16 with int8).",
+        help="Dtype of the key/value cache (default: the dtype of the weights, fp16 with int8).",
     )
     add("--revision", **REVISION)
     add("--cache_dir", **CACHE_DIR)

@@ -1,4 +1,4 @@
-"""The memory plan: what a model takes on each core, from its config.json alone, and what fits.
+"""The memory plan: how much a model takes on each core, from only its config.json, and what fits.
 
 Weights and cache are exact: the tensors of `checkpoint/layout.py`, cut over ranks as `model/shapes.py` says, which has
 the cache's shape too. Workspace is the rank program's tensors (`workspace.py`). What the Neuron runtime takes for
@@ -19,13 +19,13 @@ from .setup import Setup
 from .workspace import CPU_THREAD_BYTES, graph_workspace, prompt_scores
 
 
-# What a core's runtime, code and DMA rings take. Calibrated: OPT-13B in float16 at 2048 positions on the two cores of
-# a trn1.2xlarge runs at batch size 2 and does not at 3. That holds for any reserve of 0.65 to 1.93 GiB; of 1.13 to
-# 1.43 GiB it holds whether or not scores are counted and pages are filled (docs/memory.md). 96 MiB of it are a core's
-# microcode (AWS Neuron documentation, "Neuron Device Memory").
+# Memory for a core's runtime, code and DMA rings. Calibrated: OPT-13B in float16 at 2048 positions runs on the two
+# cores of a trn1.2xlarge at batch size 2, and not at 3. The plan says so with any reserve of 0.65 to 1.93 GiB; with
+# 1.13 to 1.43 GiB it says so whether or not scores are counted and pages are rounded up (docs/memory.md). 96 MiB of it
+# are a core's microcode (AWS Neuron documentation, "Neuron Device Memory").
 NEURON_RESERVE = 5 * GiB // 4
 
-# The runtime shares one scratchpad among all graphs, of as many pages as the largest needs (same page).
+# All graphs share one scratchpad, of as many pages as the largest graph needs (same source).
 SCRATCHPAD_PAGE = GiB // 2
 
 GROUPS = ("attention", "mlp", "embeddings and head", "positions, layernorms")
@@ -33,14 +33,14 @@ GROUPS = ("attention", "mlp", "embeddings and head", "positions, layernorms")
 
 @dataclass(frozen=True)
 class RankTensor:
-    """A weight as a rank has it.
+    """A rank's shard of a weight.
 
     Args:
-        name: as in the checkpoint; a layer's as in the first layer.
-        shape: of the rank's shard, padding included; every rank's is the same.
-        bytes: of it, with the scales of `int8`.
-        copied: every rank has the whole tensor.
-        count: how many alike there are, one in each layer.
+        name: the name in the checkpoint; in a layer, the name in the first layer.
+        shape: shape of the shard, padding included; the same for every rank.
+        bytes: size of the shard, with the scales of `int8`.
+        copied: whether every rank has the whole tensor.
+        count: number of such tensors: the layers, or 1.
     """
 
     name: str
@@ -60,7 +60,7 @@ class RankTensor:
 
 
 def rank_tensors(config: ModelShape, setup: Setup) -> Iterator[RankTensor]:
-    """Every weight of the model, as one of `setup.tp_degree` ranks has it; those of a layer once for all layers."""
+    """The shards of one of `setup.tp_degree` ranks; the weights of a layer come once for all layers."""
     layer = {layer_prefix(0) + name: spec for name, spec in layer_specs(config, setup.stored_amp).items()}
     for specs, count in ((outer_specs(config, setup.stored_amp), 1), (layer, config.num_hidden_layers)):
         for name, spec in specs.items():
@@ -80,7 +80,7 @@ def _tensor_bytes(spec: TensorSpec, setup: Setup) -> int:
 
 
 def checkpoint_bytes(config: ModelShape, setup: Setup) -> tuple[int, int]:
-    """Bytes of the split checkpoint's tensors: of all its files, and of the largest one."""
+    """Bytes of the split checkpoint's tensors: in all files, and in the largest file."""
     outer, layer = (
         sum(_tensor_bytes(spec, setup) for spec in specs.values())
         for specs in (outer_specs(config, setup.stored_amp), layer_specs(config, setup.stored_amp))
@@ -90,16 +90,16 @@ def checkpoint_bytes(config: ModelShape, setup: Setup) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What goes where on one core; on `cpu`, in the process that holds all ranks.
+    """The memory of one core; on `cpu`, of the process that holds all ranks.
 
     Args:
-        instance, setup: what it was made for.
-        weights: bytes, for each of GROUPS.
-        cache: bytes of keys and values, all layers.
-        graphs: bytes of workspace of each graph at its widest moment.
-        workspace: bytes set aside for it, once for all graphs.
-        reserve: bytes of runtime and code; on `cpu` of the buffers that threads have.
-        scores: bytes that the scores of a prompt would add to the workspace, if the compiler did not tile them.
+        instance, setup: what the plan was made for.
+        weights: bytes of weights, for each of GROUPS.
+        cache: bytes of keys and values of all layers.
+        graphs: bytes of workspace that each graph needs at most at a time.
+        workspace: bytes reserved for the workspace, once for all graphs.
+        reserve: bytes of runtime and code; on `cpu`, of the buffers of threads.
+        scores: bytes that the scores of a prompt would add to the workspace if the compiler did not tile them.
     """
 
     instance: Instance
@@ -117,7 +117,7 @@ class MemoryPlan:
 
     @property
     def free(self) -> int:
-        """What remains of the core's memory; negative where it does not fit."""
+        """Bytes of the core's memory that remain; negative if the plan does not fit."""
         return self.instance.core_bytes - self.total
 
     @property
@@ -126,14 +126,14 @@ class MemoryPlan:
 
     @property
     def runs(self) -> bool:
-        """Whether it can run at all. On `cpu` weights are mapped files, which may be read again from the disk."""
+        """Whether it can run at all. On `cpu`, weights are mapped files, which can be read from the disk again."""
         mapped = 0 if self.instance.on_neuron else sum(self.weights.values())
         return self.free + mapped >= 0
 
 
 def plan_memory(config: ModelShape, setup: Setup, instance: Instance) -> MemoryPlan:
     """The plan of `setup` for each core of `instance`."""
-    # One process on cpu has every rank's shards, and once what ranks only have copies of.
+    # On cpu, one process has the shards of all ranks, and one copy of the tensors that are not cut.
     ranks = 1 if instance.on_neuron else setup.tp_degree
     weights = dict.fromkeys(GROUPS, 0)
     for tensor in rank_tensors(config, setup):
@@ -154,18 +154,18 @@ def tp_degrees(config: ModelShape, instance: Instance) -> tuple[int, ...]:
 
 
 def max_batch_size(config: ModelShape, setup: Setup, instance: Instance) -> int:
-    """The largest batch size that fits, all else as in `setup`; 0 if not even 1 does."""
+    """The largest batch size that fits with the other options of `setup`; 0 if 1 does not fit."""
     return _largest(lambda n: plan_memory(config, replace(setup, batch_size=n), instance).fits, 2**20)
 
 
 def max_sequence_length(config: ModelShape, setup: Setup, instance: Instance) -> int:
-    """The longest sequence that fits, up to the model's positions, all else as in `setup`; 0 if none does."""
+    """The longest sequence, up to the model's positions, that fits with the other options; 0 if none fits."""
     limit = config.max_position_embeddings
     return _largest(lambda n: plan_memory(config, replace(setup, sequence_length=n), instance).fits, limit)
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n of 1 to `limit` that fits, of which all below fit too; 0 if 1 does not."""
+    """The largest n from 1 to `limit` that fits, if all smaller ones fit as well; 0 if 1 does not fit."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, high * 2

@@ -1,4 +1,4 @@
-"""Reading weights from every form in which they are found, and refusing what is not them."""
+"""Reading weights in every format in which they are found, and refusing files that are none."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ def assert_same_tensors(source: WeightSource, model: OPTForCausalLM) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_directory_in_every_form(form, kind, tmp_path):
+def test_directory_in_every_format(form, kind, tmp_path):
     model = tiny_opt(**KINDS[kind])
     model.save_pretrained(tmp_path, **FORMS[form])
     weights = [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]
@@ -83,13 +83,13 @@ def save_old_split(model: OPTForCausalLM, directory) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_split_form_of_transformers_neuronx(kind, tmp_path):
+def test_split_format_of_transformers_neuronx(kind, tmp_path):
     model = tiny_opt(**KINDS[kind])
     save_old_split(model, tmp_path)
     assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
-def test_faults_of_that_form(tmp_path):
+def test_faults_of_that_format(tmp_path):
     model = tiny_opt()
     save_old_split(model, tmp_path)
     files = tmp_path / "pytorch_model.bin"
@@ -117,8 +117,8 @@ def test_faults_of_that_form(tmp_path):
         open_directory(tmp_path, tiny_config())
 
 
-def test_a_form_of_its_own_for_each_source_gives_the_same_files(tmp_path):
-    """Byte for byte, whatever the source: in each form, with and without the prefix and a tied head."""
+def test_every_format_of_the_source_gives_the_same_files(tmp_path):
+    """Byte for byte from every source: in each format, with and without the prefix and a tied head."""
     model = tiny_opt(num_hidden_layers=3)
     sources = {form: tmp_path / form for form in (*FORMS, "old split", "without prefix", "tied head")}
     for form, options in FORMS.items():
@@ -139,7 +139,7 @@ def test_a_form_of_its_own_for_each_source_gives_the_same_files(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_names_without_the_prefix(suffix, tmp_path):
-    """OPTModel's own checkpoints, which the first ones on the hub are."""
+    """Checkpoints of OPTModel, such as the first ones on the hub."""
     model = tiny_opt()
     model.model.save_pretrained(tmp_path, safe_serialization=suffix == "safetensors")
     assert_same_tensors(open_directory(tmp_path, model.config), model)
@@ -182,7 +182,7 @@ def test_missing_and_extra_tensors(tmp_path):
         saved(tmp_path, lambda state: state.pop(FC1))
     with pytest.raises(CheckpointError, match="holds, beyond what config.json says, 1 tensors: extra"):
         saved(tmp_path, lambda state: state.update(extra=torch.zeros(1)))
-    with pytest.raises(CheckpointError, match="lacks 16 tensors.*, …"):  # a layer more than is there
+    with pytest.raises(CheckpointError, match="lacks 16 tensors.*, …"):  # one layer more than the file has
         saved(tmp_path, lambda state: None, num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="holds, beyond.*16 tensors"):
         saved(tmp_path, lambda state: None, num_hidden_layers=1)
@@ -196,7 +196,7 @@ def test_missing_and_extra_tensors(tmp_path):
         (torch.zeros(96, 63), "f32", r"shape \(96, 63\), but config.json makes it \(96, 64\)"),
         (torch.zeros(64, 96), "f32", r"shape \(64, 96\)"),
         (torch.zeros(96 * 64), "f32", r"shape \(6144,\)"),
-        (torch.zeros(96, 64, dtype=torch.int8), "f32", "dtype torch.int8, not one of floating point"),
+        (torch.zeros(96, 64, dtype=torch.int8), "f32", "dtype torch.int8, not a floating-point dtype"),
         (torch.full((96, 64), torch.nan), "f32", "values that are not finite in the source"),
         (torch.full((96, 64), -torch.inf), "f16", "values that are not finite in the source"),
         (torch.full((96, 64), 1e5), "f16", "values that are not finite once cast to torch.float16: try bf16"),
@@ -248,7 +248,7 @@ def test_truncated_files(form, share, tmp_path):
 
 
 class Harmful:
-    """What a pickle can hold, and must not be run."""
+    """Code in a pickle, which must not be run."""
 
     def __reduce__(self):
         return (print, ("executed",))
@@ -293,7 +293,7 @@ def test_an_archive_that_was_compressed(tmp_path):
 
 @pytest.mark.parametrize(("mark", "offset", "value"), [(b"PK\x01\x02", 0, 0), (b"PK\x06\x07", 4, 1)])
 def test_archives_that_fuzzing_found(mark, offset, value, tmp_path):
-    """A signature and a number at which zipfile raises an error of its own kind."""
+    """A signature and a number for which zipfile raises an error of its own type."""
     tiny_opt().save_pretrained(tmp_path, safe_serialization=False)
     file = tmp_path / "pytorch_model.bin"
     content = bytearray(file.read_bytes())
@@ -304,7 +304,7 @@ def test_archives_that_fuzzing_found(mark, offset, value, tmp_path):
 
 
 def test_pieces_are_opened_once_and_closed_when_they_are_done(tmp_path):
-    """So that a file fetched for its tensors can go as soon as they are written."""
+    """So that a file that was fetched for its tensors can be deleted as soon as they are written."""
     model = tiny_opt(num_hidden_layers=4)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     events: list[str] = []

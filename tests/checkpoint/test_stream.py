@@ -1,4 +1,4 @@
-"""Streamed safetensors files: those that safetensors' own writer makes, with the hash that hashlib gives."""
+"""Streamed safetensors files equal those that safetensors writes, with the hash of hashlib."""
 
 import hashlib
 

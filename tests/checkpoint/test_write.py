@@ -157,7 +157,7 @@ def test_other_weights_in_the_directory_are_refused(tmp_path):
     before = split_tensors(tmp_path)
     with pytest.raises(CheckpointError, match="already holds layer_002.safetensors"):
         save_pretrained_split(tiny_opt(), tmp_path)
-    after = split_tensors(tmp_path)  # whole, as it was
+    after = split_tensors(tmp_path)  # complete and unchanged
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -180,13 +180,13 @@ def test_an_interruption_leaves_no_checkpoint(error, again, tmp_path):
         OPTForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=INDEX_NAME):
         load_weights(tmp_path, model.config, OPTNeuronConfig(sequence_length=64), RankGroup())
-    save_pretrained_split(model, tmp_path)  # and does not stand in the way of the next try
+    save_pretrained_split(model, tmp_path)  # and does not disturb the next run
     assert_is_split_of(tmp_path, model, "f16")
     assert not list(tmp_path.glob("*.partial"))
 
 
 def source_of(readers, config) -> WeightSource:
-    """A source that does not open anything before it writes."""
+    """A source that opens nothing before it is read."""
     return WeightSource([Piece(lambda: readers, lambda names: "the test", names=list(readers))], "the test", config)
 
 
@@ -240,7 +240,7 @@ def test_sources_that_are_not_there(tmp_path):
 
 
 def test_directory_without_a_configuration(tmp_path):
-    """transformers would guess one by the directory's name."""
+    """transformers would guess the model type from the directory's name."""
     tiny_opt().save_pretrained(tmp_path / "my-opt")
     (tmp_path / "my-opt" / "config.json").unlink()
     with pytest.raises(OSError, match="my-opt has no config.json"):

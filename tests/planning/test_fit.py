@@ -1,4 +1,4 @@
-"""What cannot fit is refused."""
+"""Exports that cannot fit are refused."""
 
 import logging
 

@@ -144,7 +144,7 @@ def test_what_aws_says_of_batch_1_are_the_sums_of_batch_2(config, published):
     assert totals[1] < 0.96 * published
 
 
-def test_workspace_is_in_pages_shared_by_the_graphs_on_neuron_alone():
+def test_workspace_is_in_pages_shared_by_the_graphs_only_on_neuron():
     setup = Setup(3, 2048, 2)
     plan = plan_memory(OPT_13B, setup, TRN1)
     assert plan.workspace == 2 * SCRATCHPAD_PAGE >= max(plan.graphs.values()) > SCRATCHPAD_PAGE

@@ -1,4 +1,4 @@
-"""Whole plans."""
+"""Complete plans."""
 
 import json
 
@@ -94,7 +94,7 @@ def test_the_host_splits_a_model_of_any_size_in_as_much_memory():
         choose_plan(config, Setup(), name, None) for config in (OPT_13B, OPT_66B) for name in ("inf2.48xlarge", "cpu")
     ]
     assert {plan.host["split"] for plan in plans} == {GiB // 2}
-    assert plans[0].host["split"] > 9 * CHUNK_BYTES  # what waits to be hashed and written, and what is being cast
+    assert plans[0].host["split"] > 9 * CHUNK_BYTES  # chunks that wait to be hashed and written, and one that is cast
     for plan in plans:
         total, largest = checkpoint_bytes(plan.config, plan.memory.setup)
         assert plan.host["disk"] == total

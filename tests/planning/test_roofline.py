@@ -1,4 +1,4 @@
-"""The roofline, against sums by hand and what AWS measured of OPT."""
+"""The roofline, against sums by hand and AWS's measurements of OPT."""
 
 import pytest
 from small_models import tiny_config
