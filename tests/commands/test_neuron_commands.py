@@ -112,4 +112,4 @@ def test_interrupted(cli, source, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli("split", "-m", source, tmp_path / "out")
     assert ended.value.code == 130
-    assert "give the same command again" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
