@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -16,9 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .checkpoint import push_to_hub, verify_checkpoint
 from .checkpoint.config import check_opt, load_config
-from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
+from .configuration_opt import OPTNeuronConfig, reject_unknown
+from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
+from .hardware import FAMILIES
 from .planning.fit import check_fit
 from .targets import Runtime, get_target
 
@@ -113,11 +114,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         batch_size: int | None = None,
         sequence_length: int | None = None,
         tensor_parallel_size: int | None = None,
-        amp: str | torch.dtype | None = None,
-        kv_cache_dtype: str | torch.dtype | None = None,
-        max_topk: int | None = None,
-        prompt_buckets: tuple[int, ...] | None = None,
-        cache_buckets: tuple[int, ...] | None = None,
+        **options: Any,
     ) -> OPTNeuronConfig:
         """The configuration to export a model with; what is not given gets a default that suits this host.
 
@@ -129,12 +126,15 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             batch_size: by default 1.
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
-            amp: by default `f16`.
-            kv_cache_dtype, max_topk, prompt_buckets, cache_buckets: see `OPTNeuronConfig`.
+            options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
+                `prompt_buckets`, `cache_buckets`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.
+            TypeError: for an unknown option; the message names the nearest one.
         """
+        others = set(OPTNeuronConfig.export_options()) - {"tp_degree"}
+        reject_unknown(options, {"tensor_parallel_size", *others}, f"{cls.__name__}.get_neuron_config")
         if config is None:
             config = load_config(model_name_or_path, token=token, revision=revision)
         opt_config = check_opt(config, model_name_or_path)
@@ -143,7 +143,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             instance_type = "cpu" if get_neuron_major() == -1 else get_instance_name().partition(".")[0]
         if tensor_parallel_size is None:
             # An unknown family is for OPTNeuronConfig to refuse.
-            on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"
+            on_neuron = instance_type in FAMILIES and FAMILIES[instance_type].on_neuron
             tensor_parallel_size = get_available_cores() if on_neuron else 1
             if tensor_parallel_size == 0:
                 raise ValueError(
@@ -154,12 +154,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             sequence_length = min(opt_config.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
         local = Path(model_name_or_path).is_dir()
         given: dict[str, Any] = {
+            **options,
             "batch_size": batch_size,
-            "amp": None if amp is None else normalize_dtype(amp),
-            "kv_cache_dtype": None if kv_cache_dtype is None else normalize_dtype(kv_cache_dtype, "kv_cache_dtype"),
-            "max_topk": max_topk,
-            "prompt_buckets": prompt_buckets,
-            "cache_buckets": cache_buckets,
             "checkpoint_id": None if local else str(model_name_or_path),
             "checkpoint_revision": None if local else opt_config._commit_hash,
         }
@@ -360,7 +356,5 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
 
 def export_options() -> tuple[str, ...]:
-    """The options of `from_pretrained` that go to `get_neuron_config`."""
-    parameters = inspect.signature(NeuronOPTForCausalLM.get_neuron_config).parameters
-    own = (name for name in parameters if name not in ("model_name_or_path", "config", "token", "revision"))
-    return (*own, *_ALIASES)
+    """The options of `from_pretrained` that go to `get_neuron_config`, and other names of them."""
+    return tuple({*OPTNeuronConfig.export_options(), *_ALIASES, *_ALIASES.values()})
