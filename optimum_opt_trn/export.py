@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -22,6 +21,7 @@ from .checkpoint.hub import fetch, open_weights
 from .checkpoint.lock import exclusive
 from .checkpoint.split import save_companions, write_split
 from .configuration_opt import OPTNeuronConfig
+from .host_framework import NEURON_CONFIG_NAME
 from .planning.fit import check_fit
 from .targets import get_target
 from .targets.base import CHECKPOINT_DIR

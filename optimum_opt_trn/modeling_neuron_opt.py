@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.neuron import NeuronModelForCausalLM
-from optimum.neuron.utils.system import get_available_cores, get_instance_name, get_neuron_major
 from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -19,6 +17,14 @@ from .checkpoint.config import check_opt, load_config
 from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
+from .host_framework import (
+    INSTALLED,
+    NEEDED_FOR_NEURON,
+    NeuronModelForCausalLM,
+    get_available_cores,
+    get_instance_name,
+    get_neuron_major,
+)
 from .planning.fit import check_fit
 from .targets import Runtime, get_target
 
@@ -141,9 +147,11 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         if instance_type is None:
             # optimum-neuron's current_instance_type says trn1 of an inf2, which connects other numbers of cores.
             instance_type = "cpu" if get_neuron_major() == -1 else get_instance_name().partition(".")[0]
+        # An unknown family is for OPTNeuronConfig to refuse.
+        on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"
+        if on_neuron and not INSTALLED:
+            raise ValueError(f"instance_type={instance_type!r} needs {NEEDED_FOR_NEURON}.")
         if tensor_parallel_size is None:
-            # An unknown family is for OPTNeuronConfig to refuse.
-            on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"
             tensor_parallel_size = get_available_cores() if on_neuron else 1
             if tensor_parallel_size == 0:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..configuration_opt import OPTNeuronConfig
+from ..host_framework import INSTALLED, NEEDED_FOR_NEURON, is_neuronx_available
 from .base import Runtime, Target, TargetError
 
 
@@ -19,8 +20,8 @@ def get_target(neuron_config: OPTNeuronConfig) -> Target:
         from .cpu import CPUTarget
 
         return CPUTarget()
-    from optimum.neuron.utils.import_utils import is_neuronx_available
-
+    if not INSTALLED:
+        raise TargetError(f"instance_type={neuron_config.instance_type!r} needs {NEEDED_FOR_NEURON}.")
     if not is_neuronx_available():
         raise TargetError(
             f"instance_type={neuron_config.instance_type!r}: the Neuron SDK (torch-neuronx) is not installed here. "
