@@ -39,8 +39,9 @@ from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.checkpoint.layout import checkpoint_files
 from optimum_opt_trn.checkpoint.source import Piece, WeightSource
 from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.generation.inputs import pack
 from optimum_opt_trn.hardware import this_host
-from optimum_opt_trn.model.sampling import Selection
+from optimum_opt_trn.model.sampling import SamplingInputs
 from optimum_opt_trn.planning.memory import Setup, plan_memory
 from optimum_opt_trn.targets import get_target
 from optimum_opt_trn.targets.base import CHECKPOINT_DIR
@@ -90,12 +91,13 @@ def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, 
     resident = _resident_of(directory) + _status("RssAnon") - before
 
     batch, length = neuron_config.batch_size, neuron_config.sequence_length
-    selection = Selection.greedy(batch)
-    tokens, lengths = torch.ones(batch, length, dtype=torch.int32), torch.full((batch,), length, dtype=torch.int32)
-    runtime.prefill(tokens[:, :2], lengths * 0 + 2, selection)  # what a first run allocates for good
+    sampling = SamplingInputs.greedy(batch)
+    ids, mask = torch.ones(batch, length, dtype=torch.int32), torch.ones(batch, length, dtype=torch.bool)
+    slots, filled = list(range(batch)), torch.zeros(batch, dtype=torch.int64)
+    runtime.step(pack(ids[:, :2], mask[:, :2], slots, filled, 1, sampling))  # what a first run allocates for good
     held = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (man 5 proc)
-    runtime.prefill(tokens, lengths, selection)
+    runtime.step(pack(ids, mask, slots, filled, 1, sampling))
     return {"tensors": sum(distinct.values()), "resident": resident, "workspace": _status("VmHWM") - held}
 
 

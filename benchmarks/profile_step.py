@@ -5,7 +5,7 @@
     python benchmarks/profile_step.py opt-1.3b-export --context 1536
 
 Steps are timed as they are, then run again under torch's profiler; of each kind of work the share of the profiled time
-is printed: matrix products, attention, layernorms, and the rest (embedding, token selection, Python between calls,
+is printed: matrix products, attention, layernorms, and the rest (embedding, token sampling, Python between calls,
 and what the profiler itself takes). `generate()` around the steps is not in it: benchmarks/decode_cpu.py times that.
 """
 
@@ -20,7 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.model.sampling import Selection
+from optimum_opt_trn.generation.inputs import pack
+from optimum_opt_trn.model.sampling import SamplingInputs
 
 
 PARTS = {
@@ -59,11 +60,11 @@ def main() -> None:
     rows, longest = model.neuron_config.batch_size, model.neuron_config.sequence_length
     if not 0 <= arguments.context < longest:
         parser.error(f"--context {arguments.context} is not below the export's {longest} positions.")
-    tokens, positions = torch.full((rows,), 5, dtype=torch.int32), torch.full((rows,), arguments.context).int()
-    selection = Selection.greedy(rows)
+    ids, mask = torch.full((rows, 1), 5), torch.ones(rows, 1, dtype=torch.bool)
+    filled, sampling = torch.full((rows,), arguments.context), SamplingInputs.greedy(rows)
 
     def step() -> object:
-        return model.runtime.decode(tokens, positions, selection)
+        return model.runtime.step(pack(ids, mask, list(range(rows)), filled, 1, sampling))
 
     times = []
     for _ in range(3 + arguments.steps):

@@ -161,30 +161,33 @@ def speed(model: Any, plan: Any, config: Any) -> dict[str, Any]:
     """Prefill and steps of the runtime, whole batches, in the middle of the sequence; and the roofline."""
     import torch
 
-    from optimum_opt_trn.model.sampling import Selection
+    from optimum_opt_trn.generation.inputs import pack
+    from optimum_opt_trn.model.sampling import SamplingInputs
 
     rows, length = model.neuron_config.batch_size, model.neuron_config.sequence_length
     bucket = next(n for n in model.neuron_config.prompt_buckets if n >= length // 2)
-    ids, lengths = torch.full((rows, bucket), 5, dtype=torch.int32), torch.full((rows,), length // 2)
-    selection = Selection.greedy(rows)
+    sampling = SamplingInputs.greedy(rows)
+
+    def step(columns: int, filled: int) -> Any:
+        ids, mask = torch.full((rows, columns), 5), torch.ones(rows, columns, dtype=torch.bool)
+        return model.runtime.step(pack(ids, mask, list(range(rows)), torch.full((rows,), filled), 1, sampling))
 
     def timed(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
-    prefills = [timed(lambda: model.runtime.prefill(ids, lengths.to(torch.int32), selection)) for _ in range(4)][1:]
+    prefills = [timed(lambda: step(length // 2, 0)) for _ in range(4)][1:]
     steps = []
     for place in range(length // 2, min(length // 2 + TIMED_STEPS, length)):
-        positions = torch.full((rows,), place, dtype=torch.int32)
-        steps.append(timed(lambda at=positions: model.runtime.decode(ids[:, 0], at, selection)))
-    step = statistics.median(steps[2:] or steps)
+        steps.append(timed(lambda at=place: step(1, at)))
+    median = statistics.median(steps[2:] or steps)
     found = {
         "prefill_bucket": bucket,
         "prefill_ms": 1e3 * statistics.median(prefills),
-        "decode_ms": 1e3 * step,
+        "decode_ms": 1e3 * median,
         "decode_ms_slowest": 1e3 * max(steps),
-        "decode_tokens_per_second": rows / step,
+        "decode_tokens_per_second": rows / median,
     }
     if plan:
         from optimum_opt_trn.planning.roofline import roofline

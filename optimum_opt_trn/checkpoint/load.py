@@ -21,17 +21,23 @@ from .layout import INDEX_NAME, OUTER_FILE, TensorSpec, checkpoint_files, layer_
 from .source import CheckpointError
 
 
-EMBED_WEIGHTS = ("embed_tokens.weight", "embed_positions.weight", "project_in.weight", "ranks")
+EMBED_WEIGHTS = ("embed_tokens.weight", "embed_positions.weight", "project_in.weight")
 HEAD_WEIGHTS = ("final_layer_norm.weight", "final_layer_norm.bias", "project_out.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The weights of the rank program's parts, for the local ranks."""
+    """The weights of the rank program's parts, for the local ranks.
+
+    Args:
+        embed, layers, head: the shards of each part's tensors.
+        ranks: int32 `(local ranks,)`, which ranks these are.
+    """
 
     embed: Weights
     layers: list[Weights]
     head: Weights
+    ranks: Tensor
 
 
 def load_weights(directory: Path, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup) -> ModelWeights:
@@ -51,8 +57,8 @@ def load_weights(directory: Path, config: OPTConfig, neuron_config: OPTNeuronCon
         prefix = layer_prefix(index)
         layers.append({name.removeprefix(prefix): shards for name, shards in files[layer_file(index)].items()})
     outer.setdefault("lm_head.weight", outer["embed_tokens.weight"])
-    outer["ranks"] = [torch.tensor(list(group.ranks), dtype=torch.int32)]
-    return ModelWeights(_pick(outer, EMBED_WEIGHTS), layers, _pick(outer, HEAD_WEIGHTS))
+    ranks = torch.tensor(list(group.ranks), dtype=torch.int32)
+    return ModelWeights(_pick(outer, EMBED_WEIGHTS), layers, _pick(outer, HEAD_WEIGHTS), ranks)
 
 
 def _pick(weights: Weights, names: tuple[str, ...]) -> Weights:

@@ -1,4 +1,4 @@
-"""More rows than the export has slots: they run in waves, one after the other, and come back as one result."""
+"""More rows than the export has slots: they run in batches, one after the other, and return as one result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 _PER_PROMPT = ("attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
 
 
-class Waves:
+class Batches:
     """How one call of `generate()` is cut.
 
     Beams of a prompt, and the rows that guide it, stay together; sequences that are sampled from it need not.
@@ -61,27 +61,27 @@ class Waves:
         return len(self.starts)
 
     def run(self, generate: Callable[..., Any], generation_config: GenerationConfig | None) -> Tensor | ModelOutput:
-        """Calls `generate` for each wave; one result, rows in the order of the prompts.
+        """Calls `generate` for each batch; one result, rows in the order of the prompts.
 
-        Shorter results are padded; the scores of their missing steps are -inf. There are no `past_key_values`, for
-        later waves take the slots of earlier ones.
+        Shorter results are padded; the scores of their missing steps are -inf. There are no `past_key_values`, since
+        later batches take the slots of earlier ones.
         """
         began = time.monotonic()
         results = []
         rows = self.input_ids.repeat_interleave(self.sequences, dim=0)
         for start in self.starts:
-            wave = slice(start, start + self.starts.step)
+            batch = slice(start, start + self.starts.step)
             arguments = dict(self.arguments)
             for name in _PER_PROMPT:
                 if arguments.get(name) is not None:
-                    arguments[name] = self._rows(arguments[name])[wave]
+                    arguments[name] = self._rows(arguments[name])[batch]
             if self.sequences > 1:
                 arguments["num_return_sequences"] = 1
             if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
                 arguments["prefix_allowed_tokens_fn"] = _shifted(allowed, start)
             if self.asked.max_time is not None:
                 arguments["max_time"] = max(self.asked.max_time - (time.monotonic() - began), 0.0)
-            results.append(generate(rows[wave], generation_config, **arguments))
+            results.append(generate(rows[batch], generation_config, **arguments))
         if isinstance(results[0], Tensor):
             return self._joined(results)
         return self._merged(results)
@@ -120,11 +120,11 @@ def _padded(parts: Sequence[Tensor], fill: int) -> Tensor:
     return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
 
 
-def _joined_steps(waves: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    steps = max(len(wave) for wave in waves)
-    missing = [torch.full_like(wave[0], -torch.inf) for wave in waves]
+def _joined_steps(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    steps = max(len(batch) for batch in batches)
+    missing = [torch.full_like(batch[0], -torch.inf) for batch in batches]
     return tuple(
-        torch.cat([wave[i] if i < len(wave) else nothing for wave, nothing in zip(waves, missing, strict=True)])
+        torch.cat([batch[i] if i < len(batch) else nothing for batch, nothing in zip(batches, missing, strict=True)])
         for i in range(steps)
     )
 

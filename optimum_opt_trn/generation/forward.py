@@ -1,4 +1,4 @@
-"""One call of the model: new tokens in, logits and cache out, by whichever graph serves them."""
+"""`forward()`: new tokens in, logits and cache out, as transformers models do it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from ..buckets import smallest_bucket
 from ..configuration_opt import OPTNeuronConfig
-from ..model.sampling import GREEDY, Selection
+from ..model.sampling import GREEDY, SamplingInputs
 from ..targets import Runtime
-from .inputs import check_inputs, compact
-from .slots import SlotCache, Slots
+from .cache import SlotCache
+from .engine import Engine
+from .inputs import check_inputs, pack
 
 
 logger = logging.get_logger(__name__)
@@ -33,13 +33,13 @@ class OPTForwardMixin:
 
     @property
     def runtime(self) -> Runtime:
-        """The loaded graphs, weights and cache."""
+        """The loaded weights, cache and graphs."""
         raise NotImplementedError
 
     @cached_property
-    def slots(self) -> Slots:
-        """The slots of the runtime's cache."""
-        return Slots(self.runtime, self.neuron_config.batch_size, self.neuron_config.sequence_length)
+    def engine(self) -> Engine:
+        """Computes steps on the runtime."""
+        return Engine(self.runtime, self.neuron_config.batch_size, self.neuron_config.sequence_length)
 
     def forward(
         self,
@@ -98,21 +98,23 @@ class OPTForwardMixin:
             raise ValueError("seq_ids goes with sampling_params: pass both, or neither.")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
-        cache = self.adopt(past_key_values, len(input_ids))
-        columns = torch.zeros(len(input_ids), 0, dtype=torch.bool) if cache is None else cache.columns
-        mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
-        if cache is not None and attention_mask is not None:
-            columns = cache.remasked(attention_mask)
-        _check_positions(columns, mask, position_ids, cache_position)
-        if labels is not None:
-            _check_labels(labels, mask)
-        # Checked before, so that bad inputs cost no one their slots, and no cache its tokens.
-        if cache is None:
-            cache = self.slots.lend(len(input_ids))
-        # Before the device runs: if that is interrupted, what is forgotten may be overwritten already.
-        cache.keep(columns)
-        _, kept = self.feed(cache, input_ids, mask, logits_to_keep, Selection.greedy(len(input_ids)))
-        logits = kept if logits_to_keep else _spread(kept, mask)
+        with self.engine.lock:
+            cache = self.own_cache(past_key_values, len(input_ids))
+            columns = torch.zeros(len(input_ids), 0, dtype=torch.bool) if cache is None else cache.columns
+            mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
+            if cache is not None and attention_mask is not None:
+                columns = cache.remasked(attention_mask)
+            _check_positions(columns, mask, position_ids, cache_position)
+            if labels is not None:
+                _check_labels(labels, mask)
+            # All checks come first: bad inputs evict no cache, and take no tokens from one.
+            if cache is None:
+                cache = SlotCache(self.engine, len(input_ids))
+            # Before the device runs: if that is interrupted, what is forgotten may be overwritten already.
+            cache.keep(columns)
+            greedy = SamplingInputs.greedy(len(input_ids))
+            wanted = self.engine.step(cache, input_ids, mask, logits_to_keep, greedy).logits
+        logits = _last_tokens(wanted, mask, logits_to_keep) if logits_to_keep else _spread(wanted, mask)
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size)
@@ -154,78 +156,21 @@ class OPTForwardMixin:
         params = torch.cat([sampling_params.float(), torch.full((rows, 1), GREEDY[3])], dim=1)
         # The device looks at max_topk tokens; "all of them" is as many as it can.
         params[:, 0] = params[:, 0].clamp(1, self.neuron_config.max_topk)
-        greedy = Selection.greedy(rows)
+        greedy = SamplingInputs.greedy(rows)
         drawn = bool((params[:, 0] > 1).any())
         if drawn:
             self.runtime.begin(input_ids)
-        selection = Selection(params, torch.rand(rows) if drawn else greedy.uniforms, greedy.suppressed)
+        sampling = SamplingInputs(params, torch.rand(rows) if drawn else greedy.uniforms, greedy.suppressed)
         # The tokens of a row are those whose positions count up from the first.
         mask = (position_ids == first + torch.arange(n)).long().cumprod(-1).bool()
         check_inputs(input_ids, mask, self.config.vocab_size, self.neuron_config)
-        self.slots.seize(seq_ids.tolist())
-        return self._run(seq_ids, input_ids, mask, first[:, 0].to(torch.int32), 1, selection)[0]
+        step = pack(input_ids, mask, seq_ids.tolist(), first[:, 0].long(), 1, sampling)
+        with self.engine.lock:
+            self.engine.slots.free(seq_ids.tolist())
+            return self.runtime.step(step).tokens
 
-    def feed(
-        self, cache: SlotCache, input_ids: Tensor, mask: Tensor, keep: int, selection: Selection
-    ) -> tuple[Tensor, Tensor]:
-        """Writes new columns to the cache. Inputs are not checked, but for the cache.
-
-        Args:
-            cache: grows by the columns.
-            input_ids, mask: integers and bool `(rows, width)`. A row without tokens is left as it is.
-            keep: how many logits are wanted of each row, 0 for all of its tokens'.
-            selection: how the next tokens are selected, `rows` of them.
-
-        Returns:
-            The next tokens, int32 `(rows,)`, and logits, float32 `(rows, keep, vocabulary)`, those of each row's last
-            tokens last; 0 where a row has fewer.
-
-        Raises:
-            ValueError: if the cache has lost its slots.
-        """
-        self.slots.check(cache)
-        self.slots.assign(cache)
-        slots = torch.tensor(cache.rows)
-        result = self._run(slots, input_ids, mask, cache.lengths, keep, selection)
-        cache.append(mask)
-        return result
-
-    def _run(
-        self, slots: Tensor, input_ids: Tensor, mask: Tensor, filled: Tensor, keep: int, selection: Selection
-    ) -> tuple[Tensor, Tensor]:
-        """`feed` for slots, int64 `(rows,)`, that hold int32 `filled` `(rows,)` tokens."""
-        tokens, counts = compact(input_ids, mask)
-        rows, longest = tokens.shape
-        keep = keep or longest
-        batch_size = self.neuron_config.batch_size
-        whole = selection.scatter(slots, batch_size)
-        if keep == 1 and not int(filled.max()):
-            ids = torch.zeros(
-                batch_size, smallest_bucket(self.neuron_config.prompt_buckets, longest), dtype=torch.int32
-            )
-            lengths = torch.zeros(batch_size, dtype=torch.int32)
-            ids[slots, :longest], lengths[slots] = tokens, counts
-            chosen, logits = self.runtime.prefill(ids, lengths, whole)
-            return _pick(chosen, slots), _pick(logits, slots).unsqueeze(1)
-        if longest == 1:
-            step = _place(tokens[:, 0], slots, batch_size, 0)
-            at = _place(torch.where(counts > 0, filled, -1), slots, batch_size, -1)
-            chosen, logits = self.runtime.decode(step, at, whole)
-            return _pick(chosen, slots), _at_the_end(_pick(logits, slots).unsqueeze(1), keep)
-        # A row of fewer tokens repeats its last; one of none is idle.
-        place = torch.arange(longest, dtype=torch.int32).minimum(counts[:, None] - 1)
-        positions = torch.where(place < 0, place, filled[:, None] + place)
-        tokens = tokens.gather(1, place.clamp(min=0).long())
-        ids, at = _place(tokens, slots, batch_size, 0), _place(positions, slots, batch_size, -1)
-        # Repetitions stand where the last of the wanted logits would.
-        wanted = min(longest, keep + longest - int(counts.min()))
-        chosen, logits = self.runtime.extend(ids, at, whole, wanted)
-        source = counts[:, None] - keep + torch.arange(keep) - (longest - wanted)
-        kept = logits[slots[:, None], source.clamp(min=0)]
-        return chosen[slots], torch.where((source < 0)[:, :, None], 0.0, kept)
-
-    def adopt(self, past: Cache | None, rows: int) -> SlotCache | None:
-        """The caller's cache, as it is; None if it is to be a new one.
+    def own_cache(self, past: Cache | None, rows: int) -> SlotCache | None:
+        """The caller's cache, unchanged; None if a new one is needed.
 
         Raises:
             ValueError: for another model's cache, one that has lost its slots, or another number of rows.
@@ -240,40 +185,28 @@ class OPTForwardMixin:
                 )
             logger.warning_once(
                 f"past_key_values is an empty {type(past).__name__}, which this model cannot fill: results are the "
-                "same, but go on with the past_key_values that it returns to have only new tokens encoded."
+                "same, but pass the past_key_values that it returns to have only new tokens encoded."
             )
             return None
-        self.slots.check(past)
+        past.check(self.engine)
         if len(past.columns) != rows:
             raise ValueError(f"past_key_values holds {len(past.columns)} rows, and input_ids has {rows}.")
         return past
 
 
-def _place(x: Tensor, slots: Tensor, size: int, idle: int) -> Tensor:
-    """Row i of x as row `slots[i]` of `size`, the others `idle`; x itself where it is all of them."""
-    if slots.tolist() == [*range(size)]:
-        return x
-    placed = x.new_full((size, *x.shape[1:]), idle)
-    placed[slots] = x
-    return placed
+def _spread(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the tokens that `mask` `(rows, width)` counts → `(rows, width, vocabulary)`, 0 elsewhere."""
+    if bool(mask.all()):
+        return logits.unflatten(0, mask.shape)
+    spread = torch.zeros(*mask.shape, logits.shape[1])
+    spread[mask] = logits
+    return spread
 
 
-def _pick(x: Tensor, slots: Tensor) -> Tensor:
-    """`x[slots]`; x itself where that is all of it, for the logits of a step are not few."""
-    return x if slots.tolist() == [*range(len(x))] else x[slots]
-
-
-def _at_the_end(logits: Tensor, keep: int) -> Tensor:
-    """`(rows, 1, vocabulary)` as the last of `keep`."""
-    return torch.nn.functional.pad(logits, (0, 0, keep - 1, 0)) if keep > 1 else logits
-
-
-def _spread(kept: Tensor, mask: Tensor) -> Tensor:
-    """Logits of each row's tokens, the last at the end, `(rows, n, vocabulary)` → `(rows, width, vocabulary)`."""
-    logits = torch.zeros(*mask.shape, kept.shape[2])
-    for row, real in enumerate(mask):
-        logits[row, real] = kept[row, kept.shape[1] - int(real.sum()) :]
-    return logits
+def _last_tokens(logits: Tensor, mask: Tensor, keep: int) -> Tensor:
+    """Logits of each row's last `keep` tokens, or of all if it has fewer → `(rows, keep, vocabulary)`, 0 before."""
+    counts = mask.sum(-1).clamp(max=keep)
+    return _spread(logits, torch.arange(keep) >= keep - counts[:, None])
 
 
 def _check_positions(

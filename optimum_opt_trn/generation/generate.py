@@ -1,4 +1,4 @@
-"""The adapter to transformers' GenerationMixin, and the loop that drives the device."""
+"""`generate()`: the adapter from transformers' GenerationMixin to the engine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
-from ..model.sampling import Selection
-from .batches import Waves
+from ..model.sampling import SamplingInputs
+from ..targets import StepResult
+from .batches import Batches
+from .cache import SlotCache
 from .forward import OPTForwardMixin
 from .inputs import check_inputs
-from .samplers import make_selector
-from .slots import SlotCache
+from .samplers import make_sampler
 
 
 # What no export serves, and why. The rest of GenerationConfig's options give what they give in transformers.
@@ -86,8 +87,8 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
     ) -> Tensor | ModelOutput:
         """transformers' `generate()`; see there. Prompts and options are checked before anything else happens.
 
-        More prompts than the export has room for run in waves, one after the other. Where processes share the model,
-        all of them make this call, and the first one's random numbers and end of it count.
+        More prompts than the export has slots run in batches, one after the other. Calls of several threads are served
+        in turn. Where processes share the model, all of them make this call; the random numbers of the first count.
 
         Raises:
             ValueError: for a prompt that is empty, too long, or holds ids outside of the vocabulary; for more tokens
@@ -106,14 +107,15 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         if input_ids is None:  # then it begins with bos_token_id
             input_ids = self._prepare_model_inputs(None, asked.bos_token_id, dict(others))[0]
         mask = kwargs.get("attention_mask")
-        # Before what may raise in one process alone.
-        self.runtime.begin(input_ids, *([] if mask is None else [mask]))
-        inferred = _inferred_mask(input_ids, asked) if mask is None else mask
-        check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
-        waves = Waves(input_ids, asked, kwargs, self.neuron_config.batch_size)
-        if len(waves) > 1:
-            return waves.run(super().generate, generation_config)
-        return super().generate(input_ids, generation_config, **kwargs)
+        with self.engine.generating(assists_itself=kwargs.get("assistant_model") is self):
+            # Before anything that may raise in only one of several processes.
+            self.runtime.begin(input_ids, *([] if mask is None else [mask]))
+            inferred = _inferred_mask(input_ids, asked) if mask is None else mask
+            check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+            batches = Batches(input_ids, asked, kwargs, self.neuron_config.batch_size)
+            if len(batches) > 1:
+                return batches.run(super().generate, generation_config)
+            return super().generate(input_ids, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         for name in ("tokenizer", "assistant_tokenizer"):  # which transformers' beam search passes on to forward()
@@ -137,48 +139,49 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         """Greedy search and sampling, which transformers calls with what it prepared."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, rows = mask.bool(), len(input_ids)
-        selector = make_selector(logits_processor, generation_config, self.neuron_config.max_topk)
+        sampler = make_sampler(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.bool)
-        cache = self.slots.lend(rows) if past_key_values is None else past_key_values
-        # Every row's last token is fed last of all (again, if it is in the cache): its logits are wanted.
+        cache = SlotCache(self.engine, rows) if past_key_values is None else past_key_values
+        # The last step of the prompt has the last token of every row (again, if it is in the cache): its logits are
+        # wanted.
         end = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
         cache.keep(cache.remasked(mask)[:, :end])
-        self._feed_ahead(cache, input_ids[:, :end], mask[:, :end], generation_config.prefill_chunk_size)
+        self._encode_chunks(cache, input_ids[:, :end], mask[:, :end], generation_config.prefill_chunk_size)
         start = cache.get_seq_length()
-        new, counted = input_ids[:, start:], mask[:, start:]
-        while True:
-            selection = selector.selection(rows, input_ids.shape[1])
-            chosen, logits = self.feed(cache, new, counted, 1, selection)
-            tokens = selector.select(input_ids, chosen, logits[:, -1])
+
+        def advance(result: StepResult) -> tuple[Tensor, SamplingInputs] | None:
+            nonlocal input_ids, unfinished
+            tokens = sampler.next_tokens(input_ids, *result)
             if ends:
                 tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
-            new, counted = tokens[:, None], torch.ones(rows, 1, dtype=torch.bool)
-            input_ids = torch.cat([input_ids, new], dim=-1)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             if streamer is not None:
                 streamer.put(tokens)
-            unfinished &= ~stopping_criteria(input_ids, selector.scores)
-            if not unfinished.any():
-                break
+            unfinished = unfinished & ~stopping_criteria(input_ids, sampler.scores)
+            return (tokens, sampler.inputs(rows, input_ids.shape[1])) if unfinished.any() else None
+
+        first = sampler.inputs(rows, input_ids.shape[1])
+        self.engine.run(cache, input_ids[:, start:], mask[:, start:], first, advance)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
         return GenerateDecoderOnlyOutput(
             sequences=input_ids,
-            scores=selector.scores,
-            logits=selector.raw_logits,
+            scores=sampler.scores,
+            logits=sampler.raw_logits,
             past_key_values=cache if use_cache else None,
         )
 
-    def _feed_ahead(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
-        """Feeds columns that are not in the cache yet in chunks of so many; None to do nothing."""
+    def _encode_chunks(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
+        """Encodes columns that are not in the cache yet, `chunk` at a time; does nothing if `chunk` is None."""
         if chunk is None:
             return
         for start in range(cache.get_seq_length(), input_ids.shape[1], chunk):
             part = slice(start, start + chunk)
             if bool(mask[:, part].any()):
-                self.feed(cache, input_ids[:, part], mask[:, part], 1, Selection.greedy(len(input_ids)))
+                self.engine.step(cache, input_ids[:, part], mask[:, part], 1, SamplingInputs.greedy(len(input_ids)))
             else:
                 cache.append(mask[:, part])
 
@@ -223,7 +226,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
                 f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
                 "sequence_length."
             )
-        cache = self.adopt(model_kwargs.pop("past_key_values", None), len(mask))
+        cache = self.own_cache(model_kwargs.pop("past_key_values", None), len(mask))
         if cache is not None:
             cache.remasked(mask)
             model_kwargs["past_key_values"] = cache

@@ -1,7 +1,7 @@
-"""Checks of what callers pass to the model, and its compaction.
+"""What callers pass to the model: checked, and packed into a step.
 
 OPT counts positions over the attention mask, so that masked tokens can be dropped without changing any result: rows
-padded at the left, at the right, or with holes are the same rows to the graphs.
+padded at the left, at the right, or with holes become the same step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..configuration_opt import OPTNeuronConfig
+from ..model.sampling import SamplingInputs
+from ..targets import Step
 
 
 def check_inputs(
@@ -70,20 +72,26 @@ def check_inputs(
     return mask
 
 
-def compact(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops masked tokens.
+def pack(
+    input_ids: Tensor, mask: Tensor, slots: list[int], filled: Tensor, keep: int, sampling: SamplingInputs
+) -> Step:
+    """The step that computes new columns of some rows; masked columns are dropped.
 
     Args:
         input_ids: integers `(rows, width)`.
         mask: bool `(rows, width)`.
-
-    Returns:
-        int32 tokens `(rows, longest)`, each row's first, 0 behind them; int32 lengths `(rows,)`.
+        slots: the slot of each row.
+        filled: int64 `(rows,)`, how many positions of each slot are filled.
+        keep: of how many of each row's last tokens logits are wanted; 0 for all.
+        sampling: of `rows` next tokens; those of rows without tokens are dropped.
     """
-    lengths = mask.sum(-1, dtype=torch.int32)
-    if bool(mask.all()):  # as at every step
-        return input_ids.to(torch.int32), lengths
-    longest = int(lengths.max())
-    # A stable sort by "masked" brings the tokens that count to the front, in their order.
-    order = torch.argsort(~mask, dim=-1, stable=True)[:, :longest]
-    return torch.where(mask, input_ids, 0).gather(1, order).to(torch.int32), lengths
+    owned = torch.tensor(slots)
+    if input_ids.shape[1] == 1 and bool(mask.all()):  # as at every decoding step
+        return Step(input_ids[:, 0].to(torch.int32), owned, filled, torch.arange(len(slots)), sampling)
+    counts = mask.sum(-1)
+    row, _ = mask.nonzero(as_tuple=True)
+    place = (mask.cumsum(-1) - 1)[mask]  # of each token among those of its row
+    wanted = torch.arange(len(row)) if keep == 0 else (counts[row] - place <= keep).nonzero().squeeze(1)
+    if bool((counts == 0).any()):
+        sampling = sampling.of_rows(counts.nonzero().squeeze(1))
+    return Step(input_ids[mask].to(torch.int32), owned[row], filled[row] + place, wanted, sampling)

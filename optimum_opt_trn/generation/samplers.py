@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.utils import logging
 
-from ..model.sampling import GREEDY, MAX_SUPPRESSED, Selection, select_tokens
+from ..model.sampling import GREEDY, MAX_SUPPRESSED, SamplingInputs, sample_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ _DEVICE_ORDER: tuple[type[LogitsProcessor], ...] = (
 )
 
 
-class Selector(ABC):
+class Sampler(ABC):
     """Selects the next tokens of one call of `generate()`, step by step."""
 
     # None, or the processed and the raw logits of each step so far, float32 `(rows, vocabulary)`.
@@ -49,11 +49,11 @@ class Selector(ABC):
     raw_logits: tuple[Tensor, ...] | None = None
 
     @abstractmethod
-    def selection(self, rows: int, width: int) -> Selection:
+    def inputs(self, rows: int, width: int) -> SamplingInputs:
         """What the device is told, for `rows` sequences of `width` columns (as transformers counts: with padding)."""
 
     @abstractmethod
-    def select(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    def next_tokens(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
         """The next tokens, int64 `(rows,)`.
 
         Args:
@@ -63,7 +63,7 @@ class Selector(ABC):
         """
 
 
-class DeviceSelector(Selector):
+class DeviceSampler(Sampler):
     """Takes what the device selected; logits need not come to the host.
 
     Args:
@@ -92,19 +92,19 @@ class DeviceSelector(Selector):
                 min_p = processor.min_p
         self._params = torch.tensor([(top_k, top_p, temperature, min_p) if do_sample else GREEDY])
 
-    def selection(self, rows: int, width: int) -> Selection:
+    def inputs(self, rows: int, width: int) -> SamplingInputs:
         ids = sorted({i for least, ids in self._suppressed if width < least for i in ids})
         suppressed = torch.full((rows, MAX_SUPPRESSED), -1, dtype=torch.int32)
         if ids:
             suppressed[:, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
         uniforms = torch.rand(rows) if self.do_sample else torch.zeros(rows)
-        return Selection(self._params.repeat(rows, 1), uniforms, suppressed)
+        return SamplingInputs(self._params.repeat(rows, 1), uniforms, suppressed)
 
-    def select(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    def next_tokens(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
         return tokens.long()
 
 
-class HostSelector(Selector):
+class HostSampler(Sampler):
     """Selects from the logits on the host, after transformers' own processors.
 
     Args:
@@ -119,10 +119,10 @@ class HostSelector(Selector):
             self.scores = () if generation_config.output_scores else None
             self.raw_logits = () if generation_config.output_logits else None
 
-    def selection(self, rows: int, width: int) -> Selection:
-        return Selection.greedy(rows)
+    def inputs(self, rows: int, width: int) -> SamplingInputs:
+        return SamplingInputs.greedy(rows)
 
-    def select(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    def next_tokens(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
         scores = self._processors(input_ids, logits.clone())
         if self.scores is not None:
             self.scores += (scores,)
@@ -134,13 +134,13 @@ class HostSelector(Selector):
             raise ValueError("The logits processors leave a row nothing to sample: all its scores are -inf, or NaN.")
         rows, size = scores.shape
         params = torch.tensor([[size, *GREEDY[1:]]]).repeat(rows, 1)
-        nothing = Selection.greedy(rows).suppressed
-        return select_tokens(scores, params, torch.rand(rows), nothing, size).long()
+        nothing = SamplingInputs.greedy(rows).suppressed
+        return sample_tokens(scores, params, torch.rand(rows), nothing, size).long()
 
 
-def make_selector(
+def make_sampler(
     processors: LogitsProcessorList, generation_config: GenerationConfig, max_topk: int
-) -> DeviceSelector | HostSelector:
+) -> DeviceSampler | HostSampler:
     """The device's, where it can serve all that was asked for; else the host's. Says which at debug level, and why.
 
     Args:
@@ -151,13 +151,13 @@ def make_selector(
     reason = device_refusal(processors, generation_config, max_topk)
     if reason:
         logger.debug(f"Tokens are selected on the host: {reason}.")
-        return HostSelector(processors, generation_config)
+        return HostSampler(processors, generation_config)
     logger.debug("Tokens are selected on the device.")
-    return DeviceSelector(processors, generation_config.do_sample)
+    return DeviceSampler(processors, generation_config.do_sample)
 
 
 def device_refusal(processors: LogitsProcessorList, generation_config: GenerationConfig, max_topk: int) -> str | None:
-    """Why the device cannot select the tokens; None if it can. Arguments as of `make_selector`."""
+    """Why the device cannot select the tokens; None if it can. Arguments as of `make_sampler`."""
     outputs = [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
     if generation_config.return_dict_in_generate and outputs:
         return f"{outputs[0]} was asked for"

@@ -1,4 +1,9 @@
-"""Attention of one rank's heads over the key/value cache, in static shapes, as compilers for a device take it."""
+"""The key/value cache, and attention over it in static shapes, which is what compilers for a device take.
+
+The cache is tensors of a fixed size, with a slot for each row of the batch. A sequence lives in one slot from position
+0. Only the caller knows which positions are valid, and passes each new token's position; nothing is cleared between
+calls, since a prompt overwrites what it reads.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import OPTConfig
+
+from ..configuration_opt import OPTNeuronConfig
+from .parallel import RankGroup
+from .shapes import cache_shape
 
 
 # What a layer asks of its target: `(rank, query, key, value)`, float32 `(…, heads * d)` each, of the local rank and
@@ -15,6 +25,24 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # Finite, since -inf in a mask makes NaN on Neuron; exp of it is 0 in float32.
 MASKED = -1e30
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache: for each local rank, keys and values `(batch_size, heads, sequence_length, head_size)`."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def allocate_cache(config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup) -> list[LayerCache]:
+    """Zeroed caches of all layers, in `kv_cache_dtype`."""
+    shape = cache_shape(config, neuron_config)
+
+    def zeros() -> list[Tensor]:
+        return [torch.zeros(shape, dtype=neuron_config.cache_dtype) for _ in group.ranks]
+
+    return [LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The rank program: what the ranks held here compute, once for every target.
 
 It has four parts, each a method with its weights as arguments, so that a target may compile them together or apart:
-`embed`, `layer`, `logits`, and token selection, which is in `sampling.py`. How products and layernorms are computed is
+`embed`, `layer`, `logits`, and token sampling, which is in `sampling.py`. How products and layernorms are computed is
 the target's (`arithmetic.py`), and so is how tokens lie in tensors: new tokens in rows of a batch, with attention in
 static shapes (`attention.py`), or packed without gaps. The residual stream, layernorms, softmax and logits are float32
 everywhere.
@@ -39,9 +39,9 @@ class OPTRankProgram:
         self.final_layer_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
         self.activation = None if config.activation_function == "relu" else ACT2FN[config.activation_function]
 
-    def embed(self, w: Weights, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """int32 ids and positions `(…)` → float32 `(…, hidden)`; idle rows have position -1."""
-        hidden = self.group.embedding(input_ids, w["embed_tokens.weight"], w["ranks"][0])
+    def embed(self, w: Weights, input_ids: Tensor, positions: Tensor, ranks: Tensor) -> Tensor:
+        """int32 ids and positions `(…)`, -1 in idle rows, and ranks `(local ranks,)` → float32 `(…, hidden)`."""
+        hidden = self.group.embedding(input_ids, w["embed_tokens.weight"], ranks)
         if "project_in.weight" in w:
             hidden = self.arithmetic.linear(hidden, w["project_in.weight"][0])
         return hidden + F.embedding(positions.clamp(min=0) + POSITION_OFFSET, w["embed_positions.weight"][0])

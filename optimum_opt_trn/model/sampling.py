@@ -1,4 +1,4 @@
-"""Token selection on the device.
+"""Token sampling on the device.
 
 Random numbers come from the host, one uniform number a row and step; the device inverts the cumulative distribution
 with them. So a seed gives the same tokens on every target and at every tensor-parallel degree.
@@ -25,8 +25,8 @@ NEVER_DRAWN = 1e-30
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What one step needs to select tokens, `b` rows.
+class SamplingInputs:
+    """What one step needs to sample the next tokens of `b` rows.
 
     Args:
         params: float32 `(b, 4)`: top_k, top_p, temperature, min_p of each row. Greedy is top_k 1.
@@ -39,23 +39,27 @@ class Selection:
     suppressed: Tensor
 
     @classmethod
-    def greedy(cls, rows: int) -> Selection:
-        """Selects the best tokens."""
+    def greedy(cls, rows: int) -> SamplingInputs:
+        """Takes the best token of each row."""
         suppressed = torch.full((rows, MAX_SUPPRESSED), -1, dtype=torch.int32)
         return cls(torch.tensor([GREEDY]).repeat(rows, 1), torch.zeros(rows), suppressed)
 
-    def scatter(self, slots: Tensor, batch_size: int) -> Selection:
-        """The selection of a whole batch, of which row `slots[i]` is this one's row i; int64 `(rows,)`."""
+    def of_rows(self, rows: Tensor) -> SamplingInputs:
+        """The inputs of the rows `rows`, int64 `(n,)`."""
+        return SamplingInputs(self.params[rows], self.uniforms[rows], self.suppressed[rows])
+
+    def of_batch(self, slots: Tensor, batch_size: int) -> SamplingInputs:
+        """The inputs of a whole batch, in which row i of these is row `slots[i]`, int64 `(rows,)`; others greedy."""
         if slots.tolist() == [*range(batch_size)]:
             return self
-        whole = Selection.greedy(batch_size)
+        whole = SamplingInputs.greedy(batch_size)
         whole.params[slots], whole.uniforms[slots] = self.params, self.uniforms
         whole.suppressed[slots] = self.suppressed
         return whole
 
 
-def select_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: Tensor, max_topk: int) -> Tensor:
-    """Next tokens, int32 `(b,)`, from float32 logits `(b, vocabulary)` and the tensors of a `Selection`.
+def sample_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: Tensor, max_topk: int) -> Tensor:
+    """Next tokens, int32 `(b,)`, from float32 logits `(b, vocabulary)` and the tensors of `SamplingInputs`.
 
     In the order of transformers: temperature, then top-k, then top-p of what is left, then min-p. As there, top-k
     keeps all tokens that tie with the k-th (among the `max_topk` best, which is all that is looked at).

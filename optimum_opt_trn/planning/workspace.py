@@ -98,11 +98,11 @@ def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
     mlp = held + hidden + inner
     activated = inner if config.activation_function != "relu" else 0
 
-    # Head, while the last layer's output is there: of a prompt the last tokens, apart; their logits, four more tensors
-    # of that size or nearly (13 bytes for each logit) and two of the vocabulary's. That is sampling with suppressed
-    # ids; greedy search needs less.
+    # Head: the last layer's output of each slot's last token; their logits, four more tensors of that size or nearly
+    # (13 bytes for each logit) and two of the vocabulary's. That is sampling with suppressed ids; greedy search needs
+    # less.
     words = -(-config.vocab_size // ranks) * ranks
-    last = setup.batch_size * config.hidden_size if n > 1 else 0
+    last = setup.batch_size * config.hidden_size
     selected = 13 * setup.batch_size * config.vocab_size + 2 * config.vocab_size * _F32
-    head = held - 4 * tokens + (last + setup.batch_size * words) * _F32 + selected
+    head = indices + (last + setup.batch_size * words) * _F32 + selected
     return embedded, attended + slot, attended + hidden, mlp + max(activated, hidden), head

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from ..configuration_opt import OPTNeuronConfig
 from ..host_framework import INSTALLED, NEEDED_FOR_NEURON, is_neuronx_available
-from .base import Runtime, Target, TargetError
+from .base import Runtime, Step, StepResult, Target, TargetError
 
 
-__all__ = ["Runtime", "Target", "TargetError", "get_target"]
+__all__ = ["Runtime", "Step", "StepResult", "Target", "TargetError", "get_target"]
 
 
 def get_target(neuron_config: OPTNeuronConfig) -> Target:
     """The target of an export.
 
     Raises:
-        TargetError: if it is not to be had on this host; the message says why, and what is.
+        TargetError: if this host does not have it; the message says why, and what it has.
     """
     if neuron_config.target == "cpu":
         from .cpu import CPUTarget

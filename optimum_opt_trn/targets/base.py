@@ -1,17 +1,21 @@
-"""What every target does: compile an export's graphs, and run them."""
+"""What every target does: compile an export's graphs, and run them step by step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import OPTConfig
 
 from ..configuration_opt import OPTNeuronConfig
-from ..model.sampling import Selection
+from ..model.sampling import SamplingInputs
 
 
 Result = TypeVar("Result")
@@ -22,78 +26,95 @@ COMPILED_DIR = "compiled"
 
 
 class TargetError(RuntimeError):
-    """What was asked for cannot be had on this host, or with this SDK; the message says why, and the way out."""
+    """This host, or its SDK, cannot do what was asked for; the message says why, and the way out."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a runtime computes at once: packed tokens of any slots, without padding.
+
+    A prompt, a chunk of one, a decoding step and a verification of speculated tokens are all the same thing, and one
+    step may hold several of them.
+
+    Args:
+        tokens: int32 `(t,)`, at least one. The tokens of a slot are adjacent and in order.
+        slots: int64 `(t,)`, the slot of each token. No slot appears twice with another slot in between.
+        positions: int64 `(t,)`, where in its slot each token goes, ascending by one within a slot. The slot must be
+            filled up to its first token.
+        wanted: int64 `(w,)`, the indices of the tokens whose logits are wanted, ascending.
+        sampling: how next tokens are sampled; one row for each slot whose last token is wanted, in the order of
+            `slots`. That is how many next tokens a step returns.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    positions: Tensor
+    wanted: Tensor
+    sampling: SamplingInputs
+
+    @cached_property
+    def runs(self) -> list[tuple[int, slice]]:
+        """Each slot with the range of its tokens."""
+        runs, begin = [], 0
+        for slot, run in groupby(self.slots.tolist()):
+            runs.append((slot, slice(begin, begin := begin + sum(1 for _ in run))))
+        return runs
+
+    @cached_property
+    def longest(self) -> int:
+        """The most tokens that a slot has in this step."""
+        return max(tokens.stop - tokens.start for _, tokens in self.runs)
+
+    @cached_property
+    def sampled(self) -> Tensor:
+        """int64 `(s,)`: which of the wanted logits are those of their slot's last token."""
+        ends = torch.ones_like(self.slots, dtype=torch.bool)
+        ends[:-1] = self.slots[1:] != self.slots[:-1]
+        return ends[self.wanted].nonzero().squeeze(1)
+
+
+class StepResult(NamedTuple):
+    """What a step returns.
+
+    Args:
+        tokens: int32 `(s,)`, the next token of each slot whose last token is wanted.
+        logits: float32 `(w, vocabulary)`, of the wanted tokens.
+    """
+
+    tokens: Tensor
+    logits: Tensor
 
 
 class Runtime(ABC):
-    """A loaded export, its weights and key/value cache in place.
+    """A loaded export: weights, and a key/value cache of `batch_size` slots.
 
-    `b` is the export's batch size; every call has a row for each slot. Idle rows (of length 0, or at position -1)
-    leave their slot as it is, and what is returned for them means nothing.
+    Slots that a step does not name stay as they are.
     """
 
     @abstractmethod
-    def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Runs `context_encoding`: fills slots from position 0.
-
-        Args:
-            input_ids: int32 `(b, n)`, n a prompt bucket; each row's tokens first, anything behind them.
-            lengths: int32 `(b,)`, how many tokens of each row count, 0 to n.
-            selection: how the next tokens are selected.
-
-        Returns:
-            The next tokens, int32 `(b,)`, and the logits that they were selected from, float32 `(b, vocabulary)`.
-        """
-
-    @abstractmethod
-    def decode(self, tokens: Tensor, positions: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Runs `token_generation`: one new token a row.
-
-        Args:
-            tokens: int32 `(b,)`.
-            positions: int32 `(b,)`, where in its slot each token goes; the slot must be filled up to there.
-            selection: how the next tokens are selected.
-
-        Returns:
-            As `prefill`.
-        """
-
-    @abstractmethod
-    def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
-        """Runs `speculation`: several new tokens a row.
-
-        Args:
-            tokens: int32 `(b, k)`, k at least 2. A row of fewer tokens repeats its last, with its position.
-            positions: int32 `(b, k)`, where in its slot each token goes, ascending by one; the slot must be filled up
-                to the first.
-            selection: how the tokens that follow the last are selected.
-            keep: how many logits are wanted, 1 to k.
-
-        Returns:
-            The tokens that follow the last, int32 `(b,)`, and the logits of the last `keep` tokens, float32
-            `(b, keep, vocabulary)`.
-        """
+    def step(self, step: Step) -> StepResult:
+        """Computes a step; the keys and values of its tokens are in the cache then."""
 
     @abstractmethod
     def copy(self, sources: Tensor, length: int) -> None:
-        """Runs `cache_copy`: slot i takes over the first `length` positions of slot `sources[i]`; int `(b,)`."""
+        """Slot i takes over the first `length` positions of slot `sources[i]`; int `(batch_size,)`."""
 
     def begin(self, *inputs: Tensor) -> None:  # noqa: B027 - most have nothing to do
-        """To be called at the beginning of a call of the user's that may draw random numbers.
+        """Called at the beginning of a user's call that may draw random numbers.
 
-        Where several processes run the same calls, all get the state of torch's default generator in the first.
+        Where several processes share the model, all get the state of torch's default generator in the first.
 
         Raises:
             RuntimeError: if another process has other inputs.
         """
 
     def decide(self, decision: Tensor) -> Tensor:
-        """Where several processes run the same calls, what the first decided; else `decision` itself, bool."""
+        """A bool tensor: what the first process decided where several share the model, otherwise `decision`."""
         return decision
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is to write files: where several run the same calls, one does."""
+        """Whether this process writes files; where several share the model, one of them does."""
         return True
 
 
@@ -101,13 +122,13 @@ class Target(ABC):
     """Compiles and loads exports."""
 
     def prepare(self, eager: bool) -> None:  # noqa: B027 - most have nothing to do ahead
-        """Does ahead, while a checkpoint is split, what of `compile` needs none. What fails fails again there."""
+        """Does those parts of `compile` that need no checkpoint, while one is written. `compile` repeats errors."""
 
     @abstractmethod
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
         """Compiles what runs the split checkpoint in `directory`, which gets a `compiled/` with a manifest.
 
-        With `eager` the manifest alone is written, and the export runs uncompiled.
+        With `eager` only the manifest is written, and the export runs uncompiled.
         """
 
     @abstractmethod

@@ -67,8 +67,6 @@ def test_shards_together_are_the_stored_tensors(kind, tp_degree, checkpoints):
     seen = set()
     for prefix, weights in parts(load(checkpoints[kind], config, tp_degree)).items():
         for name, shards in weights.items():
-            if name == "ranks":
-                continue
             full = name if name == "lm_head.weight" else ("" if "." in prefix else "model.decoder.") + name
             full = prefix + full if "." in prefix else full
             whole = stored[full]
@@ -94,13 +92,11 @@ def test_one_rank_of_many_gets_its_own_shards(tp_degree, checkpoints):
     config = tiny_config(**KINDS["odd_vocabulary"])
     everything = parts(load(checkpoints["odd_vocabulary"], config, tp_degree))
     for rank in range(tp_degree):
-        own = parts(load(checkpoints["odd_vocabulary"], config, tp_degree, ranks=[rank]))
-        for part, weights in own.items():
+        loaded = load(checkpoints["odd_vocabulary"], config, tp_degree, ranks=[rank])
+        assert loaded.ranks.tolist() == [rank] and loaded.ranks.dtype == torch.int32
+        for part, weights in parts(loaded).items():
             for name, shards in weights.items():
                 assert len(shards) == 1
-                if name == "ranks":
-                    assert shards[0].tolist() == [rank] and shards[0].dtype == torch.int32
-                    continue
                 expected = everything[part][name]
                 assert torch.equal(shards[0], expected[rank if len(expected) > 1 else 0])
 
@@ -114,8 +110,6 @@ def test_nothing_is_copied_but_a_padded_vocabulary(kind, tp_degree, checkpoints)
     padded = config.vocab_size % tp_degree != 0
     for prefix, part in parts(weights).items():
         for name, shards in part.items():
-            if name == "ranks":
-                continue
             assert len({shard.untyped_storage().data_ptr() for shard in shards}) == 1 or padded
             for rank, shard in enumerate(shards):
                 if padded and name in ("embed_tokens.weight", "lm_head.weight") and rank == tp_degree - 1:

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from optimum_opt_trn.generation.batches import Waves
+from optimum_opt_trn.generation.batches import Batches
 
 
-def waves(prompts: int, batch_size: int, arguments: dict | None = None, **options) -> Waves:
+def batches(prompts: int, batch_size: int, arguments: dict | None = None, **options) -> Batches:
     asked = GenerationConfig(**options)
-    return Waves(torch.arange(prompts)[:, None] + 5, asked, arguments or {}, batch_size)
+    return Batches(torch.arange(prompts)[:, None] + 5, asked, arguments or {}, batch_size)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def waves(prompts: int, batch_size: int, arguments: dict | None = None, **option
     ],
 )
 def test_how_a_call_is_cut(prompts, batch_size, options, count):
-    assert len(waves(prompts, batch_size, **options)) == count
+    assert len(batches(prompts, batch_size, **options)) == count
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def test_how_a_call_is_cut(prompts, batch_size, options, count):
 )
 def test_rows_of_a_prompt_must_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        waves(1, 4, **options)
+        batches(1, 4, **options)
 
 
 @pytest.mark.parametrize("name", ["streamer", "past_key_values"])
 def test_what_cannot_be_cut(name):
-    waves(4, 4, {name: TextStreamer})
+    batches(4, 4, {name: TextStreamer})
     with pytest.raises(ValueError, match=f"{name} is for one batch, and 5 rows.*batch_size=4"):
-        waves(5, 4, {name: TextStreamer})
+        batches(5, 4, {name: TextStreamer})
 
 
-def test_each_wave_gets_its_rows():
+def test_each_batch_gets_its_rows():
     calls = []
 
     def record(rows: Tensor, config: GenerationConfig | None, **arguments) -> Tensor:
@@ -70,7 +70,7 @@ def test_each_wave_gets_its_rows():
         "max_time": 100.0,
     }
     asked = GenerationConfig(do_sample=True, num_return_sequences=2, max_time=100.0, pad_token_id=1)
-    out = Waves(ids, asked, arguments, 4).run(record, None)
+    out = Batches(ids, asked, arguments, 4).run(record, None)
     assert [rows[:, 0].tolist() for rows, _ in calls] == [[5, 5, 6, 6], [7, 7, 8, 8], [9, 9]]
     assert [a["attention_mask"][:, 0].tolist() for _, a in calls] == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4]]
     assert [a["negative_prompt_ids"][:, 0].tolist() for _, a in calls] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -92,16 +92,16 @@ def test_each_wave_gets_its_rows():
         ({"num_beams": 2, "pad_token_id": 0, "eos_token_id": 2}, 2),
     ],
 )
-def test_shorter_waves_are_filled_up_as_transformers_does(options, fill):
+def test_shorter_batches_are_filled_up_as_transformers_does(options, fill):
     lengths = iter([3, 2])
-    joined = waves(3, 2 * options.get("num_beams", 1), **options).run(
+    joined = batches(3, 2 * options.get("num_beams", 1), **options).run(
         lambda rows, config, **_: rows.repeat(1, next(lengths)), None
     )
     assert joined[-1].tolist()[2:] == [fill]
 
 
 def test_scores_and_beams_are_merged():
-    def wave(prompts: int, steps: int) -> GenerateBeamDecoderOnlyOutput:
+    def batch(prompts: int, steps: int) -> GenerateBeamDecoderOnlyOutput:
         rows = 2 * prompts
         return GenerateBeamDecoderOnlyOutput(
             sequences=torch.full((prompts, 1 + steps), prompts),
@@ -110,8 +110,8 @@ def test_scores_and_beams_are_merged():
             beam_indices=torch.tensor([[0] * steps + [-1]] + [[2] * steps + [-1]] * (prompts - 1)),
         )
 
-    results = iter([wave(2, 1), wave(1, 3)])
-    out = waves(3, 4, num_beams=2, pad_token_id=1, eos_token_id=2).run(lambda *_, **__: next(results), None)
+    results = iter([batch(2, 1), batch(1, 3)])
+    out = batches(3, 4, num_beams=2, pad_token_id=1, eos_token_id=2).run(lambda *_, **__: next(results), None)
     assert isinstance(out, GenerateBeamDecoderOnlyOutput) and out.past_key_values is None and out.logits is None
     assert out.sequences.shape == (3, 4)
     assert out.sequences_scores.tolist() == [-1, -1, -3]
@@ -120,7 +120,7 @@ def test_scores_and_beams_are_merged():
     assert out.scores[2][:4].eq(-torch.inf).all() and out.scores[2][4:].eq(2).all()
 
 
-def test_prefixes_know_their_prompt_in_every_wave():
+def test_prefixes_know_their_prompt_in_every_batch():
     ours, _ = pair("pre_norm", 1, 3)
 
     def own_ids(batch: int, row: Tensor) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, OPTForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum_opt_trn.model.sampling import select_tokens
+from optimum_opt_trn.model.sampling import sample_tokens
 
 
 def alone(reference: OPTForCausalLM, row: list[int]) -> Tensor:
@@ -216,11 +216,11 @@ def test_refused_by_name_before_any_work(case, monkeypatch):
     ours, _ = pair("pre_norm", 1, 3)
     held = ours(torch.tensor([[5], [6], [7]])).past_key_values
     arguments, kind, message = REFUSED[case]
-    for work in ("prefill", "decode", "extend", "copy"):
+    for work in ("step", "copy"):
         monkeypatch.setattr(ours.runtime, work, lambda *_: pytest.fail("the device was called"))
     with pytest.raises(kind, match=message):
         ours(torch.tensor([[5, 6]]), **arguments)
-    ours.slots.check(held)
+    held.check(ours.engine)
 
 
 def test_caches_of_others():
@@ -240,14 +240,14 @@ def test_caches_of_others():
 def test_an_interrupted_call_leaves_its_cache_as_it_was(monkeypatch):
     ours, reference = pair("pre_norm", 2, 3)
     past = ours(torch.tensor([[5, 6, 7]])).past_key_values
-    extend = ours.runtime.extend
+    step = ours.runtime.step
 
     def interrupted(*arguments: Any) -> Any:
-        extend(*arguments)
+        step(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ours.runtime, "extend", interrupted)
+        patch.setattr(ours.runtime, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ours(torch.tensor([[44, 45]]), past_key_values=past)
     assert past.get_seq_length() == 3
@@ -335,7 +335,7 @@ def test_drawn_tokens_follow_the_seed_and_the_parameters():
     params = torch.tensor([[30, 0.9, 1.3, 0.0]] * 2)
     nothing = torch.full((2, 8), -1, dtype=torch.int32)
     first = torch.stack([alone(reference, row)[-1] for row in ([5, 6, 7], [8, 9])])
-    expected = select_tokens(first, params, torch.rand(2), nothing, 256)
+    expected = sample_tokens(first, params, torch.rand(2), nothing, 256)
     assert [results[0][0][3], results[0][1][2]] == expected.tolist()
 
 
@@ -367,7 +367,7 @@ def test_slots_that_do_not_fit(case):
     arguments, message = SLOTTED[case]
     with pytest.raises(ValueError, match=message):
         ours(**{**good, **arguments})
-    ours.slots.check(held)
+    held.check(ours.engine)
     ours(**good)
     with pytest.raises(ValueError, match="lost its slots"):
-        ours.slots.check(held)
+        held.check(ours.engine)

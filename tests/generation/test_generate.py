@@ -13,8 +13,8 @@ from transformers.generation import CompileConfig, MaxLengthCriteria, StoppingCr
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.generation.inputs import compact
-from optimum_opt_trn.model.sampling import Selection
+from optimum_opt_trn.model.sampling import SamplingInputs
+from optimum_opt_trn.targets import Runtime, Step, StepResult
 
 
 NEW_TOKENS = 130
@@ -124,22 +124,26 @@ def test_shipped_model_equals_transformers(tp_degree):
     assert torch.equal(ours, reference.generate(**batch, do_sample=False, max_new_tokens=NEW_TOKENS))
 
 
+def step(runtime: Runtime, tokens: list[int], filled: int) -> StepResult:
+    """New tokens of slot 0; the logits of the last."""
+    ids, places = torch.tensor(tokens, dtype=torch.int32), torch.arange(len(tokens))
+    last = torch.tensor([len(tokens) - 1])
+    return runtime.step(Step(ids, torch.zeros_like(places), filled + places, last, SamplingInputs.greedy(1)))
+
+
 def test_default_cache_is_within_its_tolerance_while_decoding(load_opt):
     source = tiny_opt()
     model = load_opt(source, batch_size=1, sequence_length=96)
     assert model.neuron_config.kv_cache_dtype == "f16"
     (row,) = prompts([8], source.config.vocab_size)
     reference, sequence = rounded(source), list(row)
-    selection = Selection.greedy(1)
-    ids = torch.tensor([row])
-    tokens, logits = model.runtime.prefill(*compact(ids, torch.ones_like(ids, dtype=torch.bool)), selection)
+    tokens, logits = step(model.runtime, row, 0)
     for _ in range(60):
         with torch.no_grad():
             theirs = reference(torch.tensor([sequence])).logits[0, -1]
         assert (logits[0] - theirs).abs().max() < 2e-2 * theirs.std()
         sequence.append(int(tokens))
-        positions = torch.tensor([len(sequence) - 1], dtype=torch.int32)
-        tokens, logits = model.runtime.decode(tokens, positions, selection)
+        tokens, logits = step(model.runtime, [int(tokens)], len(sequence) - 1)
 
 
 def test_end_of_sequence_fills_with_padding_as_transformers_does(load_opt):
@@ -257,7 +261,7 @@ BAD_PROMPTS = {
     "no room": (torch.full((1, 20), 5), {"max_new_tokens": 13}, "13 new ones.*sequence_length=32.*at most 12"),
     "too many beams": (torch.full((1, 4), 5), {"num_beams": 3}, "num_beams=3 make 3 rows.*batch_size=2"),
     "guided beams": (torch.full((1, 4), 5), {"num_beams": 2, "guidance_scale": 1.5}, "make 4 rows.*batch_size=2"),
-    "streamed waves": (torch.full((3, 4), 5), {"streamer": StreamToNowhere()}, "streamer.*3 rows.*batch_size=2"),
+    "streamed batches": (torch.full((3, 4), 5), {"streamer": StreamToNowhere()}, "streamer.*3 rows.*batch_size=2"),
     "no tokens": (torch.zeros(1, 0, dtype=torch.long), {}, "row 0 is empty"),
     "all masked": (torch.full((2, 3), 5), {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "row 1 is empty"),
     "id too large": (torch.tensor([[5, 128]]), {}, "Token id 128.*0 to 127"),
@@ -272,7 +276,7 @@ BAD_PROMPTS = {
 def test_bad_prompts_are_refused_before_any_work(bad, load_opt, monkeypatch):
     ids, options, message = BAD_PROMPTS[bad]
     model = load_opt(tiny_opt(), batch_size=2, sequence_length=32)
-    for work in ("prefill", "decode", "extend", "copy"):
+    for work in ("step", "copy"):
         monkeypatch.setattr(model.runtime, work, lambda *_: pytest.fail("the device was called"))
     with pytest.raises(ValueError, match=message):
         model.generate(ids, **{"max_new_tokens": 4, **options})

@@ -1,4 +1,4 @@
-"""Checks and compaction of inputs."""
+"""Inputs, checked and packed."""
 
 from __future__ import annotations
 
@@ -8,21 +8,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_opt_trn import OPTNeuronConfig
-from optimum_opt_trn.generation.inputs import check_inputs, compact
+from optimum_opt_trn.generation.inputs import check_inputs, pack
+from optimum_opt_trn.model.sampling import SamplingInputs
 
 
 CONFIG = OPTNeuronConfig(batch_size=2, sequence_length=8)
 
 
-@given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1)))
-def test_compaction_drops_what_is_masked(rows):
+@given(
+    st.integers(1, 5)
+    .flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1))
+    .filter(lambda rows: any(map(any, rows))),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_a_step_packs_what_is_not_masked(rows, keep, data):
+    """Against plain lists: every token with its slot and position, and the last `keep` of each row wanted."""
     mask = torch.tensor(rows)
     ids = torch.arange(4, 4 + mask.numel()).reshape(mask.shape)
-    tokens, lengths = compact(ids, mask)
-    assert tokens.dtype == lengths.dtype == torch.int32
-    assert tokens.shape == (len(rows), max(map(sum, rows)))
-    for row, real, compacted, length in zip(ids, mask, tokens, lengths, strict=True):
-        assert compacted.tolist() == row[real].tolist() + [0] * (tokens.shape[1] - int(length))
+    slots = data.draw(st.permutations(range(len(rows))))
+    filled = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows))))
+    sampling = SamplingInputs.greedy(len(rows))
+    sampling.uniforms[:] = torch.arange(len(rows))
+    step = pack(ids, mask, slots, filled, keep, sampling)
+    tokens, wanted, sampled, ends = [], [], [], []
+    for index, (row, real) in enumerate(zip(ids, mask, strict=True)):
+        kept = row[real].tolist()
+        first = len(tokens)
+        tokens += [(token, slots[index], int(filled[index]) + place) for place, token in enumerate(kept)]
+        mine = list(range(first, len(tokens)))
+        wanted += mine[-keep:] if keep else mine
+        if kept:
+            sampled.append(float(index))
+            ends.append(len(wanted) - 1)
+    assert [*zip(step.tokens.tolist(), step.slots.tolist(), step.positions.tolist(), strict=True)] == tokens
+    assert step.wanted.tolist() == wanted
+    assert step.sampling.uniforms.tolist() == sampled
+    assert step.sampled.tolist() == ends
+    assert step.tokens.dtype == torch.int32 and step.slots.dtype == step.positions.dtype == torch.int64
+    counts = [sum(row) for row in rows]
+    assert [(slot, tokens.stop - tokens.start) for slot, tokens in step.runs] == [
+        (slot, count) for slot, count in zip(slots, counts, strict=True) if count
+    ]
+    assert step.longest == max(counts)
 
 
 def test_the_mask_of_new_columns():

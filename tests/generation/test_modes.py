@@ -6,7 +6,6 @@ import asyncio
 import copy
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.generation import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from optimum_opt_trn import NeuronOPTForCausalLM, pipeline
+from optimum_opt_trn.targets import Step, StepResult
 
 
 ENDS = [7, 20, 33, 46, 59, 72, 85, 98]  # as many as the device can suppress; some rows come to one of them
@@ -196,11 +196,11 @@ def test_the_host_draws_with_the_distribution_of_transformers(options):
 
 @pytest.mark.parametrize("mode", ["greedy", "beams returned", "guidance", "scores and logits", "min_length"])
 @pytest.mark.parametrize("batch_size", [3, 6])
-def test_waves_equal_one_batch(mode, batch_size):
+def test_batches_equal_one_batch(mode, batch_size):
     ours, reference = pair("galactica", 1, batch_size)
     options = {**ragged([4, 1, 7, 2, 5]), **GREEDY, **MODES[mode], "eos_token_id": None}
     assert_same(generate(ours, options), generate(reference, options))
-    # Rows that end at different places: the scores of steps that a wave did not come to are -inf.
+    # Rows that end at different places: the scores of steps that a batch did not come to are -inf.
     options["eos_token_id"] = ENDS
     mine, theirs = generate(ours, options), generate(reference, options)
     if isinstance(theirs, Tensor):
@@ -226,19 +226,13 @@ class CountedTokens:
 
     def __init__(self, model: NeuronOPTForCausalLM, monkeypatch: pytest.MonkeyPatch):
         self.count = 0
-        runtime = model.runtime
-        prefill, decode, extend = runtime.prefill, runtime.decode, runtime.extend
+        run = model.runtime.step
 
-        def counted(run: Callable, width: Callable[[Tensor], int]) -> Callable:
-            def call(tokens: Tensor, places: Tensor, *rest: Any) -> Any:
-                self.count += width(places)
-                return run(tokens, places, *rest)
+        def counted(step: Step) -> StepResult:
+            self.count += len(step.tokens)
+            return run(step)
 
-            return call
-
-        monkeypatch.setattr(runtime, "prefill", counted(prefill, lambda lengths: int(lengths.sum())))
-        monkeypatch.setattr(runtime, "decode", counted(decode, lambda at: int((at >= 0).sum())))
-        monkeypatch.setattr(runtime, "extend", counted(extend, lambda at: sum(len({*r} - {-1}) for r in at.tolist())))
+        monkeypatch.setattr(model.runtime, "step", counted)
 
 
 @pytest.mark.parametrize("then", [{}, {"prompt_lookup_num_tokens": 2}, {"do_sample": True, "top_k": 1}])
@@ -346,7 +340,7 @@ def test_chunks_change_nothing(chunk, side):
     assert torch.equal(generate(ours, {**options, "prefill_chunk_size": chunk}), generate(ours, options))
 
 
-def test_max_time_ends_waves_too():
+def test_max_time_ends_batches_too():
     ours, _ = pair("pre_norm", 1, 3)
     options = {**ragged([2] * 7), **GREEDY, "eos_token_id": None, "max_time": 0.0}
     assert generate(ours, options).shape == (7, 3)
@@ -372,32 +366,42 @@ class _Interrupted(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("work", ["prefill", "decode", "extend", "copy"])
+# What is interrupted, at which of its calls, and options that make so many.
+INTERRUPTED = {
+    "prompt": ("step", 1, {}),
+    "decoding": ("step", 3, {}),
+    "chunk": ("step", 2, {"prefill_chunk_size": 2}),
+    "copy": ("copy", 1, {"num_beams": 2, "num_return_sequences": 2}),
+}
+
+
+@pytest.mark.parametrize("what", INTERRUPTED)
 @pytest.mark.parametrize("after", [False, True])
-def test_interrupted_anywhere_the_next_call_is_right(work, after, monkeypatch):
+def test_interrupted_anywhere_the_next_call_is_right(what, after, monkeypatch):
     ours, reference = pair("pre_norm", 2, 6)
     options = {**ragged([5, 3]), **GREEDY, "eos_token_id": [3]}
     held = generate(ours, {**options, "return_dict_in_generate": True})
+    work, at, more_options = INTERRUPTED[what]
     run = getattr(ours.runtime, work)
+    calls = 0
 
     def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls < at:
+            return run(*arguments)
         if after:
             run(*arguments)
         raise _Interrupted
 
-    heavy = {
-        "prefill": {},
-        "decode": {},
-        "extend": {"prefill_chunk_size": 2},
-        "copy": {"num_beams": 2, "num_return_sequences": 2},
-    }
     with monkeypatch.context() as patch:
         patch.setattr(ours.runtime, work, interrupted)
         with pytest.raises(_Interrupted):
-            generate(ours, {**options, **ragged([9, 8], seed=3), **heavy[work]})
-        if work in ("decode", "extend"):
+            generate(ours, {**options, **ragged([9, 8], seed=3), **more_options})
+        calls = at - 1
+        if what in ("decoding", "chunk"):
             with pytest.raises(_Interrupted):
-                more = torch.nn.functional.pad(held.sequences, (0, 0 if work == "decode" else 3), value=9)
+                more = torch.nn.functional.pad(held.sequences, (0, 0 if what == "decoding" else 3), value=9)
                 mask = torch.nn.functional.pad(options["attention_mask"], (0, more.shape[1] - 5), value=1)
                 again = {"input_ids": more, "attention_mask": mask, "past_key_values": held.past_key_values}
                 generate(ours, {**options, **again})
@@ -521,7 +525,7 @@ def test_generation_config_files(shipped, reference, tokenizer, tmp_path):
     ).save_pretrained(tmp_path)
     config = GenerationConfig.from_pretrained(tmp_path)
     options = {**tokenizer(TEXTS, return_tensors="pt", padding=True), "generation_config": config}
-    # A batch of 3 prompts of 2 beams, in two waves.
+    # A batch of 3 prompts of 2 beams, in two batches.
     assert_same(generate(shipped, options), generate(reference, options))
     before = shipped.generation_config, reference.generation_config
     try:

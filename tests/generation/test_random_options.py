@@ -101,7 +101,7 @@ def calls(draw: st.DrawFn) -> dict:
     for name in draw(st.lists(st.sampled_from([*PROCESSED]), max_size=3, unique=True)):
         options[name] = draw(PROCESSED[name])
     if options["eos_token_id"] is None and mode in ("greedy", "sample"):
-        # Then transformers writes on rows that ended while others of the batch have not; each wave is a batch.
+        # Then transformers writes on rows that ended while others of the batch have not; each batch is a batch.
         options.pop("stopping_criteria", None)
     if options["do_sample"]:
         for name in draw(st.lists(st.sampled_from([*WARPED]), max_size=3, unique=True)):
@@ -117,7 +117,7 @@ def calls(draw: st.DrawFn) -> dict:
         options["assistant_model"] = pair("untied", 1, 2, 64)[draw(st.integers(0, 1))]
         options.pop("prefill_chunk_size", None)  # which transformers' own assistants fail on
     if prompts > 1 and max(options.get("num_beams", 1), options.get("num_return_sequences", 1)) > 1:
-        # transformers takes row i's penalties from prompt i, whosever sequence row i is; ours does in a wave.
+        # transformers takes row i's penalties from prompt i, whosever sequence row i is; ours does in a batch.
         options.pop("encoder_repetition_penalty", None)
     if "guidance_scale" in options and draw(st.booleans()):
         negative = ragged(draw(st.lists(st.integers(1, 5), min_size=prompts, max_size=prompts)), VOCABULARY, seed=1)
@@ -173,10 +173,10 @@ def test_no_combination_is_silently_different(call):
             event("sampled")
             assert_possible(reference, sequences, call)
         elif call["do_sample"] and _rows(call) > batch_size:
-            # Beams of several waves are drawn in another order.
+            # Beams of several batches are drawn in another order.
             assert len(mine if isinstance(mine, Tensor) else mine.sequences) == len(
                 theirs if isinstance(theirs, Tensor) else theirs.sequences
             )
         else:
             event("same")
-            assert_same(mine, theirs, waves=_rows(call) > batch_size)
+            assert_same(mine, theirs, batches=_rows(call) > batch_size)

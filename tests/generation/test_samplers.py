@@ -22,8 +22,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from optimum_opt_trn.generation.samplers import DeviceSelector, HostSelector, device_refusal, make_selector
-from optimum_opt_trn.model.sampling import select_tokens
+from optimum_opt_trn.generation.samplers import DeviceSampler, HostSampler, device_refusal, make_sampler
+from optimum_opt_trn.model.sampling import sample_tokens
 
 
 MAX_TOPK = 20
@@ -60,13 +60,13 @@ def test_device_and_host_select_the_same(names, do_sample, width, seed):
     logits = 2 * torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(seed))
     input_ids = torch.zeros(5, width, dtype=torch.long)
     chosen = []
-    for selector in (DeviceSelector(processors, do_sample), HostSelector(processors, config)):
+    for sampler in (DeviceSampler(processors, do_sample), HostSampler(processors, config)):
         set_seed(seed)
         steps = []
         for _ in range(3):  # numbers drawn at one step must not shift those of the next
-            selection = selector.selection(5, width)
-            tokens = select_tokens(logits, selection.params, selection.uniforms, selection.suppressed, MAX_TOPK)
-            steps.append(selector.select(input_ids, tokens, logits))
+            sampling = sampler.inputs(5, width)
+            tokens = sample_tokens(logits, sampling.params, sampling.uniforms, sampling.suppressed, MAX_TOPK)
+            steps.append(sampler.next_tokens(input_ids, tokens, logits))
             assert steps[-1].dtype == torch.int64
         chosen.append(torch.stack(steps))
     assert torch.equal(*chosen)
@@ -119,27 +119,27 @@ REASONS: dict[str, tuple[list[LogitsProcessor], dict, str]] = {
 def test_why_the_host_selects(case, caplog):
     processors, options, reason = REASONS[case]
     with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.generation.samplers"):
-        selector = make_selector(LogitsProcessorList(processors), GenerationConfig(**options), MAX_TOPK)
-    assert isinstance(selector, HostSelector)
+        sampler = make_sampler(LogitsProcessorList(processors), GenerationConfig(**options), MAX_TOPK)
+    assert isinstance(sampler, HostSampler)
     assert reason.split(".*")[0] in caplog.text and reason.split(".*")[-1] in caplog.text
 
 
 def test_what_the_device_serves():
     config = GenerationConfig(do_sample=True)
-    assert isinstance(make_selector(LogitsProcessorList(DEVICE.values()), config, MAX_TOPK), DeviceSelector)
+    assert isinstance(make_sampler(LogitsProcessorList(DEVICE.values()), config, MAX_TOPK), DeviceSampler)
     # As many as are looked at; and greedy search needs no top_k, nor are scores kept that nobody can see.
     assert device_refusal(LogitsProcessorList([TopKLogitsWarper(MAX_TOPK)]), config, MAX_TOPK) is None
     assert device_refusal(LogitsProcessorList(), GenerationConfig(output_scores=True), MAX_TOPK) is None
 
 
 def test_the_device_is_told_what_was_asked_for():
-    selector = DeviceSelector(LogitsProcessorList(DEVICE.values()), do_sample=True)
+    sampler = DeviceSampler(LogitsProcessorList(DEVICE.values()), do_sample=True)
     for width, suppressed in ((3, {3, 4, 5}), (5, {3, 4, 5}), (6, {3, 5}), (7, set())):
-        selection = selector.selection(2, width)
-        torch.testing.assert_close(selection.params, torch.tensor([[9, 0.8, 1.6, 0.05]] * 2))
-        assert {*selection.suppressed[0].tolist()} - {-1} == suppressed
-        assert selection.uniforms.shape == (2,)
-    greedy = DeviceSelector(LogitsProcessorList(DEVICE.values()), do_sample=False).selection(2, 3)
+        sampling = sampler.inputs(2, width)
+        torch.testing.assert_close(sampling.params, torch.tensor([[9, 0.8, 1.6, 0.05]] * 2))
+        assert {*sampling.suppressed[0].tolist()} - {-1} == suppressed
+        assert sampling.uniforms.shape == (2,)
+    greedy = DeviceSampler(LogitsProcessorList(DEVICE.values()), do_sample=False).inputs(2, 3)
     assert greedy.params[:, 0].tolist() == [1, 1]
 
 
@@ -147,24 +147,26 @@ def test_greedy_draws_no_numbers():
     set_seed(0)
     expected = torch.rand(3)
     set_seed(0)
-    DeviceSelector(LogitsProcessorList(), do_sample=False).selection(3, 1)
+    DeviceSampler(LogitsProcessorList(), do_sample=False).inputs(3, 1)
     config = GenerationConfig()
-    HostSelector(LogitsProcessorList(), config).select(torch.zeros(3, 1), torch.zeros(3), torch.randn(3, 9).clone())
+    HostSampler(LogitsProcessorList(), config).next_tokens(
+        torch.zeros(3, 1), torch.zeros(3), torch.randn(3, 9).clone()
+    )
     set_seed(0)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_host_keeps_scores_and_raw_logits_apart():
     config = GenerationConfig(return_dict_in_generate=True, output_scores=True, output_logits=True)
-    selector = HostSelector(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]), config)
+    sampler = HostSampler(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]), config)
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    tokens = selector.select(torch.tensor([[1]]), torch.tensor([0]), logits)
+    tokens = sampler.next_tokens(torch.tensor([[1]]), torch.tensor([0]), logits)
     assert tokens.tolist() == [2]
-    assert selector.scores[0].tolist() == [[1.0, 1.5, 2.0]] and selector.raw_logits[0].tolist() == [[1.0, 3.0, 2.0]]
+    assert sampler.scores[0].tolist() == [[1.0, 1.5, 2.0]] and sampler.raw_logits[0].tolist() == [[1.0, 3.0, 2.0]]
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])
 def test_nothing_to_sample_is_an_error(value):
-    selector = HostSelector(LogitsProcessorList(), GenerationConfig(do_sample=True))
+    sampler = HostSampler(LogitsProcessorList(), GenerationConfig(do_sample=True))
     with pytest.raises(ValueError, match="nothing to sample"):
-        selector.select(torch.zeros(1, 1), torch.zeros(1), torch.full((1, 4), value))
+        sampler.next_tokens(torch.zeros(1, 1), torch.zeros(1), torch.full((1, 4), value))

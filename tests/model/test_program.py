@@ -14,8 +14,7 @@ from transformers import DynamicCache, OPTForCausalLM
 
 from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import ModelWeights, load_weights
-from optimum_opt_trn.model.attention import StaticAttention
-from optimum_opt_trn.model.kv_cache import LayerCache, allocate_cache
+from optimum_opt_trn.model.attention import LayerCache, StaticAttention, allocate_cache
 from optimum_opt_trn.model.parallel import RankGroup
 from optimum_opt_trn.model.program import OPTRankProgram, last_token
 
@@ -107,7 +106,7 @@ def test_embed(ours):
     ids[0, :2] = ours.config.vocab_size - 1  # the last words are those that padding the vocabulary may lose
     with recorded(ours.model.model.decoder.layers[0]) as record, torch.no_grad():
         ours.model(ids)
-    hidden = ours.program.embed(ours.weights.embed, ids.int(), arange(3, 9))
+    hidden = ours.program.embed(ours.weights.embed, ids.int(), arange(3, 9), ours.weights.ranks)
     close(hidden, record["input"])
 
 
@@ -118,13 +117,15 @@ def test_embed_of_ragged_positions(ours):
     with recorded(ours.model.model.decoder.layers[0]) as record, torch.no_grad():
         ours.model(ids, attention_mask=mask)
     positions = torch.tensor([5, 3, 0], dtype=torch.int32)[:, None]
-    hidden = ours.program.embed(ours.weights.embed, ids[:, -1:].int(), positions)
+    hidden = ours.program.embed(ours.weights.embed, ids[:, -1:].int(), positions, ours.weights.ranks)
     close(hidden, record["input"][:, -1:])
 
 
 def test_embed_at_the_last_position(ours):
     last = ours.config.max_position_embeddings - 1
-    hidden = ours.program.embed(ours.weights.embed, torch.tensor([[5]]).int(), torch.tensor([[last]]).int())
+    hidden = ours.program.embed(
+        ours.weights.embed, torch.tensor([[5]]).int(), torch.tensor([[last]]).int(), ours.weights.ranks
+    )
     decoder = ours.model.model.decoder
     with torch.no_grad():
         words = decoder.embed_tokens(torch.tensor([[5]]))
@@ -178,7 +179,7 @@ def test_all_parts_together(ours):
 
     def run(start: int, stop: int, bucket: int, prompt: bool) -> Tensor:
         positions = arange(3, stop)[:, start:]
-        hidden = ours.program.embed(ours.weights.embed, ids[:, start:stop].int(), positions)
+        hidden = ours.program.embed(ours.weights.embed, ids[:, start:stop].int(), positions, ours.weights.ranks)
         for index, cache in enumerate(caches):
             hidden = ours.layer(hidden, cache, bucket, positions, prompt, index)
         return ours.program.logits(ours.weights.head, hidden)

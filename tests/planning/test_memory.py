@@ -14,7 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from optimum_opt_trn.checkpoint import load_weights, save_pretrained_split
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.hardware import INSTANCES, GiB, Instance, this_host
-from optimum_opt_trn.model.kv_cache import allocate_cache
+from optimum_opt_trn.model.attention import allocate_cache
 from optimum_opt_trn.model.parallel import RankGroup
 from optimum_opt_trn.planning.memory import (
     NEURON_RESERVE,
@@ -52,7 +52,7 @@ def tensors_of(directory: Path, config: OPTConfig, neuron_config: OPTNeuronConfi
     group = RankGroup(neuron_config.tp_degree, ranks)
     weights = load_weights(directory, config, neuron_config, group)
     parts = [weights.embed, weights.head, *weights.layers]
-    loaded = [t for part in parts for name, shards in part.items() if name != "ranks" for t in shards]
+    loaded = [t for part in parts for shards in part.values() for t in shards]
     cache = allocate_cache(config, neuron_config, group)
     held = [*loaded, *(t for layer in cache for t in (*layer.keys, *layer.values))]
     return sum({(t.data_ptr(), t.shape): t.nbytes for t in held}.values())

@@ -8,8 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 from optimum_opt_trn.checkpoint import ModelWeights
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
+from optimum_opt_trn.generation.inputs import pack
 from optimum_opt_trn.model.parallel import RankGroup, shard_dim, shard_range
-from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, Selection
+from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, SamplingInputs
 from optimum_opt_trn.planning.memory import Setup
 from optimum_opt_trn.planning.workspace import (
     CONTEXT_ENCODING,
@@ -46,9 +47,10 @@ def runtime(config, neuron_config) -> CPURuntime:
     group = RankGroup(degree, range(degree), KernelArithmetic())
     outer = shards(outer_specs(config), group, amp)
     outer.setdefault("lm_head.weight", outer["embed_tokens.weight"])
-    outer["ranks"] = [torch.arange(degree, dtype=torch.int32)]
     layers = [shards(layer_specs(config), group, amp) for _ in range(config.num_hidden_layers)]
-    return CPURuntime(config, neuron_config, group, ModelWeights(embed=outer, layers=layers, head=outer))
+    return CPURuntime(
+        config, neuron_config, group, ModelWeights(outer, layers, outer, torch.arange(degree, dtype=torch.int32))
+    )
 
 
 def allocated(run) -> tuple[int, int]:
@@ -76,15 +78,20 @@ def allocated(run) -> tuple[int, int]:
 
 
 def measured(config, neuron_config) -> tuple[dict[str, int], int]:
-    """Of each graph the bytes allocated, with the selection that takes most; the blocks of flash attention."""
+    """Of each graph the bytes allocated, with the sampling that takes most; the blocks of flash attention."""
     model, batch, length = runtime(config, neuron_config), neuron_config.batch_size, neuron_config.sequence_length
-    selection = Selection.greedy(batch)
-    selection.params[:, 0] = neuron_config.max_topk
-    selection.suppressed[:] = torch.arange(MAX_SUPPRESSED, dtype=torch.int32)
-    ids, lengths = torch.ones(batch, length, dtype=torch.int32), torch.full((batch,), length, dtype=torch.int32)
-    prompt, blocks = allocated(lambda: model.prefill(ids, lengths, selection))
-    step, _ = allocated(lambda: model.decode(ids[:, 0].contiguous(), lengths - 1, selection))
-    return {CONTEXT_ENCODING: prompt, TOKEN_GENERATION: step}, blocks
+    sampling = SamplingInputs.greedy(batch)
+    sampling.params[:, 0] = neuron_config.max_topk
+    sampling.suppressed[:] = torch.arange(MAX_SUPPRESSED, dtype=torch.int32)
+    ids, mask = torch.ones(batch, length, dtype=torch.int32), torch.ones(batch, length, dtype=torch.bool)
+    slots, empty = list(range(batch)), torch.zeros(batch, dtype=torch.int64)
+
+    def step(columns: int, filled: torch.Tensor) -> None:
+        model.step(pack(ids[:, :columns], mask[:, :columns], slots, filled, 1, sampling))
+
+    prompt, blocks = allocated(lambda: step(length, empty))
+    one, _ = allocated(lambda: step(1, empty + length - 1))
+    return {CONTEXT_ENCODING: prompt, TOKEN_GENERATION: one}, blocks
 
 
 SHAPES: dict[str, dict] = {

@@ -54,10 +54,10 @@ def ragged(lengths: list[int], vocab_size: int = 128, seed: int = 0) -> dict[str
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def assert_same(ours: Any, theirs: Any, waves: bool = False) -> None:
+def assert_same(ours: Any, theirs: Any, batches: bool = False) -> None:
     """The same tokens, and where more was asked for, the same scores and beams.
 
-    With `waves`, but for the rows of steps that their wave did not come to, whose scores are -inf.
+    With `batches`, but for the rows of steps that their batch did not come to, whose scores are -inf.
     """
     if isinstance(theirs, Tensor):
         assert isinstance(ours, Tensor)
@@ -69,7 +69,7 @@ def assert_same(ours: Any, theirs: Any, waves: bool = False) -> None:
         mine, reference = ours.get(name), theirs.get(name)
         assert (mine is None) == (reference is None)
         for step, other in zip(mine or (), reference or (), strict=True):
-            if waves:
+            if batches:
                 reached = ~step.eq(-torch.inf).all(dim=-1)
                 step, other = step[reached], other[reached]
             torch.testing.assert_close(step, other, atol=TOLERANCE, rtol=1e-4)

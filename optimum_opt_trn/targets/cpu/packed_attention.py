@@ -1,17 +1,15 @@
-"""Attention of packed tokens: those of all slots behind one another, without padding."""
+"""Attention of a step's packed tokens over the key/value cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...model.attention import Attend
-from ...model.kv_cache import LayerCache
+from ...model.attention import Attend, LayerCache
+from ..base import Step
 
 
 # The kernel reads the cache anew for each token of a slot. From so many tokens on, products of matrices are faster.
@@ -20,20 +18,16 @@ LONG_RUN = 16
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """How `t` new tokens attend.
+    """How the tokens of a step attend.
 
     Args:
-        slots: int64 `(t,)`, each token's slot; the tokens of a slot are adjacent.
-        positions: int64 `(t,)`, where in its slot each token goes; the slot must be filled up to its first.
-        longest: the most tokens that a slot has.
+        step: the tokens' slots and positions.
         scale: what queries are multiplied with.
         kernels: whether `load_kernels` was called.
-        compute_dtype: dtype that both factors of a product have, without the kernels; sums are float32.
+        compute_dtype: dtype of both factors of a product, without the kernels; sums are float32.
     """
 
-    slots: Tensor
-    positions: Tensor
-    longest: int
+    step: Step
     scale: float
     kernels: bool
     compute_dtype: torch.dtype
@@ -43,28 +37,20 @@ class PackedAttention:
 
         def attend(rank: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.keys[rank], cache.values[rank]
-            if self.kernels and self.longest < LONG_RUN:
+            if self.kernels and self.step.longest < LONG_RUN:
                 mixed: Tensor = torch.ops.optimum_opt_trn.attend(
-                    query, key, value, keys, values, self.slots, self.positions, self.scale
+                    query, key, value, keys, values, self.step.slots, self.step.positions, self.scale
                 )
                 return mixed
             return self._slot_by_slot(query, key, value, keys, values)
 
         return attend
 
-    @cached_property
-    def _runs(self) -> list[tuple[int, slice]]:
-        """Each slot with its tokens; the same for all layers."""
-        runs, begin = [], 0
-        for slot, run in groupby(self.slots.tolist()):
-            runs.append((slot, slice(begin, begin := begin + len(list(run)))))
-        return runs
-
     def _slot_by_slot(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         mixed = torch.empty_like(query)
-        for slot, tokens in self._runs:
+        for slot, tokens in self.step.runs:
             q, k, v = (x[tokens].unflatten(-1, (keys.shape[1], -1)).transpose(0, 1) for x in (query, key, value))
-            places = self.positions[tokens]
+            places = self.step.positions[tokens]
             keys[slot, :, places], values[slot, :, places] = k.to(keys.dtype), v.to(values.dtype)
             used = int(places[-1]) + 1
             # What later steps will read: keys and values as the cache rounds them.

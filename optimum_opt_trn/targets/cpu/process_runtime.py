@@ -8,14 +8,16 @@ from transformers import OPTConfig
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
 from ...model.parallel import RankGroup
-from ...model.sampling import Selection
+from ..base import Step, StepResult
 from .processes import Processes
 from .runtime import CPURuntime
 
 
 class ProcessRuntime(CPURuntime):
-    """Every process makes the same calls. Each call compares its inputs before the processes wait for one another in
-    a sum, so that processes which parted raise an error, all of them.
+    """Every process makes the same calls.
+
+    Each call compares its inputs first. So processes that make different calls raise an error, all of them, and none
+    waits in a sum for another that never comes.
     """
 
     def __init__(
@@ -29,24 +31,20 @@ class ProcessRuntime(CPURuntime):
         super().__init__(config, neuron_config, group, weights)
         self._processes = processes
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        self._check("prefill", input_ids, lengths, selection)
-        return super().prefill(input_ids, lengths, selection)
-
-    def decode(self, tokens: Tensor, positions: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        self._check("decode", tokens, positions, selection)
-        return super().decode(tokens, positions, selection)
-
-    def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
-        self._check(f"extend {keep}", tokens, positions, selection)
-        return super().extend(tokens, positions, selection, keep)
+    def step(self, step: Step) -> StepResult:
+        """See `Runtime`."""
+        sampling = step.sampling
+        drawn = (sampling.params, sampling.uniforms, sampling.suppressed)
+        self._processes.check_same("This step", step.tokens, step.slots, step.positions, step.wanted, *drawn)
+        return super().step(step)
 
     def copy(self, sources: Tensor, length: int) -> None:
-        self._processes.check_same(f"The copy {length} step", sources)
+        """See `Runtime`."""
+        self._processes.check_same(f"Copying {length} positions", sources)
         super().copy(sources, length)
 
     def begin(self, *inputs: Tensor) -> None:
-        self._processes.check_same("This call", *(part for x in inputs for part in (str(tuple(x.shape)), x)))
+        self._processes.check_same("This call", *inputs)
         self._processes.share_generator()
 
     def decide(self, decision: Tensor) -> Tensor:
@@ -55,7 +53,3 @@ class ProcessRuntime(CPURuntime):
     @property
     def is_first(self) -> bool:
         return self._processes.rank == 0
-
-    def _check(self, graph: str, tokens: Tensor, places: Tensor, selection: Selection) -> None:
-        drawn = (selection.params, selection.uniforms, selection.suppressed)
-        self._processes.check_same(f"The {graph} step", str(tuple(tokens.shape)), tokens, places, *drawn)

@@ -11,7 +11,7 @@ results. Hence all graphs share the six arguments and the results below:
 | `speculation`, of k tokens | `(b, k)` | `(b, k)` | `(1,)` | `(b,)`, `(b, k, vocabulary)` |
 | `cache_copy`, for more slots than one | `(b,)`, sources | `(1,)`, the length | `(1,)` | of no meaning |
 
-with `params`, `uniforms` and `suppressed` of a `Selection` in all. Nothing reads the values of `window`, which is
+with `params`, `uniforms` and `suppressed` of a `SamplingInputs` in all. Nothing reads the values of `window`, which is
 there for its shape.
 """
 
@@ -29,7 +29,7 @@ from ...model.arithmetic import Arithmetic
 from ...model.attention import StaticAttention
 from ...model.parallel import RankGroup, Weights
 from ...model.program import OPTRankProgram, last_token, prompt_positions
-from ...model.sampling import Selection, select_tokens
+from ...model.sampling import SamplingInputs, sample_tokens
 from ...model.shapes import cache_shape
 
 
@@ -43,6 +43,9 @@ EXTENSION = 16
 VISIBLE_RESULTS = 2
 
 NO_WINDOW = torch.zeros(1, dtype=torch.int32)
+
+# The parameter, int32 `(1,)`, that tells each rank which one it is: the graph is that of rank 0.
+RANKS = "ranks"
 
 
 class RankModule(nn.Module):
@@ -98,7 +101,7 @@ class RankModule(nn.Module):
             ids, places, read = tokens.unsqueeze(1), positions.unsqueeze(1), window.shape[0]
         else:
             ids, places, read = tokens, positions, None
-        hidden = self.program.embed(self._part("embed"), ids, places)
+        hidden = self.program.embed(self._part("embed"), ids, places, getattr(self, RANKS))
         for index in range(self.layers):
             keys, values = states[2 * index], states[2 * index + 1]
             attend = StaticAttention([keys], [values], places, prompt, self.program.scale, self.compute_dtype, read)
@@ -111,7 +114,7 @@ class RankModule(nn.Module):
         tied = {"lm_head.weight": self._part("embed")["embed_tokens.weight"]}
         logits = self.program.logits(tied | self._part("head"), hidden)
         last = logits[:, -1] if logits.dim() == 3 else logits
-        return select_tokens(last, params, uniforms, suppressed, self.max_topk), logits, *states
+        return sample_tokens(last, params, uniforms, suppressed, self.max_topk), logits, *states
 
     def _copy(self, sources: Tensor, length: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
         moved = torch.arange(states[0].shape[2], dtype=torch.int32, device=length.device) < length
@@ -127,20 +130,20 @@ class RankModule(nn.Module):
 def example_inputs(neuron_config: OPTNeuronConfig) -> dict[str, list[tuple[Tensor, ...]]]:
     """For each graph, the arguments that it is traced with, a tuple for each bucket."""
     b, k = neuron_config.batch_size, extension_length(neuron_config)
-    selection = selection_inputs(Selection.greedy(b))
+    sampling = sampling_arguments(SamplingInputs.greedy(b))
 
     def integers(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
 
     graphs: dict[str, list[tuple[Tensor, ...]]] = {
         "context_encoding": [
-            (integers(b, n), integers(b), NO_WINDOW, *selection) for n in neuron_config.prompt_buckets
+            (integers(b, n), integers(b), NO_WINDOW, *sampling) for n in neuron_config.prompt_buckets
         ],
-        "token_generation": [(integers(b), integers(b), integers(c), *selection) for c in neuron_config.cache_buckets],
-        "speculation": [(integers(b, k), integers(b, k), NO_WINDOW, *selection)],
+        "token_generation": [(integers(b), integers(b), integers(c), *sampling) for c in neuron_config.cache_buckets],
+        "speculation": [(integers(b, k), integers(b, k), NO_WINDOW, *sampling)],
     }
     if b > 1:
-        graphs["cache_copy"] = [(integers(b), integers(1), NO_WINDOW, *selection)]
+        graphs["cache_copy"] = [(integers(b), integers(1), NO_WINDOW, *sampling)]
     return graphs
 
 
@@ -149,13 +152,13 @@ def extension_length(neuron_config: OPTNeuronConfig) -> int:
     return min(EXTENSION, neuron_config.sequence_length)
 
 
-def selection_inputs(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+def sampling_arguments(sampling: SamplingInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The last three arguments of every graph."""
-    return selection.params.float(), selection.uniforms.float(), selection.suppressed.to(torch.int32)
+    return sampling.params.float(), sampling.uniforms.float(), sampling.suppressed.to(torch.int32)
 
 
 def parameters_of(weights: ModelWeights, ranks: int) -> Iterator[list[dict[str, Tensor]]]:
-    """The weights part by part (embeddings, head, each layer), each as one dictionary a rank.
+    """The weights part by part (the ranks' numbers, embeddings, head, each layer), each as one dictionary a rank.
 
     A part is dropped from `weights` before the next is made, and only then are its shards made contiguous: no more
     than one is staged at a time. A head that is tied to the embedding is left out.
@@ -165,6 +168,7 @@ def parameters_of(weights: ModelWeights, ranks: int) -> Iterator[list[dict[str, 
     """
     if weights.head["lm_head.weight"] is weights.embed["embed_tokens.weight"]:
         del weights.head["lm_head.weight"]
+    yield [{RANKS: weights.ranks[rank : rank + 1].contiguous()} for rank in range(ranks)]
     yield _of_ranks("embed", weights.embed, ranks)
     yield _of_ranks("head", weights.head, ranks)
     for index in range(len(weights.layers)):
@@ -176,7 +180,6 @@ def _of_ranks(part: str, weights: Weights, ranks: int) -> list[dict[str, Tensor]
     while weights:
         name, tensors = weights.popitem()
         for rank, named in enumerate(shards):
-            # Which rank it is, each is told by its own tensor: the graph is that of rank 0.
-            tensor = tensors[0][rank : rank + 1] if name == "ranks" else tensors[rank if len(tensors) > 1 else 0]
+            tensor = tensors[rank if len(tensors) > 1 else 0]
             named[f"{part}.{name}".replace(".", "__")] = tensor.contiguous()
     return shards

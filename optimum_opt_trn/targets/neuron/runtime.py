@@ -1,4 +1,8 @@
-"""Calls the compiled graphs: tokens in, tokens and logits out; weights and cache stay on the cores."""
+"""Calls the compiled graphs: tokens in, tokens and logits out; weights and cache stay on the cores.
+
+A step is packed, and graphs have static shapes of a whole batch. Here, and only here, steps are padded to buckets and
+cut into calls of graphs.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,17 @@ from torch import Tensor
 
 from ...buckets import smallest_bucket
 from ...configuration_opt import OPTNeuronConfig
-from ...model.sampling import Selection
-from ..base import Runtime
-from .rank_module import NO_WINDOW, extension_length, selection_inputs
+from ...model.sampling import SamplingInputs
+from ..base import Runtime, Step, StepResult
+from .rank_module import NO_WINDOW, extension_length, sampling_arguments
+
+
+# A slot with its tokens in a step.
+Run = tuple[int, slice]
 
 
 class NeuronRuntime(Runtime):
-    """A model that NxD has loaded; each method is one call of it, `extend` several if it is long.
+    """A model that NxD has loaded.
 
     Args:
         neuron_config: what the model was exported for.
@@ -27,29 +35,101 @@ class NeuronRuntime(Runtime):
         self.model = model
         self.windows = {length: torch.zeros(length, dtype=torch.int32) for length in neuron_config.cache_buckets}
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        return self._call(input_ids, lengths, NO_WINDOW, selection)
-
-    def decode(self, tokens: Tensor, positions: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        bucket = smallest_bucket(self.neuron_config.cache_buckets, int(positions.max()) + 1)
-        return self._call(tokens, positions, self.windows[bucket], selection)
-
-    def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
-        size, n = extension_length(self.neuron_config), tokens.shape[1]
-        kept = []
-        for start in range(0, n, size):
-            # The last piece repeats the last token at its place, which writes there what is there.
-            columns = torch.arange(start, start + size).clamp(max=n - 1)
-            chosen, logits = self._call(tokens[:, columns], positions[:, columns], NO_WINDOW, selection)
-            if start + size > n - keep:
-                kept.append(logits[:, : n - start])
-        return chosen, torch.cat(kept, dim=1)[:, -keep:]
+    def step(self, step: Step) -> StepResult:
+        """See `Runtime`. Slots that need the same graph share its calls: at most one for all prompts, one for all
+        single tokens, and as many for longer runs as `speculation` needs for the longest."""
+        runs: dict[str, list[Run]] = {"context_encoding": [], "token_generation": [], "speculation": []}
+        wanted = set(step.wanted.tolist())
+        for slot, tokens in step.runs:
+            inner = any(token in wanted for token in range(tokens.start, tokens.stop - 1))
+            if int(step.positions[tokens.start]) == 0 and not inner:
+                runs["context_encoding"].append((slot, tokens))
+            else:
+                single = tokens.stop - tokens.start == 1
+                runs["token_generation" if single else "speculation"].append((slot, tokens))
+        call = _Call(step, self.neuron_config.batch_size)
+        if runs["context_encoding"]:
+            self._context_encoding(call, runs["context_encoding"])
+        if runs["token_generation"]:
+            self._token_generation(call, runs["token_generation"])
+        if runs["speculation"]:
+            self._speculation(call, runs["speculation"])
+        return call.result()
 
     def copy(self, sources: Tensor, length: int) -> None:
+        """See `Runtime`."""
         if self.neuron_config.batch_size > 1:
-            greedy = Selection.greedy(self.neuron_config.batch_size)
-            self._call(sources, torch.tensor([length]), NO_WINDOW, greedy)
+            greedy = SamplingInputs.greedy(self.neuron_config.batch_size)
+            self._run(sources, torch.tensor([length]), NO_WINDOW, greedy)
 
-    def _call(self, tokens: Tensor, positions: Tensor, window: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    def _context_encoding(self, call: _Call, runs: list[Run]) -> None:
+        longest = max(tokens.stop - tokens.start for _, tokens in runs)
+        bucket = smallest_bucket(self.neuron_config.prompt_buckets, longest)
+        ids = torch.zeros(call.batch_size, bucket, dtype=torch.int32)
+        lengths = torch.zeros(call.batch_size, dtype=torch.int32)
+        for slot, tokens in runs:
+            lengths[slot] = tokens.stop - tokens.start
+            ids[slot, : lengths[slot]] = call.step.tokens[tokens]
+        chosen, logits = self._run(ids, lengths, NO_WINDOW, call.sampling)
+        for slot, tokens in runs:
+            call.take(tokens.stop - 1, logits[slot], chosen[slot])
+
+    def _token_generation(self, call: _Call, runs: list[Run]) -> None:
+        slots = torch.tensor([slot for slot, _ in runs])
+        places = torch.tensor([tokens.start for _, tokens in runs])
+        ids = torch.zeros(call.batch_size, dtype=torch.int32)
+        positions = torch.full((call.batch_size,), -1, dtype=torch.int32)
+        ids[slots], positions[slots] = call.step.tokens[places], call.step.positions[places].to(torch.int32)
+        bucket = smallest_bucket(self.neuron_config.cache_buckets, int(positions.max()) + 1)
+        chosen, logits = self._run(ids, positions, self.windows[bucket], call.sampling)
+        for slot, tokens in runs:
+            call.take(tokens.start, logits[slot], chosen[slot])
+
+    def _speculation(self, call: _Call, runs: list[Run]) -> None:
+        """In pieces; a shorter run repeats its last token at its place, which writes there what is there."""
+        size = extension_length(self.neuron_config)
+        longest = max(tokens.stop - tokens.start for _, tokens in runs)
+        for start in range(0, longest, size):
+            ids = torch.zeros(call.batch_size, size, dtype=torch.int32)
+            positions = torch.full((call.batch_size, size), -1, dtype=torch.int32)
+            for slot, tokens in runs:
+                places = torch.arange(tokens.start + start, tokens.start + start + size).clamp(max=tokens.stop - 1)
+                ids[slot], positions[slot] = call.step.tokens[places], call.step.positions[places].to(torch.int32)
+            chosen, logits = self._run(ids, positions, NO_WINDOW, call.sampling)
+            for slot, tokens in runs:
+                piece = range(tokens.start + start, min(tokens.stop, tokens.start + start + size))
+                for column, token in enumerate(piece):
+                    call.take(token, logits[slot, column], chosen[slot])
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, window: Tensor, sampling: SamplingInputs
+    ) -> tuple[Tensor, Tensor]:
         tokens, positions = tokens.to(torch.int32), positions.to(torch.int32)
-        return self.model(tokens, positions, window, *selection_inputs(selection))
+        return self.model(tokens, positions, window, *sampling_arguments(sampling))
+
+
+class _Call:
+    """A step whose results arrive graph by graph."""
+
+    def __init__(self, step: Step, batch_size: int):
+        self.step = step
+        self.batch_size = batch_size
+        self._sampled = step.wanted[step.sampled]
+        self.sampling = step.sampling.of_batch(step.slots[self._sampled], batch_size)
+        # By the token's index in the step.
+        self._logits: dict[int, Tensor] = {}
+        self._following: dict[int, Tensor] = {}
+
+    def take(self, token: int, logits: Tensor, following: Tensor) -> None:
+        """Notes a token's logits `(vocabulary,)`, and the token that follows."""
+        self._logits[token], self._following[token] = logits, following
+
+    def result(self) -> StepResult:
+        """What is wanted, of all that has arrived."""
+        logits = [self._logits[token] for token in self.step.wanted.tolist()]
+        following = [self._following[token] for token in self._sampled.tolist()]
+        vocabulary = len(next(iter(self._logits.values())))
+        return StepResult(
+            torch.stack(following) if following else torch.empty(0, dtype=torch.int32),
+            torch.stack(logits) if logits else torch.empty(0, vocabulary),
+        )

@@ -8,8 +8,9 @@ from against_transformers import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.model.attention import StaticAttention
-from optimum_opt_trn.model.kv_cache import LayerCache
+from optimum_opt_trn.model.attention import LayerCache, StaticAttention
+from optimum_opt_trn.model.sampling import SamplingInputs
+from optimum_opt_trn.targets import Step
 from optimum_opt_trn.targets.cpu.packed_attention import LONG_RUN, PackedAttention
 
 
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 def caches(dtype: torch.dtype) -> LayerCache:
     return LayerCache(*([random(seed, SLOTS, HEADS, LENGTH, SIZE, dtype=dtype)] for seed in (1, 2)))
+
+
+def step(slots: torch.Tensor, positions: torch.Tensor) -> Step:
+    return Step(
+        torch.zeros(len(slots), dtype=torch.int32), slots, positions, torch.arange(0), SamplingInputs.greedy(0)
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -41,29 +48,10 @@ def test_as_in_static_shapes(data, with_kernels, dtype):
         attend = StaticAttention(*one, places, prompt=start == 0, scale=0.5)
         expected[rows] = attend(0, *(x[None, rows] for x in (query, key, value)))[0]
     owners = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
-    attention = PackedAttention(owners, torch.tensor(positions), max(counts), 0.5, with_kernels, torch.float32)
+    attention = PackedAttention(step(owners, torch.tensor(positions)), 0.5, with_kernels, torch.float32)
     mixed = attention.over(packed)(0, query, key, value)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(packed.keys[0], row_by_row.keys[0]) and torch.equal(packed.values[0], row_by_row.values[0])
-
-
-@pytest.mark.parametrize("with_kernels", [True, False])
-@pytest.mark.parametrize(
-    ("positions", "plain"),
-    [([5, 6, 6, 7, 7], [0, 1, 3]), ([1, 1], [0]), ([3, 3, 3, 3], [0]), ([0, 0], [0]), ([0, 1, 1], [0, 1])],
-)
-def test_a_token_that_is_repeated_counts_once(positions, plain, with_kernels):
-    """As rows of `extend` are filled up."""
-    tokens = torch.tensor(positions) - positions[0]
-    query, key, value = (random(seed, len(positions), HEADS * SIZE)[tokens] for seed in (3, 4, 5))
-    results = []
-    for rows in (plain, list(range(len(positions)))):
-        cache = caches(torch.float32)
-        places = torch.tensor(positions)[rows]
-        attention = PackedAttention(torch.ones_like(places), places, len(rows), 0.5, with_kernels, torch.float32)
-        results.append((attention.over(cache)(0, query[rows], key[rows], value[rows])[-1], cache.keys[0]))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_kernels", [True, False])
@@ -74,6 +62,6 @@ def test_what_a_slots_last_user_left_is_not_read(with_kernels, count):
         tensor.fill_(float("inf"))
     query, key, value = (random(seed, count, HEADS * SIZE) for seed in (3, 4, 5))
     attention = PackedAttention(
-        torch.zeros(count, dtype=torch.long), torch.arange(count), count, 0.5, with_kernels, torch.float32
+        step(torch.zeros(count, dtype=torch.long), torch.arange(count)), 0.5, with_kernels, torch.float32
     )
     assert attention.over(cache)(0, query, key, value).isfinite().all()

@@ -97,7 +97,7 @@ def test_16_bits_to_their_rounding(amp, tmp_path):
         assert (logits - reference).abs().max() < {"f16": 2e-2, "bf16": 16e-2}[amp] * reference.std()
 
 
-def test_speculation_in_pieces_beams_and_waves(tmp_path):
+def test_speculation_in_pieces_beams_and_batches(tmp_path):
     """`extend` beyond one piece, `cache_copy`, idle rows, rewinding."""
     model = tiny_opt()
     prompts = ragged(model.config.vocab_size)
@@ -278,15 +278,15 @@ class TestErrors:
     def test_calls_that_no_graph_serves(self, exported):
         runtime = NeuronOPTForCausalLM.from_pretrained(exported).runtime
         inputs = [torch.zeros(3, dtype=torch.int32)] * 2 + [torch.zeros(5, dtype=torch.int32)]
-        selection = [torch.ones(3, 4), torch.zeros(3), torch.full((3, 8), -1, dtype=torch.int32)]
+        sampling = [torch.ones(3, 4), torch.zeros(3), torch.full((3, 8), -1, dtype=torch.int32)]
         with pytest.raises(Exception, match="Input shape"):
-            runtime.model(*inputs, *selection)
+            runtime.model(*inputs, *sampling)
         with pytest.raises(RuntimeError, match="argument"):
-            runtime.model(*inputs, *selection, torch.zeros(1))
+            runtime.model(*inputs, *sampling, torch.zeros(1))
         inputs[2] = torch.zeros(24, dtype=torch.int32)
         with pytest.raises(Exception, match="another dtype"):
-            runtime.model(inputs[0].long(), *inputs[1:], *selection)
-        runtime.model(*inputs, *selection)
+            runtime.model(inputs[0].long(), *inputs[1:], *sampling)
+        runtime.model(*inputs, *sampling)
 
     def test_degree_that_the_family_does_not_connect(self, tmp_path):
         with pytest.raises(TargetError, match="tp_degree=4: trn1 connects 1, 2, 8, 32"):

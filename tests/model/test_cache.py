@@ -4,8 +4,9 @@ import pytest
 from small_models import tiny_config
 
 from optimum_opt_trn import OPTNeuronConfig
-from optimum_opt_trn.model.kv_cache import allocate_cache, cache_shape
+from optimum_opt_trn.model.attention import allocate_cache
 from optimum_opt_trn.model.parallel import RankGroup
+from optimum_opt_trn.model.shapes import cache_shape
 
 
 @pytest.mark.parametrize("tp_degree", [1, 2, 4])

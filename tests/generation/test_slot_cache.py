@@ -1,4 +1,4 @@
-"""Slots and the caches that hold them, on a runtime that does nothing but really move rows."""
+"""Caches and the slots that they own, on a runtime that only moves rows, and does so for real."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from optimum_opt_trn.generation.slots import SlotCache, Slots
-from optimum_opt_trn.model.sampling import Selection
-from optimum_opt_trn.targets import Runtime
+from optimum_opt_trn.generation.cache import SlotCache
+from optimum_opt_trn.generation.engine import Engine
+from optimum_opt_trn.targets import Runtime, Step, StepResult
 
 
 BATCH, LENGTH = 6, 12
@@ -28,13 +28,7 @@ class Rows(Runtime):
         self.copies: list[tuple[list[int], int]] = []
         self.interrupt = False
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def decode(self, tokens: Tensor, positions: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def extend(self, tokens: Tensor, positions: Tensor, selection: Selection, keep: int) -> tuple[Tensor, Tensor]:
+    def step(self, step: Step) -> StepResult:
         raise NotImplementedError
 
     def copy(self, sources: Tensor, length: int) -> None:
@@ -47,8 +41,8 @@ class Rows(Runtime):
 class Both:
     """A SlotCache and transformers' DynamicCache, written alike."""
 
-    def __init__(self, slots: Slots, rows: int):
-        self.ours, self.theirs = slots.lend(rows), DynamicCache()
+    def __init__(self, engine: Engine, rows: int):
+        self.ours, self.theirs = SlotCache(engine, rows), DynamicCache()
         self.written = 0
 
     def write(self, count: int = 1) -> None:
@@ -57,33 +51,33 @@ class Both:
         new = numbers.reshape(-1, count)
         for row, slot in enumerate(self.ours.rows):
             at = int(self.ours.lengths[row])
-            self.ours._slots.runtime.cache[slot, at : at + count] = new[row]
+            self.ours.engine.runtime.cache[slot, at : at + count] = new[row]
         self.ours.append(torch.ones(len(new), count, dtype=torch.bool))
         self.theirs.update(new[:, None, :, None], new[:, None, :, None], 0)
 
     def check(self) -> None:
         expected = self.theirs.layers[0].keys[:, 0, :, 0]
-        runtime = self.ours._slots.runtime
+        runtime = self.ours.engine.runtime
         held = torch.stack([runtime.cache[slot, : expected.shape[1]] for slot in self.ours.rows])
         assert torch.equal(held, expected)
         assert self.ours.get_seq_length() == self.theirs.get_seq_length()
         assert self.ours.lengths.tolist() == [expected.shape[1]] * len(expected)
         assert len(set(self.ours.rows)) == len(self.ours.rows) == len(expected)
-        self.ours._slots.check(self.ours)
+        self.ours.check(self.ours.engine)
 
 
 @pytest.fixture
-def slots() -> Slots:
-    return Slots(Rows(), BATCH, LENGTH)
+def engine() -> Engine:
+    return Engine(Rows(), BATCH, LENGTH)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_reordered_as_transformers_reorders(data):
-    slots = Slots(Rows(), BATCH, LENGTH)
+    engine = Engine(Rows(), BATCH, LENGTH)
     rows = data.draw(st.integers(1, BATCH))
-    other = slots.lend(BATCH - rows) if rows < BATCH else None
-    both = Both(slots, rows)
+    other = SlotCache(engine, BATCH - rows) if rows < BATCH else None
+    both = Both(engine, rows)
     both.write(2)
     for _ in range(data.draw(st.integers(1, 6))):
         beams = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
@@ -97,43 +91,43 @@ def test_reordered_as_transformers_reorders(data):
         both.write()
         both.check()
     if other is not None:
-        slots.check(other)
+        other.check(engine)
 
 
-def test_a_permutation_moves_nothing(slots):
-    both = Both(slots, 4)
+def test_a_permutation_moves_nothing(engine):
+    both = Both(engine, 4)
     both.write(3)
     both.ours.reorder_cache(torch.tensor([3, 0, 2, 1]))
     both.theirs.reorder_cache(torch.tensor([3, 0, 2, 1]))
     both.check()
-    assert slots.runtime.copies == []
+    assert engine.runtime.copies == []
 
 
-def test_duplicates_copy_what_is_filled_alone(slots):
-    both = Both(slots, 3)
+def test_duplicates_copy_what_is_filled_alone(engine):
+    both = Both(engine, 3)
     both.write(5)
     both.ours.reorder_cache(torch.tensor([1, 1, 1]))
     both.theirs.reorder_cache(torch.tensor([1, 1, 1]))
     both.check()
-    ((sources, length),) = slots.runtime.copies
+    ((sources, length),) = engine.runtime.copies
     assert length == 5 and sorted(sources[:3]) == [1, 1, 1] and sources[3:] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("picked", [[2, 0], [1], [True, False, True]])
-def test_rows_selected_as_transformers_selects_them(picked, slots):
-    both = Both(slots, 3)
+def test_rows_selected_as_transformers_selects_them(picked, engine):
+    both = Both(engine, 3)
     both.write(2)
     indices = torch.tensor(picked)
     both.ours.batch_select_indices(indices)
     both.theirs.batch_select_indices(indices)
     both.check()
     # The slots of dropped rows are free.
-    slots.lend(BATCH - len(both.ours.rows))
-    slots.check(both.ours)
+    SlotCache(engine, BATCH - len(both.ours.rows))
+    both.ours.check(engine)
 
 
-def test_rows_repeated_as_transformers_repeats_them(slots):
-    both = Both(slots, 2)
+def test_rows_repeated_as_transformers_repeats_them(engine):
+    both = Both(engine, 2)
     both.write(3)
     both.ours.batch_repeat_interleave(3)
     both.theirs.batch_repeat_interleave(3)
@@ -145,8 +139,8 @@ def test_rows_repeated_as_transformers_repeats_them(slots):
 
 
 @pytest.mark.parametrize("length", [0, 2, 4, 9, -1, -3, -9])
-def test_cropped_as_transformers_crops(length, slots):
-    both = Both(slots, 2)
+def test_cropped_as_transformers_crops(length, engine):
+    both = Both(engine, 2)
     both.write(4)
     both.ours.crop(length)
     if length > -4:  # beyond that, transformers' keeps columns
@@ -155,74 +149,74 @@ def test_cropped_as_transformers_crops(length, slots):
     assert both.ours.get_seq_length() == (min(length, 4) if length >= 0 else max(4 + length, 0))
 
 
-def test_a_copy_is_a_cache_of_its_own(slots):
-    both = Both(slots, 2)
+def test_a_copy_is_a_cache_of_its_own(engine):
+    both = Both(engine, 2)
     both.write(3)
     ours, theirs = copy.deepcopy(both.ours), copy.deepcopy(both.theirs)
     both.write(2)
     both.check()
     assert ours.get_seq_length() == theirs.get_seq_length() == 3
-    held = torch.stack([slots.runtime.cache[slot, :3] for slot in ours.rows])
+    held = torch.stack([engine.runtime.cache[slot, :3] for slot in ours.rows])
     assert torch.equal(held, theirs.layers[0].keys[:, 0, :, 0])
     assert not set(ours.rows) & set(both.ours.rows)
     # There is no room for a third, but its first is safe: the other gives way.
-    lost = slots.lend(2)
+    lost = SlotCache(engine, 2)
     copy.deepcopy(both.ours)
-    slots.check(both.ours)
+    both.ours.check(engine)
     del lost
 
 
-def test_an_interrupted_move_leaves_a_cache_that_says_so(slots):
-    both = Both(slots, 2)
+def test_an_interrupted_move_leaves_a_cache_that_says_so(engine):
+    both = Both(engine, 2)
     both.write(3)
-    other = slots.lend(1)
-    slots.runtime.interrupt = True
+    other = SlotCache(engine, 1)
+    engine.runtime.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         both.ours.reorder_cache(torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="lost its slots"):
-        slots.check(both.ours)
-    slots.check(other)
-    slots.runtime.interrupt = False
-    again = Both(slots, 5)
+        both.ours.check(engine)
+    other.check(engine)
+    engine.runtime.interrupt = False
+    again = Both(engine, 5)
     again.write(2)
     again.check()
-    slots.check(other)
+    other.check(engine)
 
 
-def test_slots_go_from_who_used_them_least_recently(slots):
-    first, second = slots.lend(2), slots.lend(2)
-    slots.assign(first)  # what a call does that uses it
-    third = slots.lend(3)
-    slots.check(first)
-    slots.check(third)
+def test_slots_go_from_who_used_them_least_recently(engine):
+    first, second = SlotCache(engine, 2), SlotCache(engine, 2)
+    engine.slots.assign(first)  # what a call does that uses it
+    third = SlotCache(engine, 3)
+    first.check(engine)
+    third.check(engine)
     with pytest.raises(ValueError, match="lost its slots to another call.*batch_size"):
-        slots.check(second)
+        second.check(engine)
     with pytest.raises(ValueError, match="7 more rows"):
-        slots.lend(7)
-    slots.check(first)
+        SlotCache(engine, 7)
+    first.check(engine)
 
 
-def test_what_nobody_holds_is_free(slots):
-    kept, dropped = slots.lend(2), slots.lend(4)
+def test_what_nobody_holds_is_free(engine):
+    kept, dropped = SlotCache(engine, 2), SlotCache(engine, 4)
     assert set(kept.rows) | set(dropped.rows) == set(range(BATCH))
     del dropped
     gc.collect()
-    slots.lend(4)
-    slots.check(kept)
+    SlotCache(engine, 4)
+    kept.check(engine)
 
 
-def test_slots_that_a_caller_counts_are_nobody_elses(slots):
-    first, second = slots.lend(2), slots.lend(2)
-    slots.seize([1])
+def test_slots_that_a_caller_counts_are_nobody_elses(engine):
+    first, second = SlotCache(engine, 2), SlotCache(engine, 2)
+    engine.slots.free([1])
     with pytest.raises(ValueError, match="lost its slots"):
-        slots.check(first)
-    slots.check(second)
+        first.check(engine)
+    second.check(engine)
     with pytest.raises(ValueError, match="another model"):
-        Slots(Rows(), BATCH, LENGTH).check(second)
+        second.check(Engine(Rows(), BATCH, LENGTH))
 
 
-def test_tokens_forgotten_by_the_mask(slots):
-    cache = slots.lend(2)
+def test_tokens_forgotten_by_the_mask(engine):
+    cache = SlotCache(engine, 2)
     cache.append(torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]]).bool())
     assert cache.lengths.tolist() == [3, 3]
     fewer = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 1]])
@@ -245,8 +239,8 @@ def test_tokens_forgotten_by_the_mask(slots):
     assert cache.get_seq_length() == 0 and not cache.is_initialized
 
 
-def test_a_transformers_cache_whose_tensors_are_elsewhere(slots):
-    cache = slots.lend(2)
+def test_a_transformers_cache_whose_tensors_are_elsewhere(engine):
+    cache = SlotCache(engine, 2)
     assert isinstance(cache, SlotCache) and cache and not cache.is_compileable
     assert cache.get_max_cache_shape() == cache.max_cache_len == LENGTH
     assert "slots=[0, 1]" in repr(cache)

@@ -1,0 +1,186 @@
+"""What `past_key_values` is: a transformers `Cache` over slots of the engine.
+
+Keys and values stay on the device. A `SlotCache` knows which slots its rows live in, and which columns of its callers'
+`input_ids` are in them. What lies behind a row's last token is never read. So forgetting tokens costs nothing, and a
+call that failed half-way leaves a cache as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .engine import Engine
+
+
+class SlotCache(Cache):
+    """The slots of some rows, empty at first.
+
+    Serves everything that generation needs of a transformers `Cache`: length, `crop`, `reset`, `reorder_cache`,
+    `batch_select_indices`, `batch_repeat_interleave`, `copy.deepcopy`. The tensors themselves are the runtime's.
+
+    Args:
+        engine: whose slots they are.
+        rows: how many rows.
+        keep: a cache that is not evicted to make room.
+
+    Raises:
+        ValueError: if there are not so many slots.
+    """
+
+    is_compileable = False
+    is_sliding = [False]
+
+    def __init__(self, engine: Engine, rows: int, keep: SlotCache | None = None):
+        super().__init__(layers=[])
+        self.engine = engine
+        self.rows = engine.slots.allocate(rows, keep)
+        self._columns = torch.zeros(rows, 0, dtype=torch.bool)
+        self._lengths = torch.zeros(rows, dtype=torch.int64)
+        engine.slots.assign(self)
+
+    @property
+    def columns(self) -> Tensor:
+        """bool `(rows, width)`: which of the columns of `input_ids` seen so far are tokens, in the cache."""
+        return self._columns
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 `(rows,)`: how many positions of each slot are filled."""
+        return self._lengths
+
+    def append(self, mask: Tensor) -> None:
+        """Notes that new columns, bool `(rows, n)`, are in the cache."""
+        self._columns = torch.cat([self._columns, mask], dim=1)
+        self._lengths = self._lengths + mask.sum(-1)
+
+    def remasked(self, mask: Tensor) -> Tensor:
+        """`columns` without the tokens that the caller's mask does not count any more; changes nothing, see `keep`.
+
+        Args:
+            mask: 1 (or True) for tokens that count, `(rows, n)`. Of n columns and those held, the fewer are compared
+                and returned.
+
+        Raises:
+            ValueError: if the mask counts columns that it did not before, or if a token that it still counts follows
+                one that it does not: what came after was computed with it.
+        """
+        held, mask = self._columns[:, : mask.shape[1]], mask[:, : self._columns.shape[1]].bool()
+        # True from the first forgotten token on.
+        after = (held & ~mask).cumsum(-1) > 0
+        if bool((mask & (after | ~held)).any()):
+            raise ValueError(
+                "attention_mask differs from the one that the tokens in past_key_values were encoded with: pass the "
+                "same columns, or leave past_key_values out and encode the prompt again."
+            )
+        return mask
+
+    def keep(self, columns: Tensor) -> None:
+        """Forgets all but `columns`, bool `(rows, n)`: the first n of what `remasked` gave."""
+        self._columns = columns
+        self._lengths = columns.sum(-1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of `input_ids` that need not be passed again, padding included as in transformers."""
+        return self._columns.shape[1]
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Tokens that a slot holds."""
+        return self.engine.sequence_length
+
+    @property
+    def max_cache_len(self) -> int:
+        return self.engine.sequence_length
+
+    @property
+    def max_batch_size(self) -> int:
+        return len(self.rows)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.get_seq_length() > 0
+
+    def crop(self, max_length: int) -> None:
+        """Forgets all columns but the first `max_length`; if that is negative, so many of the last."""
+        width = self.get_seq_length()
+        self.keep(self._columns[:, : max_length if max_length >= 0 else max(width + max_length, 0)])
+
+    def reset(self) -> None:
+        self.crop(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on as row `beam_idx[i]`; integers `(rows,)`."""
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only the rows `indices`, in this order."""
+        self._select(torch.arange(len(self.rows))[indices].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._select([row for row in range(len(self.rows)) for _ in range(repeats)])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotCache:
+        with self.engine.lock:
+            self.check(self.engine)
+            copied = SlotCache(self.engine, len(self.rows), keep=self)
+            self.engine.copy(dict(zip(copied.rows, self.rows, strict=True)), int(self.lengths.max()))
+            copied.keep(self._columns.clone())
+            return copied
+
+    def check(self, engine: Engine) -> None:
+        """Raises ValueError unless this cache is of `engine`, and still owns its slots."""
+        if self.engine is not engine:
+            raise ValueError("past_key_values belongs to another model: pass what this one returned.")
+        if len(self.rows) != len(self._columns) or not engine.slots.owns(self):
+            raise ValueError(
+                f"past_key_values has lost its slots to another call, since there are only {engine.slots.batch_size} "
+                "(the batch_size that the model was exported for): leave it out and encode the prompt again, or "
+                "export with a larger batch_size."
+            )
+
+    def _select(self, picked: list[int]) -> None:
+        with self.engine.lock:
+            self.check(self.engine)
+            old, length = self.rows, int(self.lengths.max())
+            # The first row that goes on in a slot keeps it. The others get copies, first in slots that no row needs.
+            wanted = [old[row] for row in picked]
+            spare = [slot for slot in old if slot not in wanted]
+            missing = len(wanted) - len(set(wanted)) - len(spare)
+            if missing > 0:
+                spare += self.engine.slots.allocate(missing, keep=self)
+            rows: list[int] = []
+            copies: dict[int, int] = {}
+            for slot in wanted:
+                if slot in rows:
+                    copies[spare[-1]] = slot
+                    slot = spare.pop()
+                rows.append(slot)
+            # Until the copy is done this cache has no rows: an interrupted copy leaves slots that hold anything.
+            self.rows = []
+            self.engine.copy(copies, length)
+            self.rows = rows
+            self.keep(self._columns[picked])
+            self.engine.slots.free(spare)
+            self.engine.slots.assign(self)
+
+    def __getitem__(self, layer_idx: int) -> Any:
+        raise NotImplementedError("The keys and values of a SlotCache are on the device, and cannot be read.")
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError("The keys and values of a SlotCache are on the device, and cannot be read.")
+
+    def __len__(self) -> int:
+        raise NotImplementedError("A SlotCache has no layers to count: len(cache) means nothing here.")
+
+    def __bool__(self) -> bool:
+        return True
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("The graphs write a SlotCache; it cannot be updated from the host.")
+
+    def __repr__(self) -> str:
+        return f"SlotCache(rows={len(self.rows)}, seq_length={self.get_seq_length()}, slots={self.rows})"
