@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
+from transformers import GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .checkpoint import push_to_hub, verify_checkpoint
-from .checkpoint.config import check_opt, load_config
+from .checkpoint.config import check_opt, load_config, load_tokenizer
 from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
@@ -96,8 +96,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
     def preprocessors(self) -> list[Any]:
         """The tokenizer that was exported with the model, if there was one."""
         try:
-            return [AutoTokenizer.from_pretrained(self.directory)]
-        except (OSError, ValueError, TypeError, ImportError):  # the last two for want of any of its files
+            return [load_tokenizer(self.directory)]
+        except ValueError:
             return []
 
     def eval(self) -> NeuronOPTForCausalLM:

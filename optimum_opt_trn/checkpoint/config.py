@@ -1,4 +1,4 @@
-"""A model's config.json: read, checked to be an OPT's, and written."""
+"""A model's config.json: read, checked to be an OPT's, and written; and its tokenizer, read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, OPTConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, OPTConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 
@@ -30,6 +30,22 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
     if not (Path(source) / CONFIG_NAME).is_file():
         raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or not a whole one.")
     return check_opt(AutoConfig.from_pretrained(source), source)
+
+
+def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model `source`, a local directory or an id on the hub; `options` as in transformers.
+
+    Raises:
+        ValueError: if there is none that can be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{source} has no tokenizer that can be loaded ({cause})") from error
+    if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer
+        raise ValueError(f"{source} has no tokenizer that can be loaded (it has no files of one)")
+    return tokenizer
 
 
 def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:

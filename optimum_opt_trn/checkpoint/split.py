@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PreTrainedModel
+from transformers import GenerationConfig, OPTConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_opt import AMP_DTYPES, normalize_dtype
-from .config import check_opt, load_config, save_config
+from .config import check_opt, load_config, load_tokenizer, save_config
 from .hub import fetch, open_weights
 from .layout import INDEX_NAME, TensorSpec, checkpoint_files
 from .lock import exclusive
@@ -112,10 +112,9 @@ def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
         generation_config = GenerationConfig.from_model_config(config)
     generation_config.save_pretrained(directory)
     try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(directory)
-    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
-        cause = str(error).strip().partition("\n")[0]
-        logger.warning(f"{source} has no tokenizer that can be loaded, so its copy has none ({cause}).")
+        load_tokenizer(source).save_pretrained(directory)
+    except ValueError as error:
+        logger.warning(f"{error}, so its copy has none.")
 
 
 def write_split(

@@ -18,6 +18,7 @@ from ..targets import Runtime
 from .cache import SlotCache
 from .engine import Engine
 from .inputs import check_inputs, pack
+from .transformers_versions import CACHE
 
 
 logger = logging.get_logger(__name__)
@@ -58,6 +59,7 @@ class OPTForwardMixin:
         output_hidden_states: bool | None = None,
         inputs_embeds: Tensor | None = None,
         head_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...] | Tensor:
         """Logits of new tokens, and the cache that holds them.
 
@@ -73,6 +75,7 @@ class OPTForwardMixin:
             position_ids: `(rows, width)`; may but confirm what follows from the mask.
             cache_position: `(width,)`; likewise.
             logits_to_keep: 0 for the logits of every column; n for those of each row's last n tokens.
+            cache: transformers 5's name of `past_key_values`.
             return_dict: whether to return a ModelOutput, by default yes; else a tuple.
 
         Returns:
@@ -99,7 +102,7 @@ class OPTForwardMixin:
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
         with self.engine.lock:
-            cache = self.own_cache(past_key_values, len(input_ids))
+            cache = self.own_cache(past_key_values if cache is None else cache, len(input_ids))
             columns = torch.zeros(len(input_ids), 0, dtype=torch.bool) if cache is None else cache.columns
             mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
             if cache is not None and attention_mask is not None:
@@ -119,7 +122,7 @@ class OPTForwardMixin:
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size)
         past = None if use_cache is False else cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past})
         return output.to_tuple() if return_dict is False else output
 
     def forward_slots(

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 from transformers import OPTConfig, OPTForCausalLM
-from transformers.modeling_utils import no_init_weights
+
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4.57
+    from transformers.modeling_utils import no_init_weights
 
 
 SHIPPED_MODEL = Path(__file__).parents[2] / "examples" / "models" / "opt-austen"
