@@ -53,7 +53,7 @@ def main() -> None:
         x = torch.randn(rows, k)
         rounded = x.to(DTYPES[arguments.dtype])
         ways: dict[str, Callable[[], object]] = {
-            "kernel": lambda x=x: [KernelArithmetic().linear(x, weight) for weight in weights],
+            "kernel": lambda x=x: [KernelArithmetic().linears(x, [weight]) for weight in weights],
             "torch f32": lambda x=x: [linear(x, weight) for weight in converted],
             f"torch {arguments.dtype}": lambda x=rounded: [linear(x, weight) for weight in weights],
         }

@@ -191,11 +191,12 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         load_weights: bool | None = False,
         eager: bool = False,
         force: bool = False,
+        tp_processes: int = 1,
         **hub_options: Any,
     ) -> NeuronOPTForCausalLM:
         """What `export` calls: exports to a temporary directory, which lives as long as the model.
 
-        Where processes share the model, one of each host writes it.
+        Of `tp_processes` that share the model, one of each host writes it.
 
         Keep the export with `save_pretrained`. For arguments and errors see `optimum_opt_trn.export.export_opt`; with
         `load_weights` the model can generate at once.
@@ -212,8 +213,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
                 model_id, output, neuron_config, config=config, token=token, revision=revision, **how, **hub
             )
 
-        directory = get_target(neuron_config).once(neuron_config, write)
-        model = cls._open(directory, load=bool(load_weights), **how)
+        directory = get_target(neuron_config, tp_processes).once(neuron_config, write)
+        model = cls._open(directory, load=bool(load_weights), tp_processes=tp_processes, **how)
         model._temporary = made[0] if made else None
         return model
 
@@ -226,8 +227,9 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
                 `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice;
                 `verify=True` to compare the weights with the hashes that they were written with, which reads all of
-                them; and for a checkpoint that is not exported yet, what `get_neuron_config` takes (`tp_degree` is
-                another name of `tensor_parallel_size`).
+                them; `tp_processes=N` if N processes, started by `torchrun` or alike, share this model (by default
+                each process has a model of its own); and for a checkpoint that is not exported yet, what
+                `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`).
 
         Raises:
             TypeError: for an unknown option, naming the nearest.
@@ -247,6 +249,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in export_options() and v is not None}
         how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force")}
+        how["tp_processes"] = options.get("tp_processes") or 1
         directory = find_export(model_id, hub)
         if directory is not None:
             if options.get("verify"):
@@ -258,7 +261,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> None:
-        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", "force", "verify", *export_options())
+        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", "force", "verify", "tp_processes", *export_options())
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
         for alias, name in _ALIASES.items():
             if {alias, name} <= options.keys() and options[alias] != options[name]:
@@ -266,7 +269,13 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
     @classmethod
     def _open(
-        cls, directory: Path, load: bool, eager: bool, force: bool, expected: dict[str, Any] | None = None
+        cls,
+        directory: Path,
+        load: bool,
+        eager: bool,
+        force: bool,
+        tp_processes: int = 1,
+        expected: dict[str, Any] | None = None,
     ) -> NeuronOPTForCausalLM:
         """The export in `directory`; `expected` are options that it must have been made with."""
         neuron_config = OPTNeuronConfig.from_pretrained(directory)
@@ -286,7 +295,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         neuron_config.check_model(config)
         if load:
             check_fit(config, neuron_config, force)
-        runtime = get_target(neuron_config).load(config, neuron_config, directory, eager) if load else None
+        target = get_target(neuron_config, tp_processes)
+        runtime = target.load(config, neuron_config, directory, eager) if load else None
         return cls(config, neuron_config, directory, runtime)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.utils import logging
 
 from .engine import Engine
 from .transformers_versions import columns_after_crop
 
 
+logger = logging.get_logger(__name__)
+
+
 class SlotCache(Cache):
-    """The slots of some rows, empty at first.
+    """Rows of `input_ids` in slots of the engine; it gets its slots with its first step.
 
     Serves everything that generation needs of a transformers `Cache`: length, `crop`, `reset`, `reorder_cache`,
     `batch_select_indices`, `batch_repeat_interleave`, `copy.deepcopy`. The tensors themselves are the runtime's.
@@ -26,10 +30,6 @@ class SlotCache(Cache):
     Args:
         engine: whose slots they are.
         rows: how many rows.
-        keep: a cache that is not evicted to make room.
-
-    Raises:
-        ValueError: if there are not so many slots.
     """
 
     is_compileable = False
@@ -37,13 +37,12 @@ class SlotCache(Cache):
     is_linear = [False]
     is_croppable = True
 
-    def __init__(self, engine: Engine, rows: int, keep: SlotCache | None = None):
+    def __init__(self, engine: Engine, rows: int):
         super().__init__(layers=[])
         self.engine = engine
-        self.rows = engine.slots.allocate(rows, keep)
+        self.rows: list[int] = []
         self._columns = torch.zeros(rows, 0, dtype=torch.bool)
         self._lengths = torch.zeros(rows, dtype=torch.int64)
-        engine.slots.assign(self)
 
     @property
     def columns(self) -> Tensor:
@@ -107,7 +106,7 @@ class SlotCache(Cache):
 
     @property
     def max_batch_size(self) -> int:
-        return len(self.rows)
+        return len(self._columns)
 
     @property
     def is_initialized(self) -> bool:
@@ -126,17 +125,20 @@ class SlotCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only the rows `indices`, in this order."""
-        self._select(torch.arange(len(self.rows))[indices].tolist())
+        self._select(torch.arange(len(self._columns))[indices].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self._select([row for row in range(len(self.rows)) for _ in range(repeats)])
+        self._select([row for row in range(len(self._columns)) for _ in range(repeats)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotCache:
         with self.engine.lock:
             self.check(self.engine)
-            copied = SlotCache(self.engine, len(self.rows), keep=self)
-            self.engine.copy(dict(zip(copied.rows, self.rows, strict=True)), int(self.lengths.max()))
+            copied = SlotCache(self.engine, len(self._columns))
+            if self.is_initialized:
+                copied.rows = self.engine.slots.allocate(len(self.rows), keep=self)
+                self.engine.slots.assign(copied)
+                self.engine.copy(dict(zip(copied.rows, self.rows, strict=True)), int(self.lengths.max()))
             copied.keep(self._columns.clone())
             return copied
 
@@ -144,16 +146,15 @@ class SlotCache(Cache):
         """Raises ValueError unless this cache is of `engine`, and still owns its slots."""
         if self.engine is not engine:
             raise ValueError("past_key_values belongs to another model: pass what this one returned.")
-        if len(self.rows) != len(self._columns) or not engine.slots.owns(self):
-            raise ValueError(
-                f"past_key_values has lost its slots to another call, since there are only {engine.slots.batch_size} "
-                "(the batch_size that the model was exported for): leave it out and encode the prompt again, or "
-                "export with a larger batch_size."
-            )
+        engine.check(self)
 
     def _select(self, picked: list[int]) -> None:
         with self.engine.lock:
             self.check(self.engine)
+            if not self.is_initialized:
+                self.rows = []
+                self.keep(self._columns[picked])
+                return
             old, length = self.rows, int(self.lengths.max())
             # The first row that goes on in a slot keeps it. The others get copies, first in slots that no row needs.
             wanted = [old[row] for row in picked]
@@ -192,4 +193,29 @@ class SlotCache(Cache):
         raise NotImplementedError("The graphs write a SlotCache; it cannot be updated from the host.")
 
     def __repr__(self) -> str:
-        return f"SlotCache(rows={len(self.rows)}, seq_length={self.get_seq_length()}, slots={self.rows})"
+        return f"SlotCache(rows={len(self._columns)}, seq_length={self.get_seq_length()}, slots={self.rows})"
+
+
+def own_cache(past: Cache | None, engine: Engine, rows: int) -> SlotCache:
+    """The caller's `past_key_values`, or a new cache if there is none.
+
+    Raises:
+        ValueError: for another model's cache, one that has lost its slots, or another number of rows.
+    """
+    if past is None:
+        return SlotCache(engine, rows)
+    if not isinstance(past, SlotCache):
+        if not isinstance(past, Cache) or past.get_seq_length():
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}, whose keys and values are not on the device: pass "
+                "what this model returned, or leave it out."
+            )
+        logger.warning_once(
+            f"past_key_values is an empty {type(past).__name__}, which this model cannot fill: results are the "
+            "same, but pass the past_key_values that it returns to have only new tokens encoded."
+        )
+        return SlotCache(engine, rows)
+    past.check(engine)
+    if len(past.columns) != rows:
+        raise ValueError(f"past_key_values holds {len(past.columns)} rows, and input_ids has {rows}.")
+    return past

@@ -20,6 +20,7 @@ class Sequences(SlotOwner, Protocol):
     """Rows that are computed together, and how much of each is in the cache.
 
     Args:
+        rows: empty before the first step.
         lengths: int64 `(rows,)`, the filled positions of each row's slot.
     """
 
@@ -78,23 +79,44 @@ class Engine:
                 self._may_generate = before
 
     def step(
-        self, sequences: Sequences, input_ids: Tensor, mask: Tensor, keep: int, sampling: SamplingInputs
+        self,
+        sequences: Sequences,
+        input_ids: Tensor,
+        mask: Tensor,
+        keep: int,
+        sampling: SamplingInputs | None = None,
     ) -> StepResult:
         """Computes new columns of each row, and appends them. Inputs are not checked.
 
         Args:
-            sequences: own their slots.
+            sequences: get slots, if nothing of them is in the cache yet.
             input_ids, mask: integers and bool `(rows, width)`. A row without tokens stays as it is.
             keep: of how many of each row's last tokens logits are wanted; 0 for all.
-            sampling: how the next tokens are sampled, `rows` of them.
+            sampling: how the next tokens are sampled, `rows` of them; by default greedily.
 
         Returns:
             The next tokens of the rows that have tokens, and the wanted logits, row by row.
+
+        Raises:
+            ValueError: if the sequences have lost their slots, or if there are fewer slots than rows.
         """
+        if not self.slots.owns(sequences):
+            self.check(sequences)
+            sequences.rows = self.slots.allocate(len(input_ids))
         self.slots.assign(sequences)
+        sampling = sampling or SamplingInputs.greedy(len(input_ids))
         result = self.runtime.step(pack(input_ids, mask, sequences.rows, sequences.lengths, keep, sampling))
         sequences.append(mask)
         return result
+
+    def check(self, sequences: Sequences) -> None:
+        """Raises ValueError if another call has evicted the sequences, and what was computed of them is lost."""
+        if bool(sequences.lengths.any()) and not self.slots.owns(sequences):
+            raise ValueError(
+                f"past_key_values has lost its slots to another call, since there are only {self.slots.batch_size} "
+                "(the batch_size that the model was exported for): leave it out and encode the prompt again, or "
+                "export with a larger batch_size."
+            )
 
     def run(
         self, sequences: Sequences, input_ids: Tensor, mask: Tensor, sampling: SamplingInputs, advance: Advance

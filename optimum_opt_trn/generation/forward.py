@@ -10,20 +10,14 @@ from torch import Tensor
 from transformers import Cache, OPTConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
 
 from ..configuration_opt import OPTNeuronConfig
 from ..model.sampling import GREEDY, SamplingInputs
 from ..targets import Runtime
-from .cache import SlotCache
+from .cache import own_cache
 from .engine import Engine
-from .inputs import check_inputs, pack
+from .inputs import check_inputs, check_labels, check_positions, pack, unpack
 from .transformers_versions import CACHE
-
-
-logger = logging.get_logger(__name__)
-
-IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's, and transformers'
 
 
 class OPTForwardMixin:
@@ -102,22 +96,19 @@ class OPTForwardMixin:
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
         with self.engine.lock:
-            cache = self.own_cache(past_key_values if cache is None else cache, len(input_ids))
-            columns = torch.zeros(len(input_ids), 0, dtype=torch.bool) if cache is None else cache.columns
+            cache = own_cache(past_key_values if cache is None else cache, self.engine, len(input_ids))
+            columns = cache.columns
             mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
-            if cache is not None and attention_mask is not None:
+            if attention_mask is not None:
                 columns = cache.remasked(attention_mask)
-            _check_positions(columns, mask, position_ids, cache_position)
+            check_positions(columns, mask, position_ids, cache_position)
             if labels is not None:
-                _check_labels(labels, mask)
-            # All checks come first: bad inputs evict no cache, and take no tokens from one.
-            if cache is None:
-                cache = SlotCache(self.engine, len(input_ids))
-            # Before the device runs: if that is interrupted, what is forgotten may be overwritten already.
+                check_labels(labels, mask)
+            # After all checks, since bad inputs take no tokens from a cache; and before the device runs, since what is
+            # forgotten may be overwritten when that is interrupted.
             cache.keep(columns)
-            greedy = SamplingInputs.greedy(len(input_ids))
-            wanted = self.engine.step(cache, input_ids, mask, logits_to_keep, greedy).logits
-        logits = _last_tokens(wanted, mask, logits_to_keep) if logits_to_keep else _spread(wanted, mask)
+            result = self.engine.step(cache, input_ids, mask, logits_to_keep)
+        logits = unpack(result.logits, mask, logits_to_keep)
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size)
@@ -171,72 +162,3 @@ class OPTForwardMixin:
         with self.engine.lock:
             self.engine.slots.free(seq_ids.tolist())
             return self.runtime.step(step).tokens
-
-    def own_cache(self, past: Cache | None, rows: int) -> SlotCache | None:
-        """The caller's cache, unchanged; None if a new one is needed.
-
-        Raises:
-            ValueError: for another model's cache, one that has lost its slots, or another number of rows.
-        """
-        if past is None:
-            return None
-        if not isinstance(past, SlotCache):
-            if not isinstance(past, Cache) or past.get_seq_length():
-                raise ValueError(
-                    f"past_key_values is a {type(past).__name__}, whose keys and values are not on the device: pass "
-                    "what this model returned, or leave it out."
-                )
-            logger.warning_once(
-                f"past_key_values is an empty {type(past).__name__}, which this model cannot fill: results are the "
-                "same, but pass the past_key_values that it returns to have only new tokens encoded."
-            )
-            return None
-        past.check(self.engine)
-        if len(past.columns) != rows:
-            raise ValueError(f"past_key_values holds {len(past.columns)} rows, and input_ids has {rows}.")
-        return past
-
-
-def _spread(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the tokens that `mask` `(rows, width)` counts → `(rows, width, vocabulary)`, 0 elsewhere."""
-    if bool(mask.all()):
-        return logits.unflatten(0, mask.shape)
-    spread = torch.zeros(*mask.shape, logits.shape[1])
-    spread[mask] = logits
-    return spread
-
-
-def _last_tokens(logits: Tensor, mask: Tensor, keep: int) -> Tensor:
-    """Logits of each row's last `keep` tokens, or of all if it has fewer → `(rows, keep, vocabulary)`, 0 before."""
-    counts = mask.sum(-1).clamp(max=keep)
-    return _spread(logits, torch.arange(keep) >= keep - counts[:, None])
-
-
-def _check_positions(
-    columns: Tensor, mask: Tensor, position_ids: Tensor | None, cache_position: Tensor | None
-) -> None:
-    """Of new columns `mask` behind `columns`, both bool, `(rows, width)` and `(rows, past width)`."""
-    start = columns.shape[1]
-    if cache_position is not None and cache_position.tolist() != [*range(start, start + mask.shape[1])]:
-        raise ValueError(
-            f"cache_position={cache_position.tolist()} does not follow the {start} columns of past_key_values: "
-            "leave it out."
-        )
-    if position_ids is not None:
-        expected = columns.sum(-1, keepdim=True) + mask.cumsum(-1) - 1
-        if bool((mask & (position_ids != expected)).any()):
-            raise ValueError(
-                "position_ids differ from those that follow from attention_mask, the only ones that an OPT knows: "
-                "leave them out."
-            )
-
-
-def _check_labels(labels: Tensor, mask: Tensor) -> None:
-    if labels.shape != mask.shape:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, but input_ids {tuple(mask.shape)}.")
-    counted = labels[:, 1:] != IGNORED_LABEL
-    if bool((counted & ~(mask[:, :-1] & mask[:, 1:])).any()):
-        raise ValueError(
-            f"labels count columns that attention_mask does not, or that follow one that it does not: make those "
-            f"{IGNORED_LABEL}, or pad at the right, for there is nothing to predict them from."
-        )

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from ..model.sampling import SamplingInputs
 from ..targets import StepResult
 from .batches import Batches
-from .cache import SlotCache
+from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
 from .inputs import check_inputs
 from .samplers import make_sampler
@@ -189,7 +189,7 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         for start in range(cache.get_seq_length(), input_ids.shape[1], chunk):
             part = slice(start, start + chunk)
             if bool(mask[:, part].any()):
-                self.engine.step(cache, input_ids[:, part], mask[:, part], 1, SamplingInputs.greedy(len(input_ids)))
+                self.engine.step(cache, input_ids[:, part], mask[:, part], 1)
             else:
                 cache.append(mask[:, part])
 
@@ -231,12 +231,11 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
                 f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
                 "sequence_length."
             )
-        cache = self.own_cache(model_kwargs.pop(CACHE, None), len(mask))
-        if cache is not None:
+        past = model_kwargs.pop(CACHE, None)
+        # transformers 5 looks at the cache of assisted generation before the model is called.
+        if past is not None or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            cache = own_cache(past, self.engine, len(mask))
             cache.remasked(mask)
-        elif generation_mode == GenerationMode.ASSISTED_GENERATION:
-            cache = SlotCache(self.engine, len(mask))  # transformers 5 looks at it before the model is called
-        if cache is not None:
             model_kwargs[CACHE] = cache
 
 

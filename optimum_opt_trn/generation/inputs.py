@@ -14,6 +14,9 @@ from ..model.sampling import SamplingInputs
 from ..targets import Step
 
 
+IGNORED_LABEL = -100  # of torch.nn.functional.cross_entropy, and of transformers
+
+
 def check_inputs(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -72,6 +75,45 @@ def check_inputs(
     return mask
 
 
+def check_positions(columns: Tensor, mask: Tensor, position_ids: Tensor | None, cache_position: Tensor | None) -> None:
+    """Checks the positions that a caller passed, which the masks determine already.
+
+    Args:
+        columns: which columns of the past are tokens, bool `(rows, past width)`.
+        mask: which new columns are, bool `(rows, width)`.
+        position_ids: `(rows, width)`, None if not passed.
+        cache_position: `(width,)`, None if not passed.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    start = columns.shape[1]
+    if cache_position is not None and cache_position.tolist() != [*range(start, start + mask.shape[1])]:
+        raise ValueError(
+            f"cache_position={cache_position.tolist()} does not follow the {start} columns of past_key_values: "
+            "leave it out."
+        )
+    if position_ids is not None:
+        expected = columns.sum(-1, keepdim=True) + mask.cumsum(-1) - 1
+        if bool((mask & (position_ids != expected)).any()):
+            raise ValueError(
+                "position_ids differ from those that follow from attention_mask, the only ones that an OPT knows: "
+                "leave them out."
+            )
+
+
+def check_labels(labels: Tensor, mask: Tensor) -> None:
+    """Raises ValueError for labels `(rows, width)` of columns that the bool mask `(rows, width)` gives no logits."""
+    if labels.shape != mask.shape:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, but input_ids {tuple(mask.shape)}.")
+    counted = labels[:, 1:] != IGNORED_LABEL
+    if bool((counted & ~(mask[:, :-1] & mask[:, 1:])).any()):
+        raise ValueError(
+            f"labels count columns that attention_mask does not, or that follow one that it does not, and nothing "
+            f"predicts them: make those {IGNORED_LABEL}, or pad at the right."
+        )
+
+
 def pack(
     input_ids: Tensor, mask: Tensor, slots: list[int], filled: Tensor, keep: int, sampling: SamplingInputs
 ) -> Step:
@@ -95,3 +137,24 @@ def pack(
     if bool((counts == 0).any()):
         sampling = sampling.of_rows(counts.nonzero().squeeze(1))
     return Step(input_ids[mask].to(torch.int32), owned[row], filled[row] + place, wanted, sampling)
+
+
+def unpack(logits: Tensor, mask: Tensor, keep: int) -> Tensor:
+    """The wanted logits of a packed step, row by row.
+
+    Args:
+        logits: float32 `(w, vocabulary)`.
+        mask, keep: as of `pack`.
+
+    Returns:
+        float32 `(rows, width, vocabulary)` if `keep` is 0, otherwise `(rows, keep, vocabulary)` with each row's last
+        token at the end; 0 where there is no token.
+    """
+    if keep:
+        counts = mask.sum(-1).clamp(max=keep)
+        mask = torch.arange(keep) >= keep - counts[:, None]
+    if bool(mask.all()):
+        return logits.unflatten(0, mask.shape)
+    spread = torch.zeros(*mask.shape, logits.shape[1])
+    spread[mask] = logits
+    return spread

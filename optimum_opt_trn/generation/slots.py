@@ -64,6 +64,6 @@ class Slots:
             self._owners.pop(slot, None)
 
     def owns(self, owner: SlotOwner) -> bool:
-        """Whether `owner` still owns a slot for each of its rows."""
+        """Whether `owner` has rows, and still owns the slot of each."""
         owners = [self._owners.get(slot) for slot in owner.rows]
-        return all(ref is not None and ref() is owner for ref in owners)
+        return bool(owners) and all(ref is not None and ref() is owner for ref in owners)

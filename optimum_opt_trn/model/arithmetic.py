@@ -32,10 +32,6 @@ class Arithmetic:
 
     compute_dtype: torch.dtype = torch.float32
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x @ weight.T`: float32 `(…, in)`, `(out, in)` → float32 `(…, out)`."""
-        return self.linear_sum([x], [weight])
-
     def linears(
         self,
         x: Tensor,
@@ -59,7 +55,7 @@ class Arithmetic:
         if norm is not None:
             x = self.layer_norm(x, norm)
         if biases is None:
-            sums = [self.linear(x, weight) for weight in weights]
+            sums = [self.linear_sum([x], [weight]) for weight in weights]
         else:
             sums = [self.linear_sum([x], [weight], bias) for weight, bias in zip(weights, biases, strict=True)]
         return [torch.relu(y) for y in sums] if relu else sums

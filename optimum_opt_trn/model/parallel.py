@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arithmetic import Arithmetic, LayerNorm
+from .arithmetic import Arithmetic
 from .shapes import SHARD_DIMS, shard_dim, shard_range
 
 
@@ -42,20 +42,6 @@ class RankGroup:
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     all_reduce: Callable[[Tensor], Tensor] | None = None
     all_gather: Callable[[Tensor], Tensor] | None = None
-
-    def column(
-        self,
-        x: Tensor,
-        weights: list[Tensor],
-        biases: list[Tensor] | None,
-        relu: bool = False,
-        norm: LayerNorm | None = None,
-    ) -> list[Tensor]:
-        """x float32 `(…, in)`, `(out / world, in)` weights → one float32 `(…, out / world)` for each weight.
-
-        A weight for each local rank, or several of them, one after the other.
-        """
-        return self.arithmetic.linears(x, weights, biases, relu, norm)
 
     def row(self, xs: list[Tensor], weights: list[Tensor], bias: list[Tensor] | None, residual: Tensor) -> Tensor:
         """One float32 `(…, in / world)` for each local rank, `(out, in / world)` weights → float32 `(…, out)`.

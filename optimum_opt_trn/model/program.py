@@ -43,7 +43,7 @@ class OPTRankProgram:
         """int32 ids and positions `(…)`, -1 in idle rows, and ranks `(local ranks,)` → float32 `(…, hidden)`."""
         hidden = self.group.embedding(input_ids, w["embed_tokens.weight"], ranks)
         if "project_in.weight" in w:
-            hidden = self.arithmetic.linear(hidden, w["project_in.weight"][0])
+            (hidden,) = self.arithmetic.linears(hidden, w["project_in.weight"][:1])
         return hidden + F.embedding(positions.clamp(min=0) + POSITION_OFFSET, w["embed_positions.weight"][0])
 
     def layer(self, w: Weights, hidden: Tensor, attend: Attend) -> Tensor:
@@ -63,19 +63,19 @@ class OPTRankProgram:
         norm = _norm(w, "final_layer_norm") if self.final_layer_norm else None
         if "project_out.weight" in w:
             (hidden,), norm = self.arithmetic.linears(hidden, w["project_out.weight"][:1], norm=norm), None
-        parts = self.group.column(hidden, w["lm_head.weight"], None, norm=norm)
+        parts = self.arithmetic.linears(hidden, w["lm_head.weight"], norm=norm)
         # The words that padding the vocabulary added are cut off again.
         return self.group.gather(parts)[..., : self.vocab_size]
 
     def _attention(self, w: Weights, hidden: Tensor, attend: Attend, norm: LayerNorm | None = None) -> Tensor:
         weights = [shard for name in _QKV_WEIGHTS for shard in w[name]]
         biases = [shard for name in _QKV_BIASES for shard in w.get(name, ())]
-        outputs, ranks = self.group.column(hidden, weights, biases or None, norm=norm), len(self.group.ranks)
+        outputs, ranks = self.arithmetic.linears(hidden, weights, biases or None, norm=norm), len(self.group.ranks)
         mixed = [attend(rank, *outputs[rank::ranks]) for rank in range(ranks)]
         return self.group.row(mixed, w["self_attn.out_proj.weight"], w.get("self_attn.out_proj.bias"), hidden)
 
     def _mlp(self, w: Weights, hidden: Tensor, norm: LayerNorm | None = None) -> Tensor:
-        inner = self.group.column(hidden, w["fc1.weight"], w.get("fc1.bias"), self.activation is None, norm)
+        inner = self.arithmetic.linears(hidden, w["fc1.weight"], w.get("fc1.bias"), self.activation is None, norm)
         if self.activation is not None:
             inner = [self.activation(y) for y in inner]
         return self.group.row(inner, w["fc2.weight"], w.get("fc2.bias"), hidden)

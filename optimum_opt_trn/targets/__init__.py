@@ -10,8 +10,12 @@ from .base import Runtime, Step, StepResult, Target, TargetError
 __all__ = ["Runtime", "Step", "StepResult", "Target", "TargetError", "get_target"]
 
 
-def get_target(neuron_config: OPTNeuronConfig) -> Target:
+def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1) -> Target:
     """The target of an export.
+
+    Args:
+        neuron_config: of the export.
+        tp_processes: how many processes share the model; only `cpu` has more than 1.
 
     Raises:
         TargetError: if this host does not have it; the message says why, and what it has.
@@ -19,7 +23,12 @@ def get_target(neuron_config: OPTNeuronConfig) -> Target:
     if neuron_config.target == "cpu":
         from .cpu import CPUTarget
 
-        return CPUTarget()
+        return CPUTarget(tp_processes)
+    if tp_processes != 1:
+        raise TargetError(
+            f"tp_processes={tp_processes}: with instance_type={neuron_config.instance_type!r} one process drives all "
+            "NeuronCores of a model; leave it out."
+        )
     if not INSTALLED:
         raise TargetError(f"instance_type={neuron_config.instance_type!r} needs {NEEDED_FOR_NEURON}.")
     if not is_neuronx_available():

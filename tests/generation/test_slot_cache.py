@@ -29,13 +29,25 @@ class Rows(Runtime):
         self.interrupt = False
 
     def step(self, step: Step) -> StepResult:
-        raise NotImplementedError
+        self.cache[step.slots, step.positions] = step.tokens.float()
+        return StepResult(torch.empty(0), torch.empty(0))
 
     def copy(self, sources: Tensor, length: int) -> None:
         self.copies.append((sources.tolist(), length))
         if self.interrupt:
             raise KeyboardInterrupt
         self.cache[:, :length] = self.cache[sources.long(), :length]
+
+
+def started(engine: Engine, rows: int) -> SlotCache:
+    """A cache after its first step, of one token a row."""
+    cache = SlotCache(engine, rows)
+    write(cache, torch.zeros(rows, 1))
+    return cache
+
+
+def write(cache: SlotCache, numbers: torch.Tensor) -> None:
+    cache.engine.step(cache, numbers.long(), torch.ones(numbers.shape, dtype=torch.bool), 1)
 
 
 class Both:
@@ -46,13 +58,10 @@ class Both:
         self.written = 0
 
     def write(self, count: int = 1) -> None:
-        numbers = torch.arange(self.written, self.written + len(self.ours.rows) * count, dtype=torch.float)
+        numbers = torch.arange(self.written, self.written + self.ours.max_batch_size * count, dtype=torch.float)
         self.written += len(numbers)
         new = numbers.reshape(-1, count)
-        for row, slot in enumerate(self.ours.rows):
-            at = int(self.ours.lengths[row])
-            self.ours.engine.runtime.cache[slot, at : at + count] = new[row]
-        self.ours.append(torch.ones(len(new), count, dtype=torch.bool))
+        write(self.ours, new)
         self.theirs.update(new[:, None, :, None], new[:, None, :, None], 0)
 
     def check(self) -> None:
@@ -76,7 +85,7 @@ def engine() -> Engine:
 def test_reordered_as_transformers_reorders(data):
     engine = Engine(Rows(), BATCH, LENGTH)
     rows = data.draw(st.integers(1, BATCH))
-    other = SlotCache(engine, BATCH - rows) if rows < BATCH else None
+    other = started(engine, BATCH - rows) if rows < BATCH else None
     both = Both(engine, rows)
     both.write(2)
     for _ in range(data.draw(st.integers(1, 6))):
@@ -122,7 +131,7 @@ def test_rows_selected_as_transformers_selects_them(picked, engine):
     both.theirs.batch_select_indices(indices)
     both.check()
     # The slots of dropped rows are free.
-    SlotCache(engine, BATCH - len(both.ours.rows))
+    started(engine, BATCH - len(both.ours.rows))
     both.ours.check(engine)
 
 
@@ -164,7 +173,7 @@ def test_a_copy_is_a_cache_of_its_own(engine):
     assert torch.equal(held, theirs.layers[0].keys[:, 0, :, 0])
     assert not set(ours.rows) & set(both.ours.rows)
     # There is no room for a third, but its first is safe: the other gives way.
-    lost = SlotCache(engine, 2)
+    lost = started(engine, 2)
     copy.deepcopy(both.ours)
     both.ours.check(engine)
     del lost
@@ -173,7 +182,7 @@ def test_a_copy_is_a_cache_of_its_own(engine):
 def test_an_interrupted_move_leaves_a_cache_that_says_so(engine):
     both = Both(engine, 2)
     both.write(3)
-    other = SlotCache(engine, 1)
+    other = started(engine, 1)
     engine.runtime.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         both.ours.reorder_cache(torch.tensor([0, 0]))
@@ -188,35 +197,50 @@ def test_an_interrupted_move_leaves_a_cache_that_says_so(engine):
 
 
 def test_slots_go_from_who_used_them_least_recently(engine):
-    first, second = SlotCache(engine, 2), SlotCache(engine, 2)
+    first, second = started(engine, 2), started(engine, 2)
     engine.slots.assign(first)  # what a call does that uses it
-    third = SlotCache(engine, 3)
+    third = started(engine, 3)
     first.check(engine)
     third.check(engine)
     with pytest.raises(ValueError, match="lost its slots to another call.*batch_size"):
         second.check(engine)
     with pytest.raises(ValueError, match="7 more rows"):
-        SlotCache(engine, 7)
+        started(engine, 7)
     first.check(engine)
 
 
 def test_what_nobody_holds_is_free(engine):
-    kept, dropped = SlotCache(engine, 2), SlotCache(engine, 4)
+    kept, dropped = started(engine, 2), started(engine, 4)
     assert set(kept.rows) | set(dropped.rows) == set(range(BATCH))
     del dropped
     gc.collect()
-    SlotCache(engine, 4)
+    started(engine, 4)
     kept.check(engine)
 
 
 def test_slots_that_a_caller_counts_are_nobody_elses(engine):
-    first, second = SlotCache(engine, 2), SlotCache(engine, 2)
+    first, second = started(engine, 2), started(engine, 2)
     engine.slots.free([1])
     with pytest.raises(ValueError, match="lost its slots"):
         first.check(engine)
     second.check(engine)
     with pytest.raises(ValueError, match="another model"):
         second.check(Engine(Rows(), BATCH, LENGTH))
+
+
+def test_a_cache_of_no_tokens_needs_no_slots(engine):
+    cache = SlotCache(engine, 2)
+    cache.check(engine)
+    cache.batch_repeat_interleave(2)
+    copied = copy.deepcopy(cache)
+    assert cache.rows == copied.rows == [] and cache.max_batch_size == copied.max_batch_size == 4
+    write(cache, torch.ones(4, 3))
+    started(engine, BATCH)  # evicts it
+    with pytest.raises(ValueError, match="lost its slots"):
+        write(cache, torch.ones(4, 1))
+    cache.reset()
+    write(cache, torch.ones(4, 1))
+    assert cache.lengths.tolist() == [1] * 4
 
 
 def test_tokens_forgotten_by_the_mask(engine):
@@ -244,7 +268,7 @@ def test_tokens_forgotten_by_the_mask(engine):
 
 
 def test_a_transformers_cache_whose_tensors_are_elsewhere(engine):
-    cache = SlotCache(engine, 2)
+    cache = started(engine, 2)
     assert isinstance(cache, SlotCache) and cache and not cache.is_compileable
     assert cache.get_max_cache_shape() == cache.max_cache_len == LENGTH
     assert "slots=[0, 1]" in repr(cache)

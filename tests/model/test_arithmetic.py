@@ -29,7 +29,7 @@ def test_linear_sum(shape, n_ins, n_out, dtype, with_bias, with_residual):
 
 def test_linear():
     x, weight = random(1, 5, 40), random(2, 6, 40, dtype=torch.float16)
-    assert_rounded(Arithmetic().linear(x, weight), x.double() @ weight.double().T)
+    assert_rounded(Arithmetic().linears(x, [weight])[0], x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -37,7 +37,7 @@ def test_16_bit_activations_round_both_factors(dtype):
     """As on Neuron: the factors are rounded, the results are float32."""
     x, weight = random(1, 5, 40), random(2, 6, 40, dtype=dtype)
     exact = x.to(dtype).double() @ weight.double().T
-    y = Arithmetic(dtype).linear(x, weight)
+    y = Arithmetic(dtype).linears(x, [weight])[0]
     assert y.dtype == torch.float32
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), exact, rtol=4 * eps, atol=4 * eps * float(exact.abs().max()))

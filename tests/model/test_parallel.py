@@ -79,7 +79,7 @@ def test_column_parallel_is_the_dense_product(world, seed, rows, n_in, part, wit
 
     def product(group: RankGroup) -> Tensor:
         biases = None if bias is None else shards(bias, 0, world, group.ranks)
-        outputs = group.column(x, shards(weight, 0, world, group.ranks), biases)
+        outputs = group.arithmetic.linears(x, shards(weight, 0, world, group.ranks), biases)
         assert [tuple(y.shape) for y in outputs] == [(2, rows, part)] * len(group.ranks)
         return group.gather(outputs)
 
@@ -136,7 +136,7 @@ def test_a_rank_without_its_weight_is_an_error():
     with pytest.raises(ValueError, match="shorter"):
         group.row([torch.zeros(1, 4)] * 2, [weight], None, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="shorter"):
-        group.column(torch.zeros(1, 4), [weight] * 2, [torch.zeros(3)])
+        group.arithmetic.linears(torch.zeros(1, 4), [weight] * 2, [torch.zeros(3)])
 
 
 @settings(deadline=None, max_examples=200)

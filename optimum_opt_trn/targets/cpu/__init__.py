@@ -1,4 +1,4 @@
-"""The embedded default: kernels compiled for the host's CPU, all ranks in one process, or in several."""
+"""The embedded default: the host's CPU, with all ranks in one process, or in several that share the model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from ..base import CHECKPOINT_DIR, COMPILED_DIR, Result, Runtime, Target
 from .artifacts import find_kernels, write_artifacts
 from .kernels import KernelArithmetic, compile_kernels, load_kernels
 from .process_runtime import ProcessRuntime
-from .processes import local_degree, this_world
+from .processes import all_processes, local_degree
 from .runtime import CPURuntime
 
 
 class CPUTarget(Target):
-    """Holds every rank of the world in this process, in lockstep; or a share of them, of processes started together.
+    """Holds every rank in this process, in lockstep, or a share of them.
 
-    A method that several processes are to call together says so.
+    Args:
+        tp_processes: how many processes share the model; all of them call `load` and `once`.
     """
+
+    def __init__(self, tp_processes: int = 1):
+        self.tp_processes = tp_processes
 
     def prepare(self, eager: bool) -> None:
         if not eager:
@@ -33,19 +37,19 @@ class CPUTarget(Target):
         write_artifacts(directory / COMPILED_DIR, eager)
 
     def load(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> Runtime:
-        """See `Target`; to be called by all processes, with the same export.
+        """See `Target`.
 
         Raises:
-            TargetError: if they cannot share its ranks equally.
+            TargetError: if the processes cannot share its ranks equally.
             OutOfStepError: if another process fails, or loads another export.
         """
-        degree, local = neuron_config.tp_degree, local_degree(neuron_config.tp_degree)
-        world = this_world()
-        if world is None:
+        degree, local = neuron_config.tp_degree, local_degree(neuron_config.tp_degree, self.tp_processes)
+        if self.tp_processes == 1:
             group = RankGroup(degree, tuple(range(degree)), _arithmetic(directory, eager))
             return CPURuntime(
                 config, neuron_config, group, load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
             )
+        world = all_processes()
         world.check_same("Loading an export", config.to_json_string(), str(sorted(neuron_config.options().items())))
         ranks = tuple(range(world.rank * local, (world.rank + 1) * local))
 
@@ -57,14 +61,13 @@ class CPUTarget(Target):
         return world.together(load)
 
     def once(self, neuron_config: OPTNeuronConfig, work: Callable[[], Result]) -> Result:
-        """See `Target`; to be called by all processes. The result is pickled.
+        """See `Target`. The result is pickled.
 
         Raises:
             OutOfStepError: if it fails in another process.
         """
-        local_degree(neuron_config.tp_degree)
-        world = this_world()
-        return work() if world is None else world.once(work)
+        local_degree(neuron_config.tp_degree, self.tp_processes)
+        return work() if self.tp_processes == 1 else all_processes().once(work)
 
 
 def _arithmetic(directory: Path, eager: bool) -> Arithmetic:

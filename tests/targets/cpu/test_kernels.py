@@ -56,7 +56,7 @@ def test_together_and_apart_are_the_same_to_the_bit(rows):
     arithmetic, x = KernelArithmetic(), random(1, rows, 40)
     weights = [random(2 + i, n, 40, dtype=torch.float16) for i, n in enumerate([5, 100, 16, 1])]
     for result, weight in zip(arithmetic.linears(x, weights), weights, strict=True):
-        assert torch.equal(result, arithmetic.linear(x, weight))
+        assert torch.equal(result, arithmetic.linears(x, [weight])[0])
 
 
 @pytest.mark.parametrize("rows", [1, 50])
@@ -72,8 +72,8 @@ def test_linear_leaves_what_is_not_finite_to_who_asked(rows):
 
 def test_linear_takes_any_number_of_leading_dimensions():
     x, weight = random(1, 2, 3, 20), random(2, 5, 20, dtype=torch.float16)
-    assert_rounded(KernelArithmetic().linear(x, weight), x.double() @ weight.double().T)
-    assert KernelArithmetic().linear(x[:0], weight).shape == (0, 3, 5)
+    assert_rounded(KernelArithmetic().linears(x, [weight])[0], x.double() @ weight.double().T)
+    assert KernelArithmetic().linears(x[:0], [weight])[0].shape == (0, 3, 5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Real processes that hold a model together give what one process gives, and none waits for what will not come."""
+"""Real processes that share a model give what one process gives, and none waits for what will not come."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from against_transformers import ragged
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_models import KINDS, rounded, tiny_opt
-from torch import Tensor
 from worker import Late, calls  # beside this file
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.targets import TargetError
 from optimum_opt_trn.targets.cpu.processes import local_degree
-from optimum_opt_trn.targets.cpu.sockets import OutOfStepError, Sockets
 
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -111,11 +105,6 @@ def found(request) -> list[dict]:
     return request.getfixturevalue(request.param)
 
 
-def test_each_way_has_its_transport(by_torchrun, on_two_hosts):
-    assert [f["transport"] for f in by_torchrun] == ["Sockets"] * 2
-    assert [f["transport"] for f in on_two_hosts] == ["Gloo"] * 2
-
-
 @pytest.mark.parametrize("name", EXPORTS)
 def test_they_give_what_transformers_gives(name, found):
     kind, tp_degree, _ = EXPORTS[name]
@@ -189,8 +178,18 @@ def test_different_inputs_are_an_error_in_all(what, found):
 
 def test_too_few_ranks_are_an_error_before_anything_is_written(found):
     for f in found:
-        assert f["too_few_ranks"].startswith("TargetError: 2 processes")
+        assert f["too_few_ranks"].startswith("TargetError: tp_processes=2")
         assert "tp_degree=1: export with tp_degree=2" in f["too_few_ranks"]
+        assert f["another_number"].startswith("TargetError: tp_processes=4, and 2 process(es) were started")
+
+
+def test_by_default_each_process_has_its_own_model(found, exported):
+    """Under torchrun too: another prompt in each, all ranks in each."""
+    alone = NeuronOPTForCausalLM.from_pretrained(exported / "export-pre_norm-2")
+    for rank, f in enumerate(found):
+        assert list(f["own"]["ranks"]) == [0, 1]
+        prompt = BATCH["input_ids"][rank : rank + 1, -3:]
+        assert torch.equal(f["own"]["tokens"], alone.generate(prompt, max_new_tokens=4, do_sample=False))
 
 
 def test_after_an_error_the_next_call_is_right(found):
@@ -208,58 +207,13 @@ def test_nobody_waits_for_a_process_that_ended(found):
 @pytest.mark.parametrize("count, degree, suggested", [(2, 1, 2), (2, 3, 4), (4, 2, 4), (3, 8, 9)])
 def test_numbers_that_do_not_divide(monkeypatch, count, degree, suggested):
     monkeypatch.setenv("WORLD_SIZE", str(count))
-    with pytest.raises(TargetError, match=rf"WORLD_SIZE={count}.*tp_degree={degree}: .*tp_degree={suggested},"):
-        local_degree(degree)
-    assert local_degree(suggested) == suggested // count
+    with pytest.raises(TargetError, match=rf"tp_processes={count} .*tp_degree={degree}: .*tp_degree={suggested},"):
+        local_degree(degree, count)
+    assert local_degree(suggested, count) == suggested // count
+    assert local_degree(degree, 1) == degree
 
 
-# Three and more processes, as threads.
-
-
-def connected(count: int) -> list[Sockets]:
-    peers: list[dict[int, socket.socket]] = [{} for _ in range(count)]
-    for a, b in combinations(range(count), 2):
-        peers[a][b], peers[b][a] = socket.socketpair()
-    return [Sockets(rank, connections) for rank, connections in enumerate(peers)]
-
-
-def exchanged(worlds: list[Sockets], kinds: list[int], tensors: list[Tensor]) -> list[Future]:
-    with ThreadPoolExecutor(len(worlds)) as pool:
-        return [
-            pool.submit(world.exchange, kind, tensor)
-            for world, kind, tensor in zip(worlds, kinds, tensors, strict=True)
-        ]
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(2, 5), st.lists(st.sampled_from([0, 1, 3, 2048, 100_000, 1_000_000]), min_size=1, max_size=3))
-def test_sockets_carry_tensors_of_any_size_in_order(count, sizes):
-    worlds = connected(count)
-    for number, size in enumerate(sizes):
-        tensors = [torch.randn(size, generator=torch.Generator().manual_seed(100 * number + r)) for r in range(count)]
-        for future in exchanged(worlds, [number] * count, tensors):
-            assert all(torch.equal(a, b) for a, b in zip(future.result(), tensors, strict=True))
-    for world in worlds:
-        world.close()
-
-
-@pytest.mark.parametrize(
-    "kinds, sizes", [([1, 1, 2], [4, 4, 4]), ([1, 1, 1], [4, 4, 5]), ([1, 1, 1], [0, 0, 100_000])]
-)
-def test_sockets_notice_that_another_message_was_due(kinds, sizes):
-    worlds = connected(3)
-    futures = exchanged(worlds, kinds, [torch.zeros(size) for size in sizes])
-    assert all(isinstance(future.exception(), OutOfStepError) for future in futures)
-    for world in worlds:  # nor does anybody wait later
-        with pytest.raises(OutOfStepError, match="has ended or failed"):
-            world.exchange(1, torch.zeros(4))
-
-
-def test_sockets_sleep_while_a_process_is_late():
-    worlds = connected(2)
-    with ThreadPoolExecutor(1) as pool:
-        early = pool.submit(worlds[0].exchange, 1, torch.ones(5))
-        with pytest.raises(TimeoutError):
-            early.result(timeout=0.1)
-        late = worlds[1].exchange(1, torch.zeros(5))
-        assert [part.sum().item() for part in early.result()] == [part.sum().item() for part in late] == [5, 0]
+def test_as_many_as_were_started(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(TargetError, match=r"tp_processes=2, and 1 process.*torchrun --nproc_per_node 2"):
+        local_degree(4, 2)

@@ -1,4 +1,4 @@
-"""One process of several that hold a model together: `test_processes.py` starts it, and judges what it writes.
+"""One process of several that share a model: `test_processes.py` starts it, and judges what it writes.
 
 python worker.py DIRECTORY: loads the exports in there, and writes what it found to RANK.pt
 """
@@ -55,7 +55,7 @@ def error_of(call) -> str:
 
 
 def calls(model: NeuronOPTForCausalLM, batch: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """What the test compares with transformers and with one process; `seed` counts in the first process alone."""
+    """What the test compares with transformers and with one process; `seed` counts only in the first process."""
     asked = {"max_new_tokens": 8, "min_new_tokens": 8}
     single = {"input_ids": batch["input_ids"][:1]}
     results = {
@@ -89,31 +89,37 @@ def main(directory: Path) -> None:
     batch = torch.load(directory / "batch.pt")
     found: dict = {"models": {}}
     for path in sorted(directory.glob("export-*")):
-        model = NeuronOPTForCausalLM.from_pretrained(path)
+        model = NeuronOPTForCausalLM.from_pretrained(path, tp_processes=2)
         found["models"][path.name] = {"ranks": model.runtime.program.group.ranks, **calls(model, batch, 100 + rank)}
-    found["transport"] = type(model.runtime._processes._exchange.__self__).__name__
+    own = NeuronOPTForCausalLM.from_pretrained(directory / "export-pre_norm-2")
+    prompt = batch["input_ids"][rank : rank + 1, -3:]
+    tokens = own.generate(prompt, max_new_tokens=4, do_sample=False)
+    found["own"] = {"ranks": own.runtime.program.group.ranks, "tokens": tokens}
 
     criteria = StoppingCriteriaList([Late(rank, batch["input_ids"].shape[1])])
     found["stopped"] = model.generate(**batch, stopping_criteria=criteria, do_sample=False)
 
     # A checkpoint: one process exports it, all load it, the first saves it.
     options = {"tp_degree": 2, "batch_size": 3, "sequence_length": 64, "eager": True, "kv_cache_dtype": "f32"}
+    options["tp_processes"] = 2
     made = NeuronOPTForCausalLM.from_pretrained(directory / "source", **options)
     found["made"] = made.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     found["made_in"] = str(made.directory)
     made.save_pretrained(directory / f"saved-{rank}")
 
     # Errors: in all processes, and the next call is right.
-    broken = directory / "broken"
+    broken, exports = directory / "broken", sorted(directory.glob("export-*"))
     found["failed_export"] = error_of(lambda: NeuronOPTForCausalLM.from_pretrained(broken, **options))
-    found["too_few_ranks"] = error_of(lambda: NeuronOPTForCausalLM.from_pretrained(directory / "source"))
+    found["too_few_ranks"] = error_of(
+        lambda: NeuronOPTForCausalLM.from_pretrained(directory / "source", tp_processes=2)
+    )
+    found["another_number"] = error_of(lambda: NeuronOPTForCausalLM.from_pretrained(exports[0], tp_processes=4))
     other = batch["input_ids"] + (batch["input_ids"] > 3) * rank
     found["other_ids"] = error_of(lambda: made.generate(other, max_new_tokens=4))
     shorter = batch["input_ids"][:, rank:]
     found["other_width"] = error_of(lambda: made.generate(shorter, max_new_tokens=4))
     found["other_temperature"] = error_of(lambda: made.generate(**batch, do_sample=True, temperature=1.0 + rank))
-    exports = sorted(directory.glob("export-*"))
-    found["other_export"] = error_of(lambda: NeuronOPTForCausalLM.from_pretrained(exports[rank]))
+    found["other_export"] = error_of(lambda: NeuronOPTForCausalLM.from_pretrained(exports[rank], tp_processes=2))
     found["after"] = made.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     torch.save(found, directory / f"{rank}.pt")
 
