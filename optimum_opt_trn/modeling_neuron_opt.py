@@ -149,10 +149,10 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             instance_type = "cpu" if get_neuron_major() == -1 else get_instance_name().partition(".")[0]
         # An unknown family is for OPTNeuronConfig to refuse.
         on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"
-        if on_neuron and not INSTALLED:
-            raise ValueError(f"instance_type={instance_type!r} needs {NEEDED_FOR_NEURON}.")
         if tensor_parallel_size is None:
             tensor_parallel_size = get_available_cores() if on_neuron else 1
+            if tensor_parallel_size == 0 and not INSTALLED:
+                raise ValueError(f"instance_type={instance_type!r} needs {NEEDED_FOR_NEURON}.")
             if tensor_parallel_size == 0:
                 raise ValueError(
                     f"This host has no NeuronCores to count: give tensor_parallel_size for {instance_type}, for "
