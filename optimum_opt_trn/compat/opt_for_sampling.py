@@ -211,7 +211,7 @@ class OPTForSampling:
         else:
             options.update(do_sample=True, top_k=top_k, top_p=1.0, temperature=1.0, min_length=sequence_length)
         first_eos = eos[0] if isinstance(eos, (list, tuple)) else eos
-        with _without_generation_config(model):
+        with without_generation_config(model):
             return model.generate(
                 input_ids.long(),
                 attention_mask=mask,
@@ -274,7 +274,7 @@ class _NewTokens(BaseStreamer):
 
 
 @contextmanager
-def _without_generation_config(model: NeuronOPTForCausalLM) -> Iterator[None]:
+def without_generation_config(model: NeuronOPTForCausalLM) -> Iterator[None]:
     """Hides generation_config.json, of which the old loop knew nothing."""
     with model.engine.lock:
         kept, model.generation_config = model.generation_config, transformers.GenerationConfig()

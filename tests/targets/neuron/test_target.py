@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from requirements import needs_optimum_neuron
+
 
 CASES = Path(__file__).parent / "double_cases.py"
 
 
+@needs_optimum_neuron
 def test_on_the_double():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", CASES],
