@@ -36,15 +36,15 @@ import torch
 from transformers import OPTConfig
 
 from optimum_opt_trn import OPTNeuronConfig
-from optimum_opt_trn.checkpoint.layout import checkpoint_files
+from optimum_opt_trn.checkpoint.layout import CHECKPOINT_DIR, checkpoint_files
 from optimum_opt_trn.checkpoint.source import Piece, WeightSource
-from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.generation.inputs import pack
-from optimum_opt_trn.hardware import this_host
 from optimum_opt_trn.model.sampling import SamplingInputs
-from optimum_opt_trn.planning.memory import Setup, plan_memory
+from optimum_opt_trn.planning.host import this_host
+from optimum_opt_trn.planning.memory import plan_memory
+from optimum_opt_trn.planning.setup import Setup
 from optimum_opt_trn.targets import get_target
-from optimum_opt_trn.targets.base import CHECKPOINT_DIR
 from optimum_opt_trn.targets.cpu.runtime import CPURuntime
 
 
@@ -67,11 +67,11 @@ def shape(hidden: int) -> OPTConfig:
 
 
 def write_export(config: OPTConfig, amp: str, directory: Path, eager: bool) -> None:
-    specs = {name: spec for file in checkpoint_files(config).values() for name, spec in file.items()}
+    specs = {name: spec for file in checkpoint_files(config, amp).values() for name, spec in file.items()}
     readers = {name: (lambda spec=spec: torch.full(spec.shape, 0.01)) for name, spec in specs.items()}
     neuron_config = OPTNeuronConfig(amp=amp)
-    source = WeightSource([Piece(lambda: readers, lambda names: "constant")], "constant weights")
-    write_split(source, config, directory / CHECKPOINT_DIR, neuron_config.amp_dtype)
+    source = WeightSource([Piece(lambda: readers, lambda names: "constant")], "constant weights", config)
+    write_split(source, directory / CHECKPOINT_DIR, amp)
     get_target(neuron_config).compile(config, neuron_config, directory, eager)
 
 

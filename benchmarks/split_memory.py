@@ -94,7 +94,7 @@ def tensors(config, dtype, only: int | None = None) -> Iterator[tuple[str, objec
     from optimum_opt_trn.checkpoint.layout import checkpoint_files
 
     generator = torch.Generator().manual_seed(0)
-    for index, specs in enumerate(checkpoint_files(config).values(), -1):
+    for index, specs in enumerate(checkpoint_files(config, "f32").values(), -1):
         if only in (None, index):
             for name, spec in specs.items():
                 yield name, torch.empty(spec.shape).normal_(0, 0.02, generator=generator).to(dtype)
@@ -127,14 +127,15 @@ def write_single(config, dtype, directory: Path) -> None:
 
     from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
     from optimum_opt_trn.checkpoint.stream import write_tensors
+    from optimum_opt_trn.dtypes import normalize_dtype
 
     # All tensors in one dtype, in the order that the writer wants them.
-    specs = {n: TensorSpec(s.shape, True) for f in checkpoint_files(config).values() for n, s in f.items()}
+    amp = normalize_dtype(dtype)
+    specs = {n: TensorSpec(s.shape, amp) for f in checkpoint_files(config, amp).values() for n, s in f.items()}
     torch.manual_seed(0)
     write_tensors(
         directory / "model.safetensors",
         specs,
-        dtype,
         lambda name: iter([torch.empty(specs[name].shape).normal_(0, 0.02).to(dtype)]),
         lambda _: None,
     )
@@ -175,10 +176,10 @@ def main() -> None:
     from optimum_opt_trn import OPTNeuronConfig
     from optimum_opt_trn.checkpoint.layout import checkpoint_files
     from optimum_opt_trn.checkpoint.stream import file_size
-    from optimum_opt_trn.configuration_opt import AMP_DTYPES
+    from optimum_opt_trn.dtypes import to_torch
     from optimum_opt_trn.export import export_opt
 
-    dtype = AMP_DTYPES[arguments.dtype]
+    dtype = to_torch(arguments.dtype)
     config = OPTConfig(
         vocab_size=arguments.vocab_size, hidden_size=arguments.hidden_size, word_embed_proj_dim=arguments.hidden_size,
         ffn_dim=4 * arguments.hidden_size, num_hidden_layers=arguments.layers,
@@ -187,14 +188,15 @@ def main() -> None:
     # As the source has it, where layernorms and positions are in its dtype, too.
     largest = max(
         sum(torch.Size(spec.shape).numel() for spec in specs.values()) * dtype.itemsize
-        for specs in checkpoint_files(config).values()
+        for specs in checkpoint_files(config, arguments.dtype).values()
     )
     bound = largest + 400e6
-    written = sum(file_size(specs, AMP_DTYPES[arguments.amp]) for specs in checkpoint_files(config).values())
+    files = checkpoint_files(config, arguments.amp)
+    written = sum(file_size(specs) for specs in files.values())
     base = measured(NOTHING)[1]
     print(
         f"{arguments.layers} layers of width {arguments.hidden_size}, {arguments.dtype} to {arguments.amp}, "
-        f"{torch.get_num_threads()} threads; the split checkpoint has {len(checkpoint_files(config))} files, "
+        f"{torch.get_num_threads()} threads; the split checkpoint has {len(files)} files, "
         f"{written / 1e9:.2f} GB. Largest file at the source's dtype: {largest / 1e6:.0f} MB, so the bound is "
         f"{bound / 1e6:.0f} MB. Interpreter and libraries alone: {base / 1e6:.0f} MB.\n",
         flush=True,

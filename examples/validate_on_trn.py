@@ -235,8 +235,9 @@ def validate(name: str, options: argparse.Namespace, instance: str | None) -> di
     model = loaded[0]
     plan = None
     if instance is not None:
-        from optimum_opt_trn.hardware import find_instance
-        from optimum_opt_trn.planning.memory import Setup, plan_memory
+        from optimum_opt_trn.planning.host import find_instance
+        from optimum_opt_trn.planning.memory import plan_memory
+        from optimum_opt_trn.planning.setup import Setup
 
         plan = plan_memory(model.config, Setup.of(model.neuron_config), find_instance(instance))
         report["memory"] = attempt(memory, plan)

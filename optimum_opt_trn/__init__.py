@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .pipelines import pipeline
     from .planning.fit import DoesNotFitError
 
-# Public name -> the module that has it; imported when it is first asked for.
+# Public name -> the module that has it, which is imported at first use.
 _EXPORTS = {
     "CheckpointError": "checkpoint",
     "NeuronOPTForCausalLM": "modeling_neuron_opt",

@@ -1,8 +1,8 @@
-"""Which graphs exist, and which one serves a call.
+"""Buckets: the static lengths that graphs exist for, and the one that serves a call.
 
-A graph is the rank program at one static shape. `context_encoding` computes whole prompts, padded to a prompt bucket;
-`token_generation` one new token a row, attending to the first positions of the cache, a cache bucket. A call is
-routed to the smallest bucket that fits.
+A graph is the rank program at one static shape. `context_encoding` computes whole prompts, padded to a prompt bucket.
+`token_generation` computes one new token a row, which attends to the first positions of the cache: a cache bucket. A
+call is routed to the smallest bucket that fits.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-# A length of 1 is another shape to a compiler (it broadcasts), and lengths below the longest must leave it a choice.
+# Compilers treat a length of 1 as another kind of shape (it broadcasts), and the longest one needs shorter ones below.
 SHORTEST_BUCKET = 2
 SHORTEST_SEQUENCE = 4
 
-# Neuron compiles each bucket apart, so that few and doubling ones are best.
+# Neuron compiles each bucket separately, so that a few doubling ones are best.
 NEURON_SMALLEST_BUCKET = 128
+
+# On `cpu`, the attention kernel reads the cache again for each token of a slot. From this many new tokens of a slot
+# on, matrix products are faster and are used instead.
+LONG_RUN = 16
 
 
 def _doubling(longest: int, first: int) -> tuple[int, ...]:
@@ -29,7 +33,7 @@ def _doubling(longest: int, first: int) -> tuple[int, ...]:
 def default_prompt_buckets(sequence_length: int, target: str) -> tuple[int, ...]:
     """Prompt lengths (tokens), ascending, the last `sequence_length`.
 
-    On `cpu` that is the one: kernels take any length as it is, and padding is left out of every product.
+    On `cpu` there is only that one: kernels take any length, and no product includes padding.
     """
     if target == "cpu":
         return (sequence_length,)

@@ -12,36 +12,16 @@ import torch
 from transformers import OPTConfig
 
 from .buckets import SHORTEST_SEQUENCE, check_buckets, default_cache_buckets, default_prompt_buckets
+from .dtypes import normalize_dtype, to_torch
+from .hardware import FAMILIES, equal_degrees
 from .host_framework import NeuronConfig, get_neuronxcc_version, optimum_neuron_version, register_neuron_config
 from .version import __version__
 
 
-# Raised when a directory written before can no longer be read; nothing else decides about compatibility.
+# To be raised when directories written before can no longer be read. Only this decides about compatibility.
 FORMAT_VERSION = 1
 
-AMP_DTYPES: dict[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-_DTYPE_ALIASES = {
-    "fp16": "f16", "float16": "f16", "half": "f16",
-    "bfloat16": "bf16",
-    "fp32": "f32", "float32": "f32", "float": "f32",
-}  # fmt: skip
-
-# Instance family -> compile target. inf2 and trn1 have the same NeuronCore-v2
-# (awsdocs-neuron, "NeuronCore-v2 Architecture"); optimum-neuron maps them in the same way.
-COMPILE_TARGETS = {"cpu": "cpu", "trn1": "trn1", "trn1n": "trn1", "inf2": "trn1", "trn2": "trn2"}
-
-
-def normalize_dtype(value: str | torch.dtype, option: str = "amp") -> str:
-    """`value` (`"f16"`, `"fp16"`, `"float16"`, `torch.float16`, …) as one of `f16`, `bf16`, `f32`.
-
-    Raises:
-        ValueError: for any other value; the message names `option`, the value and the choices.
-    """
-    name = str(value).removeprefix("torch.")
-    name = _DTYPE_ALIASES.get(name, name)
-    if name not in AMP_DTYPES:
-        raise ValueError(f"{option}={value!r} is not a dtype that OPT is exported in: choose f16, bf16 or f32.")
-    return name
+_DERIVED_OPTIONS = ("target", "checkpoint_id", "checkpoint_revision", "format_version")
 
 
 def reject_unknown(options: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -69,12 +49,12 @@ class OPTNeuronConfig(NeuronConfig):
         max_topk: how many of the best tokens sampling on the device chooses among.
         instance_type: the instance family (`cpu`, `trn1`, `trn1n`, `inf2`, `trn2`).
         target: the compile target that follows from it (`cpu`, `trn1`, `trn2`).
-        prompt_buckets: static prompt lengths, ascending; the last is `sequence_length`. By default what suits the
-            target: on `cpu`, which takes any length as it is, that one.
-        cache_buckets: static lengths of the part of the cache that a step attends to, likewise; `cpu` has no use for
-            them.
+        prompt_buckets: static prompt lengths, ascending; the last is `sequence_length`. By default they suit the
+            target: on `cpu`, which takes any length, only that one.
+        cache_buckets: static lengths of the part of the cache that a step attends to, ascending; the last is
+            `sequence_length`. `cpu` does not use them.
         checkpoint_id, checkpoint_revision: hub id and commit of the source; None for a local one.
-        format_version: of the export directory; it alone decides whether a directory can be read.
+        format_version: the format of the export directory; only this decides whether a directory can be read.
 
     Raises:
         TypeError: for an unknown option; the message names the nearest one.
@@ -114,13 +94,13 @@ class OPTNeuronConfig(NeuronConfig):
             raise ValueError(f"sequence_length={self.sequence_length} is too short: the least is {SHORTEST_SEQUENCE}.")
         self.amp = normalize_dtype(self.amp)
         self.kv_cache_dtype = normalize_dtype(self.kv_cache_dtype or self.amp, "kv_cache_dtype")
-        if self.instance_type not in COMPILE_TARGETS:
-            raise ValueError(f"instance_type={self.instance_type!r} is not one of {', '.join(COMPILE_TARGETS)}.")
-        target = COMPILE_TARGETS[self.instance_type]
+        if self.instance_type not in FAMILIES:
+            raise ValueError(f"instance_type={self.instance_type!r} is not one of {', '.join(FAMILIES)}.")
+        target = FAMILIES[self.instance_type].target
         if self.target not in (None, target):
             raise ValueError(
                 f"target={self.target!r} does not fit instance_type={self.instance_type!r}, whose target is "
-                f"{target!r}: give instance_type alone."
+                f"{target!r}: give only instance_type."
             )
         self.target = target
         length = self.sequence_length
@@ -142,11 +122,11 @@ class OPTNeuronConfig(NeuronConfig):
         raise AttributeError(f"OPTNeuronConfig is immutable: {name} is decided at export.")
 
     def check_model(self, config: OPTConfig) -> None:
-        """Checks that a model of `config` can be exported in this way.
+        """Checks that a model of `config` can be exported with these options.
 
         Raises:
             ValueError: if `sequence_length` exceeds the positions that the model has, or if its heads or its MLP
-                cannot be split into `tp_degree` equal parts; the message names the limit and what would do.
+                cannot be split into `tp_degree` equal parts; the message names the limit and the possible values.
         """
         limit = config.max_position_embeddings
         if self.sequence_length > limit:
@@ -155,7 +135,7 @@ class OPTNeuronConfig(NeuronConfig):
                 f"with (max_position_embeddings): choose at most {limit}."
             )
         heads, ffn_dim = config.num_attention_heads, config.ffn_dim
-        degrees = [n for n in range(1, heads + 1) if heads % n == 0 and ffn_dim % n == 0]
+        degrees = equal_degrees(heads, ffn_dim)
         if self.tp_degree not in degrees:
             raise ValueError(
                 f"tp_degree={self.tp_degree} cannot split {heads} attention heads and an MLP of {ffn_dim} into equal "
@@ -164,25 +144,30 @@ class OPTNeuronConfig(NeuronConfig):
 
     @property
     def amp_dtype(self) -> torch.dtype:
-        return AMP_DTYPES[self.amp]
+        return to_torch(self.amp)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The name by which optimum-neuron's own callers read the weight dtype."""
+        """The dtype of the weights, under the name that callers in optimum-neuron read."""
         return self.amp_dtype
 
     @property
     def on_device_sampling(self) -> bool:
-        """What optimum-neuron's own callers ask: whether calls with `sampling_params` return tokens, not logits."""
+        """Read by callers in optimum-neuron: whether calls with `sampling_params` return tokens instead of logits."""
         return True
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        return AMP_DTYPES[self.kv_cache_dtype or self.amp]
+        return to_torch(self.kv_cache_dtype or self.amp)
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def export_options(cls) -> tuple[str, ...]:
+        """The options that a user chooses; the others follow from these and from the source."""
+        return tuple(name for name in cls.option_names() if name not in _DERIVED_OPTIONS)
 
     def options(self) -> dict[str, Any]:
         """The fields, as keyword arguments that make an equal object."""
@@ -191,7 +176,7 @@ class OPTNeuronConfig(NeuronConfig):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary: the fields, and what optimum-neuron's own configurations carry."""
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options().items()}
-        # optimum-neuron's generic loader finds our class by the key, and refuses other versions than its own.
+        # optimum-neuron's generic loader finds this class by the key, and refuses other versions than its own.
         return {
             **options,
             "_serialized_key": type(self).__name__,
@@ -201,10 +186,10 @@ class OPTNeuronConfig(NeuronConfig):
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> OPTNeuronConfig:
-        """The inverse of `to_dict`, whatever version of optimum-neuron wrote it.
+        """The inverse of `to_dict`, for a dictionary that any version of optimum-neuron wrote.
 
         Raises:
-            ValueError: if the dictionary is not one of ours, or was written in a newer format.
+            ValueError: if the dictionary is not an OPTNeuronConfig's, or was written in a newer format.
             TypeError: for an unknown key.
         """
         values = dict(config_dict)
@@ -232,7 +217,7 @@ class OPTNeuronConfig(NeuronConfig):
 
 
 def _neuronxcc_version() -> str | None:
-    """The compiler's version where the SDK is installed, else None."""
+    """The compiler's version; None if the SDK is not installed."""
     try:
         return get_neuronxcc_version()
     except (ImportError, ModuleNotFoundError):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -16,15 +14,14 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from .checkpoint.config import check_opt, load_config, save_config
-from .checkpoint.hub import fetch, open_weights
-from .checkpoint.lock import exclusive
-from .checkpoint.split import save_companions, write_split
+from .checkpoint.config import check_opt, load_config, save_companions, save_config
+from .checkpoint.hub import open_checkpoint
+from .checkpoint.layout import CHECKPOINT_DIR
+from .checkpoint.write import one_writer, write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
 from .planning.fit import check_fit
 from .targets import get_target
-from .targets.base import CHECKPOINT_DIR
 
 
 def export_opt(
@@ -44,18 +41,18 @@ def export_opt(
     """Exports an OPT checkpoint.
 
     `output` gets config.json, generation_config.json, neuron_config.json, the tokenizer, `checkpoint/` (an ordinary
-    Hugging Face checkpoint, one file a layer) and `compiled/`. It is written beside and renamed when it is whole: an
-    interrupted export leaves what was there before. Of a source that is a split checkpoint in the same amp, or an
-    export with one, the files are hard links where the file system allows.
+    Hugging Face checkpoint, one file a layer) and `compiled/`. It is written to a directory next to `output`, which is
+    renamed when it is complete: an interrupted export leaves what was there before. If the source is a split
+    checkpoint in the same amp, or an export with one, the files are linked where the file system allows.
 
     Args:
-        source: a local directory or an id on the hub; an export is exported anew from its `checkpoint/`.
-        output: a directory that is not there, is empty, or holds an earlier export, which is replaced.
-        neuron_config: what to export for.
-        config: the model's configuration, if it is at hand.
+        source: a local directory or an id on the hub. An export is exported again from its `checkpoint/`.
+        output: a directory that does not exist, is empty, or holds an earlier export, which is replaced.
+        neuron_config: the options of the export.
+        config: the model's configuration; by default it is read from the source.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
         eager: skips compilation; the export runs eagerly.
-        force: goes on with an export that does not fit the device's memory.
+        force: exports even if the device's memory is too small.
 
     Returns:
         The output directory.
@@ -64,8 +61,8 @@ def export_opt(
         ValueError: if the source is not an OPT, or does not fit `neuron_config`; DoesNotFitError if `neuron_config`
             needs more memory than there is; CheckpointError if its weights do not fit its config.json.
         FileExistsError: if `output` holds anything but an export.
-        OSError: if the source is not there, the disk is full, or another process is writing this output.
-        RuntimeError: if the target is not to be had on this host.
+        OSError: if the source does not exist, the disk is full, or another process is writing this output.
+        TargetError: if the target is not available on this host.
     """
     output = Path(output)
     hub: dict[str, Any] = {
@@ -81,22 +78,21 @@ def export_opt(
     target = get_target(neuron_config)
     _check_output(output, source)
 
-    path = fetch(source, **hub)
     with _staged(output) as staging:
-        weights = open_weights(source, path, CHECKPOINT_DIR if _is_export(path) else "", **hub)
-        weights.check(opt_config)  # before a compiler starts, which an error would wait for
-        with ThreadPoolExecutor(1) as beside:
-            beside.submit(target.prepare, eager)
-            write_split(weights, opt_config, staging / CHECKPOINT_DIR, neuron_config.amp_dtype)
-        save_config(opt_config, staging, neuron_config.amp_dtype)
-        save_companions(path, opt_config, staging)
+        # Checks the weights before a compiler starts, for which an error would have to wait.
+        checkpoint = open_checkpoint(source, opt_config, **hub)
+        with ThreadPoolExecutor(1) as compiler:
+            compiler.submit(target.prepare, eager)
+            write_split(checkpoint.weights, staging / CHECKPOINT_DIR, neuron_config.amp)
+        save_config(opt_config, staging, neuron_config.amp)
+        save_companions(checkpoint.directory, opt_config, staging)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)
     return output
 
 
 def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None:
-    """The local directory of the export `model_id`, downloaded if need be; None if that is not an export.
+    """The local directory of the export `model_id`, downloaded if necessary; None if it is not an export.
 
     `hub` has the options of an id on the hub: revision, token, cache_dir, force_download, local_files_only.
     """
@@ -109,9 +105,9 @@ def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None
 
 
 def copy_export(source: Path, output: Path, generation_config: GenerationConfig) -> None:
-    """Copies an export with another generation config; `output` is then whole, or as it was.
+    """Copies an export with another generation config; if that fails, `output` is unchanged.
 
-    Weights and what was compiled, which nobody edits, are hard links where the file system allows.
+    Weights and compiled files, which nobody edits, are linked where the file system allows.
 
     Raises:
         FileExistsError: if `output` holds anything but an export.
@@ -135,46 +131,40 @@ def _check_output(output: Path, source: str | os.PathLike) -> None:
 
 @contextmanager
 def _staged(output: Path, keep: tuple[str, ...] = (CHECKPOINT_DIR,)) -> Iterator[Path]:
-    """A directory beside `output` that takes its place when the block ends well, and is removed when it does not.
+    """A directory next to `output`. It replaces `output` when the block succeeds, and is removed when it fails.
 
-    At every moment either what was at `output` before is whole there, or what was written is. What a process left
-    there that was killed is removed, but for `keep`.
+    At every moment, the old content or the new one is complete: at `output`, or, between the two renames, in
+    `.NAME.old` next to it, from where the next call restores it. What a killed process left in the directory is
+    removed, except for `keep`.
 
     Raises:
         BlockingIOError: if another process is writing the same output.
     """
-    output = output.resolve()  # of a link, what it points to is replaced
-    staging = output.with_name(f".{output.name}.partial")
-    with exclusive(staging):
+    output = output.resolve()  # a link stays, and its target is replaced
+    staging, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
+    with one_writer(output):
         try:
+            _finish_swap(output, old)
+            staging.mkdir(exist_ok=True)
             for left in staging.iterdir():
                 if left.name not in keep:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield staging
-            if not output.exists():
-                os.rename(staging, output)
-                return
+            if output.exists():
+                os.rename(output, old)
+            os.rename(staging, output)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        # The lock that is held moves along with what was written; another one keeps others from the remains.
-        with exclusive(output):
-            try:
-                _exchange(staging, output)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            _finish_swap(output, old)
 
 
-def _exchange(staging: Path, output: Path) -> None:
-    """Swaps two directories, atomically where the system can (Linux: renameat2 with RENAME_EXCHANGE)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    if renameat2 and renameat2(at_cwd, os.fsencode(staging), at_cwd, os.fsencode(output), exchange) == 0:
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    os.rename(output, old / output.name)
-    os.rename(staging, output)
-    shutil.rmtree(old)
+def _finish_swap(output: Path, old: Path) -> None:
+    """Repairs an incomplete swap: restores `old` to `output`, or removes it if an export has replaced it."""
+    if old.exists() and not _is_export(output):
+        os.rename(old, output)  # missing, or an empty directory
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -14,9 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .checkpoint import push_to_hub, verify_checkpoint
 from .checkpoint.config import check_opt, load_config, load_tokenizer
-from .configuration_opt import COMPILE_TARGETS, OPTNeuronConfig, normalize_dtype, reject_unknown
+from .configuration_opt import OPTNeuronConfig, reject_unknown
+from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
+from .hardware import FAMILIES
 from .host_framework import (
     INSTALLED,
     NEEDED_FOR_NEURON,
@@ -119,11 +120,7 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         batch_size: int | None = None,
         sequence_length: int | None = None,
         tensor_parallel_size: int | None = None,
-        amp: str | torch.dtype | None = None,
-        kv_cache_dtype: str | torch.dtype | None = None,
-        max_topk: int | None = None,
-        prompt_buckets: tuple[int, ...] | None = None,
-        cache_buckets: tuple[int, ...] | None = None,
+        **options: Any,
     ) -> OPTNeuronConfig:
         """The configuration to export a model with; what is not given gets a default that suits this host.
 
@@ -135,21 +132,24 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             batch_size: by default 1.
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
-            amp: by default `f16`.
-            kv_cache_dtype, max_topk, prompt_buckets, cache_buckets: see `OPTNeuronConfig`.
+            options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
+                `prompt_buckets`, `cache_buckets`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.
+            TypeError: for an unknown option; the message names the nearest one.
         """
+        others = set(OPTNeuronConfig.export_options()) - {"tp_degree"}
+        reject_unknown(options, {"tensor_parallel_size", *others}, f"{cls.__name__}.get_neuron_config")
         if config is None:
             config = load_config(model_name_or_path, token=token, revision=revision)
         opt_config = check_opt(config, model_name_or_path)
         if instance_type is None:
             # optimum-neuron's current_instance_type says trn1 of an inf2, which connects other numbers of cores.
             instance_type = "cpu" if get_neuron_major() == -1 else get_instance_name().partition(".")[0]
-        # An unknown family is for OPTNeuronConfig to refuse.
-        on_neuron = COMPILE_TARGETS.get(instance_type, "cpu") != "cpu"
         if tensor_parallel_size is None:
+            # An unknown family is for OPTNeuronConfig to refuse.
+            on_neuron = instance_type in FAMILIES and FAMILIES[instance_type].on_neuron
             tensor_parallel_size = get_available_cores() if on_neuron else 1
             if tensor_parallel_size == 0 and not INSTALLED:
                 raise ValueError(f"instance_type={instance_type!r} needs {NEEDED_FOR_NEURON}.")
@@ -162,12 +162,8 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             sequence_length = min(opt_config.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
         local = Path(model_name_or_path).is_dir()
         given: dict[str, Any] = {
+            **options,
             "batch_size": batch_size,
-            "amp": None if amp is None else normalize_dtype(amp),
-            "kv_cache_dtype": None if kv_cache_dtype is None else normalize_dtype(kv_cache_dtype, "kv_cache_dtype"),
-            "max_topk": max_topk,
-            "prompt_buckets": prompt_buckets,
-            "cache_buckets": cache_buckets,
             "checkpoint_id": None if local else str(model_name_or_path),
             "checkpoint_revision": None if local else opt_config._commit_hash,
         }
@@ -368,7 +364,5 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
 
 def export_options() -> tuple[str, ...]:
-    """The options of `from_pretrained` that go to `get_neuron_config`."""
-    parameters = inspect.signature(NeuronOPTForCausalLM.get_neuron_config).parameters
-    own = (name for name in parameters if name not in ("model_name_or_path", "config", "token", "revision"))
-    return (*own, *_ALIASES)
+    """The options of `from_pretrained` that go to `get_neuron_config`, and other names of them."""
+    return tuple({*OPTNeuronConfig.export_options(), *_ALIASES, *_ALIASES.values()})

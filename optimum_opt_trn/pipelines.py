@@ -22,7 +22,7 @@ TASK = "text-generation"
 
 
 class OPTTextGenerationPipeline(TextGenerationPipeline):
-    """transformers' pipeline, whose default of 256 new tokens here ends where the export does."""
+    """transformers' pipeline, with its default of 256 new tokens limited to the export's length."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._given_length = _gives_length(kwargs)
@@ -33,7 +33,7 @@ class OPTTextGenerationPipeline(TextGenerationPipeline):
         if default is not None and not self._given_length and not _gives_length(generate_kwargs):
             mask = model_inputs.get("attention_mask")
             longest = model_inputs["input_ids"].shape[1] if mask is None else int(mask.sum(-1).max())
-            # At least 1, so that a prompt that leaves no room is refused by its own error.
+            # At least 1, so that a prompt that leaves no room raises the error that explains it.
             room = max(1, self.model.neuron_config.sequence_length - longest)
             generate_kwargs["max_new_tokens"] = min(default, room)
         return super()._forward(model_inputs, **generate_kwargs)
@@ -57,19 +57,19 @@ def pipeline(
     """A text-generation pipeline, with the signature of `optimum.neuron.pipeline`.
 
     Args:
-        task: `"text-generation"`, which is what None stands for.
+        task: `"text-generation"`, also the meaning of None.
         model: an export (directory or Hub id), a loaded model, or, with `export=True`, an OPT checkpoint.
-        tokenizer: by default, the one that lies with the model.
+        tokenizer: by default, the one in the model's directory.
         use_fast, trust_remote_code: for loading the tokenizer.
         export: export `model` first, to a temporary directory. The export's options (`batch_size`,
             `sequence_length`, `tensor_parallel_size`, `amp`, `kv_cache_dtype`, …, see
             `NeuronOPTForCausalLM.get_neuron_config`) go into `kwargs`.
         token, revision: for the Hub.
-        feature_extractor, image_processor, input_shapes, compiler_args: stand in the signature only. OPT has no use
-            for the first two; shapes are options of the export, and so is what is compiled.
+        feature_extractor, image_processor, input_shapes, compiler_args: only part of the signature. OPT has no use
+            for the first two; shapes and compilation are options of the export.
         kwargs: `batch_size` (prompts in a call to the model, by default as many as it was exported for),
-            `num_workers`, `eager` (run the graphs uncompiled), and what the pipeline and `generate` take, as defaults
-            for each call. Without a length, 256 new tokens, or as many as `sequence_length` leaves room for.
+            `num_workers`, `eager` (run without kernels), and the options of the pipeline and of `generate`, as
+            defaults for each call. Without a length, 256 new tokens, or as many as `sequence_length` leaves room for.
 
     Returns:
         A `transformers.TextGenerationPipeline`. Prompts of different lengths in a batch do not change each other's
@@ -139,7 +139,7 @@ def pipeline(
 
 
 def _check_exported(model: str | Path, export: bool, hub: dict[str, Any]) -> None:
-    """Raises ValueError unless `model` is to be exported or is an export, not both; OSError if there is none."""
+    """Raises ValueError unless `model` is an export or `export` is set, not both; OSError if it is not found."""
     load_config(model, **hub)
     exported = find_export(model, hub) is not None
     if export and exported:
@@ -159,7 +159,7 @@ def _load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBa
 
 
 def _batching(tokenizer: PreTrainedTokenizerBase, model: NeuronOPTForCausalLM) -> PreTrainedTokenizerBase:
-    """`tokenizer` as batching needs it: with a pad token, padding on the left. The caller's own is not changed."""
+    """`tokenizer`, or a copy that can batch: with a pad token, and padding on the left."""
     if tokenizer.pad_token is not None and tokenizer.padding_side == "left":
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
@@ -178,7 +178,7 @@ def _gives_length(options: dict[str, Any]) -> bool:
 
 
 def _call_options() -> set[str]:
-    """What the pipeline and `generate` take as defaults for each call."""
+    """The options of the pipeline and of `generate`, which are defaults for each call."""
     takers = (TextGenerationPipeline._sanitize_parameters, TextGenerationPipeline.preprocess, GenerationMixin.generate)
     names = {name for taker in takers for name in inspect.signature(taker).parameters}
     names |= {name for name in vars(GenerationConfig()) if not name.startswith("_")}

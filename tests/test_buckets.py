@@ -1,4 +1,4 @@
-"""Which graphs there are, and which one serves a call."""
+"""The buckets that exist, and the one that serves a call."""
 
 import bisect
 

@@ -1,4 +1,4 @@
-"""Export: what a directory holds, what is refused, and what an interruption leaves."""
+"""Export: the content of a directory, what is refused, and what an interruption leaves."""
 
 import errno
 import json
@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, OPTConfig,
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
-from optimum_opt_trn.checkpoint.lock import exclusive
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import WeightSource
+from optimum_opt_trn.checkpoint.write import one_writer
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.host_framework import INSTALLED
 from optimum_opt_trn.targets.cpu import CPUTarget
@@ -134,10 +134,7 @@ def test_an_export_is_a_source_by_its_checkpoint(source, tmp_path):
     assert all((first / "checkpoint" / f).read_bytes() == (second / "checkpoint" / f).read_bytes() for f in files)
 
 
-@pytest.mark.parametrize("atomic", [True, False])
-def test_an_earlier_export_is_replaced(atomic, save_opt, tmp_path, monkeypatch):
-    if not atomic:  # a system without renameat2
-        monkeypatch.setattr("optimum_opt_trn.export.ctypes.CDLL", lambda *args, **kwargs: object())
+def test_an_earlier_export_is_replaced(save_opt, tmp_path):
     old = save_opt(tiny_opt(seed=1, num_hidden_layers=3), "old")
     output = export_opt(old, tmp_path / "out", neuron_config(), eager=True)
     (output / "note.txt").write_text("of the old one")
@@ -188,7 +185,7 @@ def fail_reading(monkeypatch, error) -> None:
 
 def fail_compiling(monkeypatch, error) -> None:
     def failing(self, config, neuron_config, directory, eager):
-        assert (directory / "neuron_config.json").is_file()  # at this point all else is there
+        assert (directory / "neuron_config.json").is_file()  # at this point everything else is there
         (directory / "compiled").mkdir()
         raise error
 
@@ -234,6 +231,25 @@ def test_weights_that_do_not_fit_are_refused_before_a_compiler_starts(source, tm
     assert not started and [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def kill_half_way(code: str, source: Path, *outputs: Path) -> None:
+    """Runs `code` in a process, and kills it when it has said for each output that it is half-way."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, source, *outputs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    with child:
+        try:
+            assert child.stdout is not None
+            assert [child.stdout.readline() for _ in outputs] == ["half-way\n"] * len(outputs)
+        finally:
+            child.kill()
+    assert child.returncode == -signal.SIGKILL
+
+
 def test_a_killed_export_leaves_what_was_there(source, tmp_path):
     """SIGKILL while the second layer is read: no clean-up runs at all."""
     earlier = export_opt(source, tmp_path / "earlier", neuron_config(), eager=True)
@@ -257,37 +273,118 @@ def test_a_killed_export_leaves_what_was_there(source, tmp_path):
             threading.Thread(target=export_opt, args=(source, output, config), kwargs={"eager": True}).start()
         time.sleep(600)
     """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, source, earlier, tmp_path / "new"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    with child:
-        try:
-            assert child.stdout is not None
-            assert [child.stdout.readline() for _ in range(2)] == ["half-way\n"] * 2
-        finally:
-            child.kill()
-    assert child.returncode == -signal.SIGKILL
+    kill_half_way(code, source, earlier, tmp_path / "new")
     assert snapshot(earlier) == before
-    # It was in the middle of both. What is left over is hidden.
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", ".earlier.partial", ".new.partial"}
-    # The next export of the same output goes on from it.
+    # It was in the middle of both. What it left is hidden.
+    hidden = {".earlier.partial", ".earlier.lock", ".new.partial", ".new.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", *hidden}
+    # The next export of the same output continues from it.
     (tmp_path / ".new.partial" / "of another version").mkdir()
     done = tmp_path / ".new.partial" / "checkpoint" / "layer_000.safetensors"
     inode = done.stat().st_ino
     export_opt(source, tmp_path / "new", neuron_config(), eager=True)
     assert snapshot(tmp_path / "new") == before
     assert (tmp_path / "new" / "checkpoint" / "layer_000.safetensors").stat().st_ino == inode
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", "new", ".earlier.partial"}
+    left = {".earlier.partial", ".earlier.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "earlier", "new", *left}
+
+
+KILLED_WHILE_SWAPPING = """
+import os, sys, shutil, time
+from pathlib import Path
+from optimum_opt_trn import OPTNeuronConfig
+from optimum_opt_trn.export import export_opt
+
+source, output = sys.argv[1:]
+rename, rmtree, moment = os.rename, shutil.rmtree, "MOMENT"
+
+def stop():
+    os.write(1, b"half-way\\n")
+    time.sleep(600)
+
+def renaming(old, new):
+    if moment == "between the renames" and Path(new) == Path(output):
+        stop()
+    rename(old, new)
+
+def removing(path, **options):
+    if moment == "before the old one is removed" and Path(path).name == f".{Path(output).name}.old":
+        if Path(path).exists():
+            stop()
+    rmtree(path, **options)
+
+os.rename, shutil.rmtree = renaming, removing
+export_opt(source, output, OPTNeuronConfig(sequence_length=64, batch_size=2), eager=True)
+"""
+
+
+def kill_while_swapping(moment: str, source: Path, tmp_path: Path) -> tuple[dict, dict]:
+    """Kills an export that replaces `out`; returns the snapshots of what was there before and of what it wrote."""
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    replaced = snapshot(output)
+    written = snapshot(export_opt(source, tmp_path / "expected", neuron_config(batch_size=2), eager=True))
+    assert replaced != written
+    shutil.rmtree(tmp_path / "expected")
+    kill_half_way(KILLED_WHILE_SWAPPING.replace("MOMENT", moment), source, output)
+    return replaced, written
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_killed_between_the_renames_both_are_whole_and_the_next_run_repairs(source, tmp_path):
+    replaced, written = kill_while_swapping("between the renames", source, tmp_path)
+    assert names(tmp_path) == {"source", ".out.old", ".out.partial", ".out.lock"}
+    assert snapshot(tmp_path / ".out.old") == replaced
+    assert snapshot(tmp_path / ".out.partial") == written
+    # A run that fails has put the old one back first; so does one that finds an empty directory in its place.
+    broken = shutil.copytree(source, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError):
+        export_opt(broken, tmp_path / "out", neuron_config(), eager=True)
+    assert names(tmp_path) == {"source", "broken", "out"}
+    assert snapshot(tmp_path / "out") == replaced
+    export_opt(source, tmp_path / "out", neuron_config(batch_size=2), eager=True)
+    assert names(tmp_path) == {"source", "broken", "out"}
+    assert snapshot(tmp_path / "out") == written
+
+
+def test_killed_between_the_renames_the_next_run_replaces_it(source, tmp_path):
+    _, written = kill_while_swapping("between the renames", source, tmp_path)
+    export_opt(source, tmp_path / "out", neuron_config(batch_size=2), eager=True)
+    assert snapshot(tmp_path / "out") == written
+    assert names(tmp_path) == {"source", "out"}
+
+
+def test_killed_before_the_old_one_is_removed_the_new_one_is_there(source, tmp_path):
+    _, written = kill_while_swapping("before the old one is removed", source, tmp_path)
+    assert names(tmp_path) == {"source", "out", ".out.old", ".out.lock"}
+    assert snapshot(tmp_path / "out") == written
+    export_opt(source, tmp_path / "out", neuron_config(batch_size=2), eager=True)
+    assert snapshot(tmp_path / "out") == written
+    assert names(tmp_path) == {"source", "out"}
+
+
+def test_a_swap_that_fails_puts_the_old_one_back(source, tmp_path, monkeypatch):
+    output = export_opt(source, tmp_path / "out", neuron_config(), eager=True)
+    before, rename = snapshot(tmp_path), os.rename
+
+    def failing(old, new):
+        if Path(old).name == ".out.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        export_opt(source, output, neuron_config(batch_size=2), eager=True)
+    assert snapshot(tmp_path) == before
 
 
 def test_two_exports_of_the_same_output(source, tmp_path):
     config = neuron_config()
-    with exclusive(tmp_path / ".out.partial"), pytest.raises(BlockingIOError, match=rf"process {os.getpid()}\b.*wait"):
+    with one_writer(tmp_path / "out"), pytest.raises(BlockingIOError, match="out is being written by another .*wait"):
         export_opt(source, tmp_path / "out", config, eager=True)
     assert not (tmp_path / "out").exists()
     export_opt(source, tmp_path / "out", config, eager=True)
@@ -317,7 +414,7 @@ def test_a_split_source_that_is_damaged_is_not_linked(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_where_links_are_not_to_be_had_files_are_copied(source, tmp_path, monkeypatch):
+def test_without_links_files_are_copied(source, tmp_path, monkeypatch):
     split = save_pretrained_split(source, tmp_path / "split", "f16")
 
     def refuse(*arguments, **options):
@@ -332,7 +429,7 @@ def test_where_links_are_not_to_be_had_files_are_copied(source, tmp_path, monkey
 
 def test_other_models_are_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match="source is of model_type 'gpt2', and optimum_opt_trn serves 'opt' alone"):
+    with pytest.raises(ValueError, match="source is of model_type 'gpt2', and optimum_opt_trn serves only 'opt'"):
         export_opt(tmp_path / "source", tmp_path / "out", neuron_config(), eager=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -368,12 +465,12 @@ def test_sources_that_are_not_there(tmp_path):
         export_opt(tmp_path / "deep" / "nowhere", tmp_path / "out", neuron_config(), local_files_only=True)
     with pytest.raises(OSError):  # transformers' message
         export_opt("no/such-model", tmp_path / "out", neuron_config(), local_files_only=True)
-    with pytest.raises(OSError, match="nowhere"):  # with the configuration at hand, too
+    with pytest.raises(OSError, match="nowhere"):  # with a given configuration, too
         export_opt(tmp_path / "deep" / "nowhere", tmp_path / "out", neuron_config(), config=OPTConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_an_export_is_exported_anew_from_its_checkpoint(source, tmp_path):
+def test_an_export_is_exported_again_from_its_checkpoint(source, tmp_path):
     first = export_opt(source, tmp_path / "first", neuron_config(), eager=True)
     wider = OPTNeuronConfig(sequence_length=32, batch_size=3, tp_degree=2)
     second = export_opt(first, tmp_path / "second", wider, eager=True)

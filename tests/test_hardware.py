@@ -1,11 +1,13 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from optimum_opt_trn.configuration_opt import COMPILE_TARGETS
-from optimum_opt_trn.hardware import INSTANCES, GiB, find_instance, largest_of_family
+from optimum_opt_trn.hardware import FAMILIES, INSTANCES, GiB, equal_degrees
 
 
 def test_names_and_families_are_those_of_exports():
-    assert {i.family for i in INSTANCES.values()} | {"cpu"} == set(COMPILE_TARGETS)
+    assert {i.family.name for i in INSTANCES.values()} | {"cpu"} == set(FAMILIES)
+    assert all(name == family.name for name, family in FAMILIES.items())
     assert all(name == instance.name for name, instance in INSTANCES.items())
 
 
@@ -25,7 +27,7 @@ def test_names_and_families_are_those_of_exports():
     ],
 )
 def test_cores_add_up_to_what_aws_publishes_of_the_instance(name, cores, device_gib, bandwidth_gib):
-    instance = find_instance(name)
+    instance = INSTANCES[name]
     assert instance.cores == cores
     assert cores * instance.core_bytes == device_gib * GiB
     assert cores * instance.core_bandwidth == pytest.approx(bandwidth_gib * GiB)
@@ -37,11 +39,15 @@ def test_instances_with_fewer_chips_come_first():
     assert chips == sorted(chips)
 
 
-def test_an_unknown_instance_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'trn3\.big' is not known: choose cpu, inf2\.xlarge"):
-        find_instance("trn3.big")
+def test_an_instance_runs_the_degrees_of_its_family_that_it_has_cores_for():
+    assert INSTANCES["trn1.2xlarge"].tp_degrees == (1, 2)
+    for family in FAMILIES.values():
+        largest = max((i.tp_degrees for i in INSTANCES.values() if i.family == family), key=len, default=())
+        assert largest == family.tp_degrees
 
 
-def test_the_largest_of_a_family():
-    assert largest_of_family("trn1").name == "trn1.32xlarge"
-    assert largest_of_family("cpu").core_bytes <= largest_of_family("cpu").host_bytes
+@given(heads=st.integers(1, 60), ffn_dim=st.integers(1, 60), supported=st.sets(st.integers(1, 60), max_size=8))
+def test_equal_degrees_are_those_that_leave_no_rest(heads, ffn_dim, supported):
+    found = equal_degrees(heads, ffn_dim, sorted(supported))
+    for degree in supported or range(1, 61):
+        assert (degree in found) == (heads % degree == ffn_dim % degree == 0)

@@ -65,7 +65,7 @@ def test_the_signature_is_optimum_neurons():
     assert [*(a.arg for a in theirs.args.args), theirs.args.kwarg.arg] == list(ours.parameters)
 
 
-def test_from_a_directory_every_prompt_as_if_alone(export, expected):
+def test_from_a_directory_every_prompt_is_as_if_it_were_the_only_one(export, expected):
     pipe = pipeline("text-generation", export)
     assert pipe._batch_size == 3
     assert [text(result) for result in pipe(PROMPTS, max_new_tokens=10, do_sample=False)] == expected

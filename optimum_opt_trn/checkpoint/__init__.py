@@ -1,4 +1,4 @@
-"""The split checkpoint: what is in it, how it is written, verified and published, and how ranks read it."""
+"""The split checkpoint: its layout, and how it is written, verified, published and read by ranks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hub import push_to_hub
-    from .load import ModelWeights, load_weights
+    from .read import ModelWeights, load_weights
     from .source import CheckpointError
-    from .split import save_pretrained_split
     from .verify import verify_checkpoint
+    from .write import save_pretrained_split
 
-# Public name -> the module that has it; imported when it is first asked for.
+# Public name -> the module that has it, which is imported at first use.
 _EXPORTS = {
     "CheckpointError": "source",
-    "ModelWeights": "load",
-    "load_weights": "load",
+    "ModelWeights": "read",
+    "load_weights": "read",
     "push_to_hub": "hub",
-    "save_pretrained_split": "split",
+    "save_pretrained_split": "write",
     "verify_checkpoint": "verify",
 }
 

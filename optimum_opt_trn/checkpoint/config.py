@@ -1,4 +1,4 @@
-"""A model's config.json: read, checked to be an OPT's, and written; and its tokenizer, read."""
+"""The small files of a checkpoint: config.json, which has to be an OPT's, generation config and tokenizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoTokenizer, OPTConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, logging
+
+from ..dtypes import to_torch
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
@@ -19,16 +30,16 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         hub: revision, token, cache_dir, force_download, local_files_only, as in transformers.
 
     Raises:
-        OSError: if there is none. For a directory without one, transformers would guess it by the directory's name.
+        OSError: if there is no config.json. (transformers would guess the model type from the directory's name.)
         ValueError: if it is of another model_type.
     """
     if not Path(source).is_dir():
         try:
             return check_opt(AutoConfig.from_pretrained(source, **hub), source)
         except OSError as error:
-            raise OSError(f"{source} is no local directory, and cannot be had from the hub: {error}") from error
+            raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
     if not (Path(source) / CONFIG_NAME).is_file():
-        raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or not a whole one.")
+        raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or incomplete.")
     return check_opt(AutoConfig.from_pretrained(source), source)
 
 
@@ -40,7 +51,7 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # whatever the loader of some tokenizer raises; without files it can be an ImportError
+    except Exception as error:  # tokenizers raise many errors; without files it can be an ImportError
         cause = str(error).strip().partition("\n")[0]
         raise ValueError(f"{source} has no tokenizer that can be loaded ({cause})") from error
     if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer
@@ -49,17 +60,33 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
 
 
 def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
-    """`config`, if it is an OPT's; ValueError else."""
+    """`config`; raises ValueError if it is not an OPT's."""
     if config.model_type != "opt":
         raise ValueError(
-            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves 'opt' alone. For other "
+            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
             "models see optimum-neuron."
         )
     return config
 
 
-def save_config(config: OPTConfig, directory: Path, amp: torch.dtype) -> None:
-    """Writes config.json for weights in `amp`; `config` is left as it is."""
+def save_config(config: OPTConfig, directory: Path, amp: str) -> None:
+    """Writes config.json for weights in `amp`; `config` is not changed."""
     saved = OPTConfig.from_dict(config.to_dict())
-    saved.architectures, saved.dtype = ["OPTForCausalLM"], amp
+    saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     saved.save_pretrained(directory)
+
+
+def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
+    """Writes the generation config and the tokenizer of the checkpoint `source` to `directory`.
+
+    Without a tokenizer there is a warning.
+    """
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        generation_config = GenerationConfig.from_model_config(config)
+    generation_config.save_pretrained(directory)
+    try:
+        load_tokenizer(source).save_pretrained(directory)
+    except ValueError as error:
+        logger.warning(f"{error}, so the copy has none.")

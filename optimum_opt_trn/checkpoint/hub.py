@@ -1,82 +1,87 @@
-"""Checkpoints on the Hugging Face Hub: fetched file by file, and published."""
+"""Opening a checkpoint, local or on the Hugging Face Hub, and publishing one."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
+from transformers import OPTConfig
 
+from .layout import CHECKPOINT_DIR
 from .source import CheckpointError, WeightSource, open_directory, open_files
 from .verify import find_problems
 
 
-# What is needed of a repository besides weights: configurations, indices, tokenizer.
+# The files of a repository that are needed besides the weights: configurations, indices, tokenizer.
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 
-def fetch(
-    source: str | os.PathLike,
-    revision: str | None = None,
-    token: bool | str | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-) -> Path:
-    """The local directory of a checkpoint: `source` itself, or a download of that id's files, its weights left out.
-
-    Raises:
-        OSError: if there is no such directory and no such id.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return path
-    try:
-        return Path(
-            snapshot_download(
-                str(source),
-                allow_patterns=_SMALL_FILES,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-        )
-    except (HFValidationError, OSError) as error:
-        raise OSError(f"{source} is no local directory, and cannot be had from the hub: {error}") from error
-
-
-def open_weights(
-    source: str | os.PathLike,
-    path: Path,
-    subfolder: str = "",
-    scratch: Path | None = None,
-    **hub: Any,
-) -> WeightSource:
-    """The weights of a checkpoint. Those of an id on the hub are fetched file by file, when they are needed.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to read.
 
     Args:
-        source: a local directory, or an id on the hub.
-        path: what `fetch` returned for it.
-        subfolder: where in it the weights are.
-        scratch: where to put files of weights that are not in the cache, which are then deleted as soon as they are
-            not needed any more; None to keep them in the cache.
-        hub: token, cache_dir, force_download, local_files_only, as in transformers.
+        directory: a local directory with its small files: the source itself, or its snapshot in the cache.
+        weights: its weights, checked against the model's configuration.
+    """
+
+    directory: Path
+    weights: WeightSource
+
+
+def open_checkpoint(
+    source: str | os.PathLike,
+    config: OPTConfig,
+    *,
+    scratch: Path | None = None,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Opens a checkpoint: a local directory, or an id on the hub, whose files of weights are fetched when needed.
+
+    Args:
+        source: a local directory or an id on the hub. The weights of an export are those in its `checkpoint/`.
+        config: the model's configuration.
+        scratch: where to put files of weights that are not in the cache. They are deleted as soon as they are not
+            needed any more. None keeps them in the cache.
+        revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
 
     Raises:
-        CheckpointError: see `open_directory`.
-        OSError: if a file cannot be fetched.
+        CheckpointError: if there are no weights, or they are not those of a model of `config`.
+        OSError: if there is no such directory and no such id, or a file cannot be fetched.
     """
-    if Path(source).is_dir():
-        return open_directory(path / subfolder)
-    return open_files(_HubFiles(str(source), path, subfolder, scratch, hub), lazily=True)
+    hub: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+        "local_files_only": local_files_only,
+    }
+    local = Path(source).is_dir()
+    directory = Path(source) if local else _fetch_small_files(str(source), revision, hub)
+    subfolder = CHECKPOINT_DIR if (directory / NEURON_CONFIG_NAME).is_file() else ""
+    if local:
+        return Checkpoint(directory, open_directory(directory / subfolder, config))
+    return Checkpoint(directory, open_files(_HubFiles(str(source), directory, subfolder, scratch, hub), config))
+
+
+def _fetch_small_files(source: str, revision: str | None, hub: dict[str, Any]) -> Path:
+    """The local directory of the id `source` in the cache, with its small files."""
+    try:
+        return Path(snapshot_download(source, allow_patterns=_SMALL_FILES, revision=revision, **hub))
+    except (HFValidationError, OSError) as error:
+        raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
 
 
 class _HubFiles:
-    """The files of a commit on the hub, of which `snapshot` is the directory in the cache; see `Files`."""
+    """The files of a commit on the hub, whose directory in the cache is `snapshot`; see `Files`."""
 
     def __init__(self, repository: str, snapshot: Path, subfolder: str, scratch: Path | None, hub: dict[str, Any]):
         self.origin = repository
@@ -85,7 +90,7 @@ class _HubFiles:
 
     def find(self, name: str) -> Path | None:
         name = f"{self._subfolder}/{name}" if self._subfolder else name
-        if name.endswith(".json"):  # what `fetch` did not bring is not there
+        if name.endswith(".json"):  # what was not fetched as a small file is not there
             return self._snapshot / name if (self._snapshot / name).is_file() else None
         if name not in self._found:
             try:
@@ -99,7 +104,7 @@ class _HubFiles:
         return self._found[name]
 
     def _download(self, name: str) -> Path:
-        options = {name: value for name, value in self._hub.items() if name != "revision"}
+        options = dict(self._hub)
         if self._scratch is not None and not options.get("force_download"):
             cached = try_to_load_from_cache(
                 self.origin, name, cache_dir=options.get("cache_dir"), revision=self._snapshot.name
@@ -130,24 +135,24 @@ def push_to_hub(
     token: bool | str | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Uploads an export, or a split checkpoint, in one commit; the address of the commit.
+    """Uploads an export, or a split checkpoint, in one commit; returns the address of the commit.
 
-    It is one commit so that the repository is never half of it. After an interruption, files that were uploaded are
-    not uploaded again: the hub knows them by their hashes.
+    With one commit, the repository never holds a part of it. After an interruption, files that were uploaded are not
+    uploaded again: the hub knows them by their hashes.
 
     Args:
         directory: what to upload.
-        repository_id: where to, `user/name`; made if it is not there.
-        private: whether a new repository is.
-        revision: the branch, by default the main one; made if it is not there.
+        repository_id: `user/name`; created if it does not exist.
+        private: whether a new repository is private.
+        revision: the branch, by default the main one; created if it does not exist.
         token, endpoint: as in huggingface_hub.
 
     Raises:
-        CheckpointError: if the directory lacks something, or a file has not the size that the manifest says.
+        CheckpointError: if a file is missing, or has another size than the manifest says.
     """
     directory = Path(directory)
     if problems := find_problems(directory, contents=False):
-        raise CheckpointError(f"{directory} is not uploaded, since it is not whole. {problems[0]}")
+        raise CheckpointError(f"{directory} is not uploaded, since it is incomplete. {problems[0]}")
     api = HfApi(endpoint=endpoint, token=token)
     api.create_repo(repository_id, private=private, exist_ok=True)
     if revision is not None:

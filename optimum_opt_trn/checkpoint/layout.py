@@ -1,18 +1,22 @@
-"""What an OPT checkpoint consists of: names, shapes and kinds of its tensors, and the files of the split form."""
+"""What an OPT checkpoint consists of: names, shapes and dtypes of its tensors, and the files of the split format.
+
+`amp` in this module is the dtype that attention, MLP, embedding and head are stored in, a name in `dtypes.DTYPES`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import prod
 
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import OPTConfig
+from ..dtypes import DTYPES
+from ..model.shapes import ModelShape
 
 
 INDEX_NAME = "model.safetensors.index.json"
-# The tensors that are no decoder layer's.
+# Where an export directory keeps its split checkpoint.
+CHECKPOINT_DIR = "checkpoint"
+
+# The tensors outside of the decoder layers.
 OUTER_FILE = "embeddings_and_head.safetensors"
 
 _DECODER = "model.decoder."
@@ -20,15 +24,14 @@ _DECODER = "model.decoder."
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the checkpoint: its full shape, and whether it is stored in `amp` (else in float32)."""
+    """A tensor of the checkpoint: its full shape, and its dtype, a name in `dtypes.DTYPES`."""
 
     shape: tuple[int, ...]
-    in_amp: bool
+    dtype: str
 
-    def dtype(self, amp: torch.dtype) -> torch.dtype:
-        import torch  # here, since all else of this module is for planning too, which takes less time than the import
-
-        return amp if self.in_amp else torch.float32
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].bytes
 
 
 def layer_prefix(index: int) -> str:
@@ -39,48 +42,48 @@ def layer_file(index: int) -> str:
     return f"layer_{index:03d}.safetensors"
 
 
-def layer_specs(config: OPTConfig) -> dict[str, TensorSpec]:
+def layer_specs(config: ModelShape, amp: str) -> dict[str, TensorSpec]:
     """The tensors of one decoder layer, by their names within the layer."""
     hidden, ffn = config.hidden_size, config.ffn_dim
     specs = {}
     linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
     for name, shape in {**linears, "fc1": (ffn, hidden), "fc2": (hidden, ffn)}.items():
-        specs[f"{name}.weight"] = TensorSpec(shape, True)
+        specs[f"{name}.weight"] = TensorSpec(shape, amp)
         if config.enable_bias:
-            specs[f"{name}.bias"] = TensorSpec(shape[:1], True)
+            specs[f"{name}.bias"] = TensorSpec(shape[:1], amp)
     for name in ("self_attn_layer_norm", "final_layer_norm"):
         specs.update(_layer_norm(name, config))
     return specs
 
 
-def outer_specs(config: OPTConfig) -> dict[str, TensorSpec]:
-    """The tensors outside of the layers, by their names in a Hugging Face checkpoint."""
+def outer_specs(config: ModelShape, amp: str) -> dict[str, TensorSpec]:
+    """The tensors outside the layers, by their names in a Hugging Face checkpoint."""
     hidden, words, dim = config.hidden_size, config.vocab_size, config.word_embed_proj_dim
     specs = {
-        f"{_DECODER}embed_tokens.weight": TensorSpec((words, dim), True),
+        f"{_DECODER}embed_tokens.weight": TensorSpec((words, dim), amp),
         # Two more rows than positions: OPTLearnedPositionalEmbedding's offset.
-        f"{_DECODER}embed_positions.weight": TensorSpec((config.max_position_embeddings + 2, hidden), False),
+        f"{_DECODER}embed_positions.weight": TensorSpec((config.max_position_embeddings + 2, hidden), "f32"),
     }
     if dim != hidden:
-        specs[f"{_DECODER}project_in.weight"] = TensorSpec((hidden, dim), True)
-        specs[f"{_DECODER}project_out.weight"] = TensorSpec((dim, hidden), True)
+        specs[f"{_DECODER}project_in.weight"] = TensorSpec((hidden, dim), amp)
+        specs[f"{_DECODER}project_out.weight"] = TensorSpec((dim, hidden), amp)
     if config.do_layer_norm_before and not config._remove_final_layer_norm:
         specs.update(_layer_norm(f"{_DECODER}final_layer_norm", config))
     if not config.tie_word_embeddings:
-        specs["lm_head.weight"] = TensorSpec((words, dim), True)
+        specs["lm_head.weight"] = TensorSpec((words, dim), amp)
     return specs
 
 
-def _layer_norm(name: str, config: OPTConfig) -> dict[str, TensorSpec]:
+def _layer_norm(name: str, config: ModelShape) -> dict[str, TensorSpec]:
     if not config.layer_norm_elementwise_affine:
         return {}
-    return {f"{name}.{part}": TensorSpec((config.hidden_size,), False) for part in ("weight", "bias")}
+    return {f"{name}.{part}": TensorSpec((config.hidden_size,), "f32") for part in ("weight", "bias")}
 
 
-def checkpoint_files(config: OPTConfig) -> dict[str, dict[str, TensorSpec]]:
-    """Every file of the split form, and the tensors in it by their full names, in the order of writing."""
-    files = {OUTER_FILE: outer_specs(config)}
-    layer = layer_specs(config)
+def checkpoint_files(config: ModelShape, amp: str) -> dict[str, dict[str, TensorSpec]]:
+    """Every file of the split format, and its tensors by their full names, in the order of writing."""
+    files = {OUTER_FILE: outer_specs(config, amp)}
+    layer = layer_specs(config, amp)
     for index in range(config.num_hidden_layers):
         files[layer_file(index)] = {layer_prefix(index) + name: spec for name, spec in layer.items()}
     return files

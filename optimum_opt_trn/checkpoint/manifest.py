@@ -15,16 +15,16 @@ from .stream import Progress, sha256_file
 
 
 MANIFEST_NAME = "split_manifest.json"
-# As long as the split checkpoint is being written: the files that are done.
+# The files that are done, while the split checkpoint is being written.
 UNFINISHED_NAME = "split_manifest.unfinished.json"
 
-# Raised when a manifest written before means something else.
+# To be raised when the meaning of a manifest changes.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file: its size in bytes, its SHA-256, and a key that changes with what it was made from (see `source_key`)."""
+    """A file: its size in bytes, its SHA-256, and the key of what it was made from (see `source_key`)."""
 
     bytes: int
     sha256: str
@@ -73,14 +73,14 @@ def read_manifest(path: Path) -> Manifest | None:
         raise ValueError(f"{path} is broken, or of a later version of optimum_opt_trn ({error!r}).") from error
 
 
-def source_key(specs: Mapping[str, TensorSpec], amp: str, identity: str) -> str:
-    """A hash of all that a file is made from: what is in it, and the identity of the source of these tensors."""
-    described = (_FORMAT, amp, sorted((name, spec.shape, spec.in_amp) for name, spec in specs.items()), identity)
+def source_key(specs: Mapping[str, TensorSpec], identity: str) -> str:
+    """A hash of what a file is made from: names, shapes and dtypes of its tensors, and their source's identity."""
+    described = (_FORMAT, sorted((name, spec.shape, spec.dtype) for name, spec in specs.items()), identity)
     return hashlib.sha256(repr(described).encode()).hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any], sync: bool = True) -> None:
-    """Writes a JSON file, whole or not at all; with `sync`, even if the power fails."""
+    """Writes a JSON file completely or not at all; with `sync`, even if the power fails."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w") as file:
         file.write(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Reading OPT weights, a few megabytes at a time, from the forms in which they are found."""
+"""Reading OPT weights, a few megabytes at a time, from every format in which they are found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import OPTConfig
+from transformers import OPTConfig, PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -18,14 +18,15 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from .forms import Readers, open_file, open_tensor, read_index
+from ..dtypes import DTYPES, to_torch
+from .formats import Readers, open_file, open_tensor, read_index
 from .layout import TensorSpec, checkpoint_files
 
 
-# What of a tensor is read, cast, checked and written at a time, in the wider of the source's dtype and the output's.
+# Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output.
 CHUNK_BYTES = 16 << 20
 
-# transformers-neuronx's split form: a directory of this name with a file for each tensor, and their names in a JSON.
+# The split format of transformers-neuronx: a directory of this name with a file for each tensor, and an index in JSON.
 OLD_SPLIT_DIR, OLD_SPLIT_INDEX = WEIGHTS_NAME, "key_to_filename.json"
 
 # Written by the first OPT conversions, and ignored by transformers as well.
@@ -33,14 +34,15 @@ _IGNORED = {"model.decoder.version"}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not whole, or not of the model that its config.json describes."""
+    """A checkpoint that is incomplete, broken, or not of the model that its config.json describes."""
 
 
 class Files(Protocol):
-    """The files of a checkpoint, here or to be had.
+    """The files of a checkpoint, local or on the hub.
 
-    `origin` is what messages call it. `find` gives a file's path, None if there is no such file; it may take long.
-    `identity` changes when the file does. `discard` is told that a file is not needed any more.
+    `origin` is what messages call it. `find` returns a file's path, or None if there is no such file; it may download
+    the file first. `identity` returns a text that changes when the file does. `discard` is called when a file is not
+    needed any more.
     """
 
     origin: str
@@ -65,17 +67,17 @@ class LocalFiles:
         return f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
 
     def discard(self, name: str) -> None:
-        """Nothing: the files are the user's."""
+        """Does nothing: the files are the user's."""
 
 
 class Piece:
-    """A part of a source, usually a file: opened when a tensor of it is asked for, closed after the last one.
+    """A part of a source, usually a file. It is opened when one of its tensors is read, and closed after the last.
 
     Args:
         open_readers: opens it.
-        identity: changes when any of the named tensors does.
-        close: what else to do when none of it is needed any more.
-        names: its tensors; by default opening it tells.
+        identity: returns a text that changes when any of the named tensors does.
+        close: called when none of its tensors is needed any more.
+        names: its tensors; by default it is opened to find them.
     """
 
     def __init__(
@@ -104,16 +106,22 @@ class Piece:
 
 
 class WeightSource:
-    """Named tensors that are read when they are asked for.
+    """The weights of a model: named tensors that are read when they are asked for.
 
     Args:
-        pieces: what they come in.
+        pieces: the files, or other parts, that have them.
         origin: what error messages call the source.
-        directory: of a source that is a local directory.
+        config: the model's configuration.
+        directory: the source's directory, if it is a local one.
+
+    Raises:
+        CheckpointError: naming tensors that the model of `config` has and the source lacks, or the other way round,
+            or that are of another shape, as far as their files are open.
     """
 
-    def __init__(self, pieces: list[Piece], origin: str, directory: Path | None = None):
+    def __init__(self, pieces: list[Piece], origin: str, config: OPTConfig, directory: Path | None = None):
         self.origin = origin
+        self.config = config
         self.directory = directory
         self._pieces = pieces
         # Our name -> the piece that has it, and the name there.
@@ -122,16 +130,14 @@ class WeightSource:
             for name in piece.names:
                 if (ours := _canonical_name(name)) not in _IGNORED:
                     self._tensors[ours] = index, name
-        self._needed = set(self._tensors)
+        self._needed = self._check()
 
-    def check(self, config: OPTConfig) -> None:
-        """Checks that the tensors are those of a model of `config`; their shapes, too, where their file is open.
-
-        Raises:
-            CheckpointError: naming tensors that are missing, that do not belong, or that are of another shape.
-        """
-        expected = {name: spec for specs in checkpoint_files(config).values() for name, spec in specs.items()}
-        # A tied head is often written out all the same; the embedding is what counts.
+    def _check(self) -> set[str]:
+        """Checks names, and the shapes of the tensors in open files; the names of the model's tensors."""
+        config = self.config
+        # Names and shapes are the same in every dtype.
+        expected = {name: spec for specs in checkpoint_files(config, "f32").values() for name, spec in specs.items()}
+        # Many files have a copy of a tied head; the embedding is what is read.
         found = set(self._tensors) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
         missing, foreign = expected.keys() - found, found - expected.keys()
         for names, what in ((missing, "lacks"), (foreign, "holds, beyond what config.json says,")):
@@ -141,14 +147,14 @@ class WeightSource:
         for name, spec in expected.items():
             if self._pieces[self._tensors[name][0]].is_open:
                 self._tensor(name, spec)
-        self._needed = set(expected)
+        return set(expected)
 
     def last_piece(self, names: Collection[str]) -> int:
-        """The position of the last piece that `names` are in, by which to order reading: each piece is opened once."""
+        """The index of the last piece that has any of `names`. Reading in this order opens each piece once."""
         return max(self._tensors[name][0] for name in names)
 
     def identity(self, names: Collection[str]) -> str:
-        """Some text that changes when the source of any of these tensors does."""
+        """A text that changes when the source of any of these tensors does."""
         pieces: dict[int, list[str]] = {}
         for name in sorted(names):
             index, theirs = self._tensors[name]
@@ -156,25 +162,25 @@ class WeightSource:
         return "\n".join(self._pieces[index].identity(theirs) for index, theirs in sorted(pieces.items()))
 
     def release(self, names: Collection[str]) -> None:
-        """Says that these tensors will not be read any more; pieces without any other are closed."""
+        """Marks these tensors as done; pieces without any other tensor are closed."""
         self._needed -= set(names)
         needed = {self._tensors[name][0] for name in self._needed}
         for index in {self._tensors[name][0] for name in names} - needed:
             self._pieces[index].close()
 
-    def chunks(self, name: str, spec: TensorSpec, amp: torch.dtype) -> Iterator[Tensor]:
-        """The tensor's rows, some at a time, cast as `spec` and `amp` say, contiguous.
+    def chunks(self, name: str, spec: TensorSpec) -> Iterator[Tensor]:
+        """The tensor's rows, some at a time, in the dtype of `spec`, contiguous.
 
         Raises:
-            CheckpointError: if it is not there, is of another shape, is not of floating point, or is not finite
-                after the cast.
+            CheckpointError: if the tensor is missing, has another shape or no floating-point dtype, or has values
+                that are not finite after the cast.
         """
         tensor = self._tensor(name, spec)
-        row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), spec.dtype(amp).itemsize))
+        row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), DTYPES[spec.dtype].bytes))
         for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
             try:
-                cast = rows.to("cpu", spec.dtype(amp)).contiguous()
-                # Both are NaN if any element is; several times faster than isfinite of each.
+                cast = rows.to("cpu", to_torch(spec.dtype)).contiguous()
+                # Both are NaN if any element is. This is several times faster than isfinite of each element.
                 extremes = torch.stack(torch.aminmax(cast))
             except RuntimeError as error:
                 raise CheckpointError(f"{self.origin}: {name} cannot be read ({error}).") from error
@@ -183,9 +189,9 @@ class WeightSource:
                 raise CheckpointError(f"{self.origin}: {name} has values that are not finite {cause}.")
             yield cast
 
-    def read(self, name: str, spec: TensorSpec, amp: torch.dtype) -> Tensor:
+    def read(self, name: str, spec: TensorSpec) -> Tensor:
         """The tensor as a whole; see `chunks`."""
-        return torch.cat(list(self.chunks(name, spec, amp)))
+        return torch.cat(list(self.chunks(name, spec)))
 
     def _tensor(self, name: str, spec: TensorSpec) -> Tensor:
         if name not in self._tensors:
@@ -202,14 +208,14 @@ class WeightSource:
                 f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {spec.shape}."
             )
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{self.origin}: {name} has dtype {tensor.dtype}, not one of floating point.")
+            raise CheckpointError(f"{self.origin}: {name} has dtype {tensor.dtype}, not a floating-point dtype.")
         if tensor.is_meta:
             raise CheckpointError(f"{self.origin}: {name} has no data: it is on the meta device.")
         return tensor
 
 
-def open_model(model: torch.nn.Module) -> WeightSource:
-    """The weights of a loaded `OPTForCausalLM`, which is not changed."""
+def open_model(model: PreTrainedModel) -> WeightSource:
+    """The weights of a loaded `OPTForCausalLM`, which is not changed; raises as `WeightSource`."""
     state = model.state_dict()
 
     def identity(names: Collection[str]) -> str:
@@ -222,46 +228,46 @@ def open_model(model: torch.nn.Module) -> WeightSource:
         return digest.hexdigest()
 
     readers: Readers = {name: tensor.detach for name, tensor in state.items()}
-    return WeightSource([Piece(lambda: readers, identity)], "the loaded model")
+    return WeightSource([Piece(lambda: readers, identity)], "the loaded model", model.config)
 
 
-def open_directory(directory: Path) -> WeightSource:
-    """The weights in a local directory.
+def open_directory(directory: Path, config: OPTConfig) -> WeightSource:
+    """The weights in a local directory, those of a model of `config`.
 
     They may be safetensors or PyTorch files, in one piece or sharded with an index, or a split checkpoint of
     transformers-neuronx.
 
     Raises:
-        CheckpointError: if there are none, or if a file that the index names is missing or broken.
+        CheckpointError: if there are none, if a file that the index names is missing or broken, or if they are not
+            those of the model (see `WeightSource`).
     """
-    source = open_files(LocalFiles(directory), lazily=False)
-    source.directory = directory
-    return source
+    files = LocalFiles(directory)
+    return WeightSource(_pieces(files, lazily=False), files.origin, config, directory)
 
 
-def open_files(files: Files, lazily: bool) -> WeightSource:
-    """The weights in `files`; see `open_directory`.
+def open_files(files: Files, config: OPTConfig) -> WeightSource:
+    """The weights in `files`, those of a model of `config`; see `open_directory`.
 
-    Args:
-        files: the checkpoint.
-        lazily: whether to believe the index, and to find and open each shard when a tensor of it is needed.
+    The index is believed: each shard is found and opened when a tensor of it is needed.
     """
+    return WeightSource(_pieces(files, lazily=True), files.origin, config)
+
+
+def _pieces(files: Files, lazily: bool) -> list[Piece]:
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if files.find(single):
-            return WeightSource([_file(files, single)], files.origin)
+            return [_file(files, single)]
         if path := files.find(index):
             shards: dict[str, list[str]] = {}
             for name, file in _indexed(path).items():
                 shards.setdefault(file, []).append(name)
-            pieces = [_file(files, file, shards[file] if lazily else None, index) for file in sorted(shards)]
-            return WeightSource(pieces, files.origin)
+            return [_file(files, file, shards[file] if lazily else None, index) for file in sorted(shards)]
     if path := files.find(f"{OLD_SPLIT_DIR}/{OLD_SPLIT_INDEX}"):
         named = _indexed(path, None)
         for file in named.values():
             if not lazily and not files.find(f"{OLD_SPLIT_DIR}/{file}"):
                 raise CheckpointError(f"{files.origin} lacks {OLD_SPLIT_DIR}/{file}, which {OLD_SPLIT_INDEX} names.")
-        pieces = [_file(files, f"{OLD_SPLIT_DIR}/{file}", [name], OLD_SPLIT_INDEX) for name, file in named.items()]
-        return WeightSource(pieces, files.origin)
+        return [_file(files, f"{OLD_SPLIT_DIR}/{file}", [name], OLD_SPLIT_INDEX) for name, file in named.items()]
     raise CheckpointError(
         f"{files.origin} has no weights: expected {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME} or "
         f"{WEIGHTS_INDEX_NAME}."

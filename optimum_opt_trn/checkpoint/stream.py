@@ -1,4 +1,4 @@
-"""Writing and hashing safetensors files in pieces, so that neither a file nor a tensor is in memory as a whole.
+"""Writing and hashing safetensors files in pieces, so that no whole file or tensor is in memory.
 
 The format is https://github.com/huggingface/safetensors#format: the header's length in eight bytes, a JSON header
 padded to a multiple of eight, and the tensors' bytes without gaps.
@@ -18,45 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPES
 from .layout import TensorSpec
 
-
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # How many chunks may wait to be hashed and written.
 _AHEAD = 4
 
-# What one system call writes; cp does the same. Larger calls have the kernel cache the file in larger pages, which
-# where those are scarce (a virtual machine that gives free memory back to its host) took up to ten times as long.
+# Bytes that one system call writes, as many as cp does. After larger calls the kernel caches the file in larger pages.
+# Where those are scarce (a virtual machine that returns free memory to its host), that took up to ten times as long.
 _WRITE_BYTES = 128 * 1024
 
-# Called with the number of bytes that were written or read since the last call.
+# Called with the number of bytes written or read since the last call.
 Progress = Callable[[int], Any]
-
-
-def tensor_bytes(spec: TensorSpec, amp: torch.dtype) -> int:
-    return torch.Size(spec.shape).numel() * spec.dtype(amp).itemsize
 
 
 def write_tensors(
     file: Path,
     specs: Mapping[str, TensorSpec],
-    amp: torch.dtype,
     chunks: Callable[[str], Iterator[Tensor]],
     progress: Progress,
 ) -> tuple[int, str]:
-    """Writes a safetensors file; the file's size in bytes, and its SHA-256.
+    """Writes a safetensors file; returns its size in bytes and its SHA-256.
 
     Args:
-        file: written to from the start, and no temporary of its own is made.
+        file: the path to write to; no temporary file is made.
         specs: the tensors.
-        amp: what a spec's dtype depends on.
-        chunks: gives the contiguous pieces that make up a tensor, of its dtype and in its order.
-        progress: told of the bytes of tensors.
+        chunks: yields the contiguous pieces of a tensor, in its dtype and in order.
+        progress: called with the bytes of tensors that were written.
     """
     # Wide types first, then by name: every tensor is aligned, and the order is that of safetensors' own writer.
-    names = sorted(specs, key=lambda name: (-specs[name].dtype(amp).itemsize, name))
-    header = _header({name: specs[name] for name in names}, amp)
+    names = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].bytes, name))
+    header = _header({name: specs[name] for name in names})
     digest = hashlib.sha256(header)
     # Two threads hash and write a chunk (both free the interpreter) while this one reads and casts the next.
     with (
@@ -82,7 +75,7 @@ def write_tensors(
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """One thread casts faster than one hashes; torch's others spin while they wait, on cores that are needed."""
+    """One thread casts faster than one hashes. More torch threads would spin on cores that hashing needs."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -102,18 +95,22 @@ def sha256_file(file: Path, progress: Progress = lambda _: None) -> str:
     return digest.hexdigest()
 
 
-def file_size(specs: Mapping[str, TensorSpec], amp: torch.dtype) -> int:
-    """The bytes of tensors in a file of `specs`: the header, a few kilobytes, left aside."""
-    return sum(tensor_bytes(spec, amp) for spec in specs.values())
+def file_size(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of the tensors in a file of `specs`, without the header of a few kilobytes."""
+    return sum(spec.bytes for spec in specs.values())
 
 
-def _header(specs: Mapping[str, TensorSpec], amp: torch.dtype) -> bytes:
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     # The metadata is what transformers reads to know that the tensors are PyTorch's.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
-        end = offset + tensor_bytes(spec, amp)
-        entries[name] = {"dtype": _DTYPES[spec.dtype(amp)], "shape": spec.shape, "data_offsets": (offset, end)}
+        end = offset + spec.bytes
+        entries[name] = {
+            "dtype": DTYPES[spec.dtype].safetensors,
+            "shape": spec.shape,
+            "data_offsets": (offset, end),
+        }
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

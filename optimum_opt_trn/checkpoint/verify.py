@@ -1,4 +1,4 @@
-"""Verifying a split checkpoint, or the one in an export: is every file what it was when it was written?"""
+"""Verifying a split checkpoint, or the one in an export: whether every file is what was written."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import OPTConfig
 
-from ..configuration_opt import AMP_DTYPES, normalize_dtype
-from ..targets.base import CHECKPOINT_DIR
+from ..dtypes import normalize_dtype, to_torch
 from .config import load_config
-from .layout import INDEX_NAME, TensorSpec, checkpoint_files
+from .layout import CHECKPOINT_DIR, INDEX_NAME, TensorSpec, checkpoint_files
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from .source import CheckpointError
 from .stream import Progress
 
 
 def verify_checkpoint(directory: str | os.PathLike) -> None:
-    """Reads a split checkpoint, or that of an export, and compares it with its manifest.
+    """Reads a split checkpoint, or the one in an export, and compares it with its manifest.
 
     Raises:
         CheckpointError: naming each file that is missing, is not what was written, or does not belong.
     """
     if problems := find_problems(Path(directory)):
-        raise CheckpointError(f"{directory} is not whole:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise CheckpointError(f"{directory} is incomplete:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
 def find_problems(directory: Path, contents: bool = True) -> list[str]:
-    """What is wrong with a split checkpoint, or with that of an export: a sentence for each problem.
+    """What is wrong with a split checkpoint, or with the one in an export: a sentence for each problem.
 
     Args:
         directory: the checkpoint or export.
-        contents: whether to read the files and compare their hashes; else names, sizes, shapes and dtypes alone.
+        contents: whether to read the files and compare their hashes. Without, only names, sizes, shapes and dtypes
+            are compared.
     """
     if not directory.is_dir():
         return [f"{directory} is not a directory: give a split checkpoint, or an export."]
@@ -45,20 +45,20 @@ def find_problems(directory: Path, contents: bool = True) -> list[str]:
     try:
         config = load_config(directory)
         manifest = read_manifest(directory / MANIFEST_NAME)
-        amp = AMP_DTYPES[normalize_dtype(config.dtype or torch.float32 if manifest is None else manifest.amp)]
+        amp = normalize_dtype(config.dtype or "f32" if manifest is None else manifest.amp)
     except (OSError, ValueError) as error:
         return [str(error)]
     return list(_problems(directory, config, amp, manifest, contents))
 
 
 def _problems(
-    directory: Path, config: OPTConfig, amp: torch.dtype, manifest: Manifest | None, contents: bool
+    directory: Path, config: OPTConfig, amp: str, manifest: Manifest | None, contents: bool
 ) -> Iterator[str]:
-    files = checkpoint_files(config)
+    files = checkpoint_files(config, amp)
     if manifest is None:
         yield (
-            f"{directory / MANIFEST_NAME} is missing: without the hashes in it, nothing tells whether the files are "
-            "what was written. Split the model again."
+            f"{directory / MANIFEST_NAME} is missing: without its hashes, the files cannot be compared with what "
+            "was written. Split the model again."
         )
     yield from _index_problems(directory / INDEX_NAME, files)
     for path in sorted(directory.glob("*.safetensors")):
@@ -68,14 +68,14 @@ def _problems(
     with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not contents) as progress:
         for file, specs in files.items():
             entry = None if manifest is None else manifest.files.get(file)
-            yield from _file_problems(directory / file, specs, amp, entry, contents, progress.update)
+            yield from _file_problems(directory / file, specs, entry, contents, progress.update)
 
 
 def _index_problems(index: Path, files: Mapping[str, Mapping[str, TensorSpec]]) -> Iterator[str]:
     try:
         found = json.loads(index.read_text())["weight_map"]
     except FileNotFoundError:
-        yield f"{index} is missing: the checkpoint is not whole."
+        yield f"{index} is missing: the checkpoint is incomplete."
         return
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{index} is broken ({error!r})."
@@ -87,7 +87,6 @@ def _index_problems(index: Path, files: Mapping[str, Mapping[str, TensorSpec]]) 
 def _file_problems(
     file: Path,
     specs: Mapping[str, TensorSpec],
-    amp: torch.dtype,
     entry: FileEntry | None,
     contents: bool,
     progress: Progress,
@@ -99,7 +98,7 @@ def _file_problems(
         yield f"{file} has {file.stat().st_size} bytes, and was written with {entry.bytes}: it is cut off or replaced."
         return
     try:
-        wrong = list(header_problems(file, specs, amp))
+        wrong = list(header_problems(file, specs))
     except (OSError, SafetensorError) as error:
         yield f"{file} is truncated or broken ({error})."
         return
@@ -115,8 +114,8 @@ def _file_problems(
                     yield f"{file}: {name} has values that are not finite."
 
 
-def header_problems(file: Path, specs: Mapping[str, TensorSpec], amp: torch.dtype) -> Iterator[str]:
-    """What is not as it should be in the header of a safetensors file: names, shapes and dtypes of its tensors.
+def header_problems(file: Path, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """What is wrong in the header of a safetensors file: names, shapes and dtypes of its tensors.
 
     Raises:
         OSError, SafetensorError: if the file cannot be read.
@@ -131,8 +130,9 @@ def header_problems(file: Path, specs: Mapping[str, TensorSpec], amp: torch.dtyp
             if name not in found:
                 continue
             tensor = opened.get_tensor(name)  # a view of the mapped file: nothing is read
-            if tuple(tensor.shape) != specs[name].shape or tensor.dtype != specs[name].dtype(amp):
+            dtype = to_torch(specs[name].dtype)
+            if tuple(tensor.shape) != specs[name].shape or tensor.dtype != dtype:
                 yield (
                     f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration makes it "
-                    f"{specs[name].dtype(amp)} {specs[name].shape}."
+                    f"{dtype} {specs[name].shape}."
                 )

@@ -1,1 +1,1 @@
-"""What we add to `optimum-cli`; `register/` is installed as part of the namespace `optimum.commands.register`."""
+"""Commands of `optimum-cli`. `register/` is installed into the namespace package `optimum.commands.register`."""

@@ -1,21 +1,24 @@
-"""`optimum-cli export neuron` for OPT: our own command, or optimum-neuron's, taught about OPT.
+"""`optimum-cli export neuron` for OPT: a command of our own, or optimum-neuron's extended for OPT.
 
-optimum-cli loads this file at every start, so whatever is heavy is imported when a command runs.
+optimum-cli loads this file at every start, so heavy modules are imported only when a command runs.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from ..dtypes import AMP_DTYPES, DTYPES
+from ..hardware import FAMILIES
+from .common import AUTO_CAST_TYPE, CACHE_DIR, CAST_TYPES, REVISION, describe, explain_errors, lengths, one_line_errors
+
 
 TASKS = ("auto", "text-generation")
-CAST_TYPES = ("fp16", "bf16", "fp32")
-INSTANCE_TYPES = ("cpu", "trn1", "trn1n", "inf2", "trn2")
+INSTANCE_TYPES = tuple(FAMILIES)
 
 DESCRIPTION = """\
 Export an OPT model: split its checkpoint, compile it for a target, and write the result to a directory that
@@ -29,23 +32,16 @@ examples:
 
 OUTPUT will hold:
   config.json, generation_config.json, tokenizer files   as in the source
-  neuron_config.json    the options above, as they were decided
+  neuron_config.json    the options of the export
   checkpoint/           the weights: an ordinary Hugging Face checkpoint, one safetensors file per decoder layer
-  compiled/             what was compiled (graphs, or the cpu's kernels) and its manifest
+  compiled/             what was compiled for the target, and its manifest
 
 use it:
   from optimum_opt_trn import pipeline
   pipeline("text-generation", "opt-125m-cpu")("Hello, my", max_new_tokens=20)"""
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not a comma-separated list of lengths, like 128,512,2048") from None
-
-
-# The options that optimum-neuron's command has too (with choices and defaults that are not made for OPT) ...
+# The options that optimum-neuron's command has too (there with choices and defaults that are not made for OPT) ...
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--task": {"choices": TASKS, "help": "What to export the model for. OPT does text-generation (default: auto)."},
     "--batch_size": {"type": int, "metavar": "N", "help": "Sequences that a call holds at most (default: 1)."},
@@ -58,30 +54,27 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--tensor_parallel_size": {
         "type": int,
         "metavar": "N",
-        "help": "Ranks to split the model over: NeuronCores, or parts of one process on cpu. Has to divide the "
+        "help": "Ranks to split the model over: NeuronCores, or parts of one process on cpu. Must divide the "
         "attention heads (default: 1).",
     },
-    "--auto_cast_type": {
-        "choices": CAST_TYPES,
-        "help": "Dtype of attention, MLP, embedding and output weights; layernorms stay float32 (default: fp16).",
-    },
+    "--auto_cast_type": AUTO_CAST_TYPE,
     "--torch_dtype": {
-        "choices": ("float16", "bfloat16", "float32"),
+        "choices": tuple(DTYPES[name].torch for name in AMP_DTYPES),
         "help": "The same as --auto_cast_type, in torch's names.",
     },
     "--instance_type": {
         "choices": INSTANCE_TYPES,
-        "help": "What the export will run on; all but cpu take the Neuron SDK, and no device to export (default: the "
-        "Neuron instance that this is, else cpu).",
+        "help": "What the export will run on. All except cpu need the Neuron SDK, but no device to export (default: "
+        "this host if it is a Neuron instance, otherwise cpu).",
     },
-    "--cache_dir": {"metavar": "DIR", "help": "Where downloads are kept (default: the Hugging Face cache)."},
+    "--cache_dir": CACHE_DIR,
 }
 # ... and those that it lacks.
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "--kv_cache_dtype": {
-        "choices": ("fp32", "fp16", "bf16"),
-        "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: that of the "
-        "weights).",
+        "choices": CAST_TYPES,
+        "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: the weights' "
+        "dtype).",
     },
     "--max_topk": {
         "type": int,
@@ -89,21 +82,21 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "How many of the most likely tokens sampling on the device chooses among (default: 256).",
     },
     "--prompt_buckets": {
-        "type": _lengths,
+        "type": lengths,
         "metavar": "N,N,...",
         "help": "Prompt lengths, in tokens, to compile for; a prompt takes the smallest that fits, and the last is "
-        "the sequence length. For neuron: cpu takes any length as it is (default: doubling from 128).",
+        "the sequence length. For Neuron targets: cpu takes any length (default: doubling from 128).",
     },
     "--cache_buckets": {
-        "type": _lengths,
+        "type": lengths,
         "metavar": "N,N,...",
-        "help": "Lengths of the cache, in tokens, that a step reads; likewise for neuron.",
+        "help": "Cache lengths, in tokens, that a step reads. For Neuron targets (default: doubling from 128).",
     },
-    "--revision": {"metavar": "REV", "help": "Branch, tag or commit of a model on the Hub (default: main)."},
+    "--revision": REVISION,
     "--force": {
         "action": "store_const",
         "const": True,
-        "help": "Export even what does not fit the memory of the device (see optimum-cli neuron plan).",
+        "help": "Export a model even if it does not fit the memory of the device (see optimum-cli neuron plan).",
     },
     "--eager": {
         "action": "store_const",
@@ -114,21 +107,20 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class OPTExportCommand(BaseOptimumCLICommand):
-    """`optimum-cli export neuron` on a host without the Neuron SDK: OPT alone, for the CPU unless told otherwise."""
+    """`optimum-cli export neuron` on a host without the Neuron SDK: only for OPT, and by default for the CPU."""
 
     COMMAND = CommandInfo(name="neuron", help="Export OPT models for AWS Neuron devices, or for this host's CPU.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        describe(parser, DESCRIPTION, EPILOG)
         required = parser.add_argument_group("required")
         required.add_argument("-m", "--model", required=True, help="Model id on the Hub, or a local directory.")
         required.add_argument(
             "output",
             metavar="OUTPUT",
             type=Path,
-            help="Directory to write: not there yet, empty, or an earlier export, which is replaced.",
+            help="Directory to write: new, empty, or an earlier export, which is replaced.",
         )
         group = parser.add_argument_group("options")
         for flag, settings in (SHARED_OPTIONS | OWN_OPTIONS).items():
@@ -140,28 +132,28 @@ class OPTExportCommand(BaseOptimumCLICommand):
 
 
 def extend(command: type[BaseOptimumCLICommand]) -> None:
-    """Teaches optimum-neuron's `command` to export OPT, in place; any other model goes the way it went before."""
+    """Makes optimum-neuron's `command` export OPT as well, in place. Nothing changes for other models."""
     parse_args, run = command.parse_args, command.run
 
     def parse_args_with_opt(parser: ArgumentParser) -> None:
         parse_args(parser)
         for flag, choices in (("--auto_cast_type", CAST_TYPES), ("--instance_type", INSTANCE_TYPES)):
             action = _action(parser, flag)
-            # A new list: optimum-neuron uses the old one elsewhere.
+            # A new list, since optimum-neuron uses the old one elsewhere.
             action.choices = list(dict.fromkeys([*(action.choices or ()), *choices]))
             action.required = False
         group = parser.add_argument_group(
             "OPT models",
-            "These are for OPT alone, whose export is done by optimum_opt_trn. It takes --task, --batch_size, "
+            "Options for OPT only, which optimum_opt_trn exports. It also takes --task, --batch_size, "
             "--sequence_length, --tensor_parallel_size, --auto_cast_type or --torch_dtype, --instance_type and "
-            "--cache_dir too; weights are fp16 unless told otherwise.",
+            "--cache_dir. By default, weights are fp16.",
         )
         for flag, settings in OWN_OPTIONS.items():
             group.add_argument(flag, **settings)
         explain_errors(parser)
 
     def run_with_opt(self: BaseOptimumCLICommand) -> None:
-        # The namespace cannot tell a default from an option that was given, and the defaults are not for OPT.
+        # The namespace does not show which options were given, and the defaults are not for OPT.
         argv = sys.argv[3:]
         parser = ArgumentParser(prog=self.parser.prog)
         parse_args_with_opt(parser)
@@ -173,7 +165,7 @@ def extend(command: type[BaseOptimumCLICommand]) -> None:
             foreign = [action.option_strings[-1] for action in parser._actions if action.dest in given.keys() - known]
             _run(given, foreign)
             return
-        # What was added above is not for this model: its own parser says so.
+        # The options added above are not for this model: the original parser refuses them.
         parser = ArgumentParser(prog=self.parser.prog)
         parse_args(parser)
         parser.parse_args(argv)
@@ -184,21 +176,11 @@ def extend(command: type[BaseOptimumCLICommand]) -> None:
 
 
 def _run(options: dict[str, Any], foreign: list[str] | None = None) -> None:
-    """Exports; what the user can mend ends in one line on stderr and exit status 1."""
-    try:
+    """Exports; an error that the user can correct ends in one line on stderr and exit status 1."""
+    with one_line_errors("optimum-cli export neuron", f"{options['output']} is unchanged."):
         if foreign:
             raise ValueError(f"no meaning for OPT models: {', '.join(foreign)}. Leave it out.")
-        _export(**{name: value for name, value in options.items() if name != "task"})  # there is but one
-    except KeyboardInterrupt:
-        print(f"Interrupted: {options['output']} is as it was.", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        from ..targets import TargetError
-
-        if not isinstance(error, (OSError, ValueError, TargetError)):
-            raise
-        print(f"optimum-cli export neuron: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _export(**{name: value for name, value in options.items() if name != "task"})  # there is only one
 
 
 def _export(
@@ -217,10 +199,10 @@ def _export(
     Raises:
         ValueError: if the model is not an OPT, an option does not fit it, or the device's memory is too small.
         OSError: if the model cannot be found, or the output cannot be written.
-        TargetError: if the target is not to be had on this host, or refuses the model.
+        TargetError: if the target is not available on this host, or refuses the model.
     """
     from ..checkpoint.config import load_config
-    from ..configuration_opt import normalize_dtype
+    from ..dtypes import normalize_dtype
     from ..export import export_opt
     from ..modeling_neuron_opt import NeuronOPTForCausalLM
 
@@ -246,31 +228,9 @@ def _is_opt(options: dict[str, Any]) -> bool:
     where = {name: options[name] for name in ("revision", "cache_dir", "subfolder") if name in options}
     try:
         return PretrainedConfig.get_config_dict(options["model"], **where)[0].get("model_type") == "opt"
-    except (OSError, ValueError):  # a diffusion model, say, has no config.json; what is amiss else is not ours to say
+    except (OSError, ValueError):  # a diffusion model has no config.json; optimum-neuron explains what is wrong
         return False
 
 
 def _action(parser: ArgumentParser, flag: str) -> Action:
     return next(action for action in parser._actions if flag in action.option_strings)
-
-
-def explain_errors(parser: ArgumentParser) -> None:
-    """Makes `parser` answer a usage error in one line, and an unknown option by naming the nearest known one."""
-    parse = parser.parse_known_args
-
-    def error(message: str) -> NoReturn:
-        parser.exit(2, f"{parser.prog}: error: {message} (--help explains the options)\n")
-
-    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
-        namespace, unknown = parse(*args, **kwargs)
-        if unknown:
-            import difflib
-
-            flag = unknown[0].partition("=")[0]
-            known = [known for action in parser._actions for known in action.option_strings]
-            nearest = difflib.get_close_matches(flag, known, n=1)
-            error(f"unknown argument {flag}" + (f", did you mean {nearest[0]}?" if nearest else ""))
-        return namespace, unknown
-
-    parser.error = error  # type: ignore[method-assign]
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]

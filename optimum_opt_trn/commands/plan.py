@@ -1,22 +1,25 @@
-"""`optimum-cli neuron plan`: what a model needs, before anything is compiled.
+"""`optimum-cli neuron plan`: how much memory a model needs and how fast it can be, before anything is compiled.
 
-`python -m optimum_opt_trn.commands.plan` is the same command, without what optimum-cli imports at its start.
+`python -m optimum_opt_trn.commands.plan` is the same command, without the imports of optimum-cli.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from ..dtypes import DTYPES
+from .common import CACHE_DIR, CAST_TYPES, REVISION, describe, one_line_errors, positive
 
-DTYPES = {"fp16": "f16", "bf16": "bf16", "fp32": "f32", "int8": "int8"}
+
+# The name of a dtype on the command line -> ours.
+_CLI_DTYPES = {dtype.cli: dtype.name for dtype in DTYPES.values()}
 
 DESCRIPTION = """\
 Plan an OPT model: how much of a NeuronCore's memory its weights, cache and workspace take, what fits and what does
-not, on which instance, and how fast it can be at most. Reads config.json alone: no weights, no Neuron device."""
+not, on which instance, and how fast it can be at most. Reads only config.json: no weights, no Neuron device."""
 
 EPILOG = """\
 examples:
@@ -28,7 +31,7 @@ The reserve of 1.25 GiB a core is calibrated, not measured on a device; see docs
 
 
 class PlanCommand(BaseOptimumCLICommand):
-    """The command; exit status 0 whether it fits or not, 1 with one line on stderr if there is nothing to plan."""
+    """The command. Exit status 0 whether the model fits or not; 1, with one line on stderr, after an error."""
 
     COMMAND = CommandInfo(name="plan", help="Plan an OPT model's memory and speed before compiling it.")
 
@@ -41,8 +44,7 @@ class PlanCommand(BaseOptimumCLICommand):
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.formatter_class = RawDescriptionHelpFormatter
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    describe(parser, DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("-m", "--model", required=True, help="Model id on the Hub, a local directory, or a config.json.")
     add(
@@ -51,69 +53,59 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="EC2 instance such as trn1.2xlarge, or cpu for this host (default: the first that fits, fewest chips "
         "first).",
     )
-    add("--batch_size", type=_positive, default=1, metavar="N", help="Sequences at once (default: 1).")
+    add("--batch_size", type=positive, default=1, metavar="N", help="Sequences at once (default: 1).")
     add(
         "--sequence_length",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="Tokens of prompt and continuation (default: the positions that the model has).",
     )
     add(
         "--tensor_parallel_size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="NeuronCores to split the model over (default: the fewest that fit).",
     )
     add(
         "--auto_cast_type",
-        choices=DTYPES,
+        choices=_CLI_DTYPES,
         default="fp16",
-        help="Dtype of the weights; int8 for planning alone, exports do not have it (default: fp16).",
+        help="Dtype of the weights; int8 for planning only, exports do not have it (default: fp16).",
     )
     add(
         "--kv_cache_dtype",
-        choices=("fp16", "bf16", "fp32"),
-        help="Dtype of the key/value cache (default: that of the weights, fp16 with int8).",
+        choices=CAST_TYPES,
+        help="Dtype of the key/value cache (default: the dtype of the weights, fp16 with int8).",
     )
-    add("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
-    add("--cache_dir", metavar="DIR", help="Where downloads are kept (default: the Hugging Face cache).")
+    add("--revision", **REVISION)
+    add("--cache_dir", **CACHE_DIR)
     add("--json", action="store_true", help="Print one JSON object: bytes, seconds, tokens per second.")
     add("--plot", metavar="FILE", help="Also draw memory and speed, to a .png or .svg file (needs matplotlib).")
 
 
 def run(options: Namespace) -> None:
-    from ..planning.memory import Setup
-    from ..planning.plan import choose_plan, plan_everywhere, read_shape
-    from .plan_text import compare, describe
+    with one_line_errors("optimum-cli neuron plan", "there is no plan.", also=(ImportError,)):
+        from ..planning.plan import choose_plan, plan_everywhere, read_shape
+        from ..planning.setup import Setup
+        from .plan_text import compare, describe_plan
 
-    try:
         config = read_shape(options.model, options.revision, options.cache_dir)
         setup = Setup(
             batch_size=options.batch_size,
             sequence_length=options.sequence_length or config.max_position_embeddings,
-            weights=DTYPES[options.auto_cast_type],
-            cache=DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else "",
+            amp=_CLI_DTYPES[options.auto_cast_type],
+            kv_cache_dtype=_CLI_DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else "",
         )
         plan = choose_plan(config, setup, options.instance, options.tensor_parallel_size)
         if options.plot:
             from .plan_chart import draw
 
             draw(plan, options.plot)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"optimum-cli neuron plan: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
-    lines = [*describe(plan, options.model), "", *compare(list(plan_everywhere(config, setup)))]
+    lines = [*describe_plan(plan, options.model), "", *compare(list(plan_everywhere(config, setup)))]
     print("\n".join(lines))
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return value
 
 
 def main() -> None:

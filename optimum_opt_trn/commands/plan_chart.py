@@ -39,10 +39,10 @@ def draw(plan: Plan, file: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     figure.suptitle(
-        f"{setup.weights} weights, {setup.sequence_length} positions, {setup.tp_degree} ranks, {memory.instance.name}"
+        f"{setup.amp} weights, {setup.sequence_length} positions, {setup.tp_degree} ranks, {memory.instance.name}"
     )
 
-    # The batch size that was asked for, and both sides of the limit.
+    # The requested batch size, and the sizes on both sides of the limit.
     shown = sorted({1, setup.batch_size, plan.max_batch_size or 1, plan.max_batch_size + 1})
     plans = [plan_memory(plan.config, replace(setup, batch_size=size), memory.instance) for size in shown]
     bottoms = [0.0] * len(plans)

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 60
 
 
-def describe(plan: Plan, model: str) -> Iterator[str]:
-    """Lines that say what goes where, what fits, and how fast it can be."""
+def describe_plan(plan: Plan, model: str) -> Iterator[str]:
+    """Lines about the memory, what fits, and the speed."""
     memory, config = plan.memory, plan.config
     setup, instance = memory.setup, memory.instance
     chips = "this host" if not instance.on_neuron else f"{_count(instance.chips, 'chip')}, {instance.cores} cores"
     yield model
     yield f"{plan.parameters / 1e9:.3g} billion parameters in {config.num_hidden_layers} layers"
     yield (
-        f"batch size {setup.batch_size}, {setup.sequence_length} positions, weights {setup.weights}, "
-        f"cache {setup.cache}"
+        f"batch size {setup.batch_size}, {setup.sequence_length} positions, weights {setup.amp}, "
+        f"cache {setup.kv_cache_dtype}"
     )
     yield f"{_count(setup.tp_degree, 'rank')} on {instance.name} ({chips})"
     yield ""
@@ -58,13 +58,13 @@ def _memory(plan: Plan) -> Iterator[str]:
         scores = memory.scores / GiB
         yield f"Close: a prompt's scores ({scores:.2f} GiB) are not counted, the compiler works on them in tiles."
     if not memory.fits and memory.runs:
-        yield "It runs all the same, but slowly: what does not fit of the weights is read again from the disk."
+        yield "It runs in spite of this, but slowly: weights that do not fit are read from the disk again."
 
 
 def _host(plan: Plan) -> Iterator[str]:
     host = plan.host
     disk, split, load = (host[name] / GiB for name in ("disk", "split", "load"))
-    yield f"disk                           {disk:.1f} GiB for the split checkpoint, beside the source"
+    yield f"disk                           {disk:.1f} GiB for the split checkpoint, in addition to the source"
     total = f"of {plan.memory.instance.host_bytes / GiB:.0f} GiB"
     yield f"host memory                    {split:.1f} GiB to split, {load:.1f} GiB to load, {total}"
 
@@ -100,7 +100,7 @@ def compare(plans: list[Plan]) -> Iterator[str]:
 
 
 def _bar(plan: Plan) -> str:
-    """Parts of the core's memory as letters, free memory as dots, and what is beyond the limit behind a bar."""
+    """Parts of the core's memory as letters, free memory as dots, and the excess behind a bar."""
     memory = plan.memory
     scale = _BAR_WIDTH / memory.instance.core_bytes
     parts = (("w", sum(memory.weights.values())), ("k", memory.cache), ("s", memory.workspace), ("r", memory.reserve))

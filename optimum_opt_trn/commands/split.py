@@ -1,19 +1,18 @@
-"""`optimum-cli neuron split`: weights of any form become a split checkpoint."""
+"""`optimum-cli neuron split`: converts weights in any format to a split checkpoint."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .export import OWN_OPTIONS, SHARED_OPTIONS, explain_errors
-from .neuron import one_line_errors
+from .common import AUTO_CAST_TYPE, CACHE_DIR, REVISION, describe, explain_errors, one_line_errors
 
 
 DESCRIPTION = """\
 Split an OPT checkpoint: cast it and write one safetensors file per decoder layer, a few megabytes in memory at a
-time, so that a host with little memory can make (and load) a model of any size. The result is an ordinary Hugging
+time, so that a host with little memory can split (and load) a model of any size. The result is an ordinary Hugging
 Face checkpoint that does not depend on the target: OPTForCausalLM.from_pretrained loads it, and
 `optimum-cli export neuron` takes it at any tensor-parallel degree, without copying it if the dtype is the same."""
 
@@ -21,7 +20,7 @@ EPILOG = """\
 examples:
   optimum-cli neuron split -m facebook/opt-13b opt-13b-split
   optimum-cli neuron split -m ./my-opt --auto_cast_type bf16 my-opt-split
-  optimum-cli neuron split -m facebook/opt-66b --delete_source_shards opt-66b-split   # the disk is small, too
+  optimum-cli neuron split -m facebook/opt-66b --delete_source_shards opt-66b-split   # for a small disk
 
 SOURCE may hold:
   model.safetensors, or its shards with an index
@@ -33,7 +32,7 @@ OUTPUT will hold:
   embeddings_and_head.safetensors, layer_000.safetensors, ...   the weights, and their index
   split_manifest.json   size and SHA-256 of each file
 
-If it is interrupted, give the same command again: it goes on where it stopped. Next:
+If it is interrupted, run the same command again: it continues where it stopped. Next:
   optimum-cli neuron verify opt-13b-split
   optimum-cli export neuron -m opt-13b-split --tensor_parallel_size 2 opt-13b-cpu"""
 
@@ -43,8 +42,7 @@ class SplitCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        describe(parser, DESCRIPTION, EPILOG)
         required = parser.add_argument_group("required")
         required.add_argument(
             "-m", "--model", metavar="SOURCE", required=True, help="Model id on the Hub, or a local directory."
@@ -53,23 +51,23 @@ class SplitCommand(BaseOptimumCLICommand):
             "output",
             metavar="OUTPUT",
             type=Path,
-            help="Directory to write: not there yet, or what an earlier split left.",
+            help="Directory to write: new, or left by an earlier split.",
         )
         group = parser.add_argument_group("options")
-        group.add_argument("--auto_cast_type", default="fp16", **SHARED_OPTIONS["--auto_cast_type"])
+        group.add_argument("--auto_cast_type", default="fp16", **AUTO_CAST_TYPE)
         group.add_argument(
             "--delete_source_shards",
             action="store_true",
             help="Keep no copy of a Hub model's weights: fetch one file after the other to OUTPUT, and delete it when "
-            "it is split. What is in the cache already stays there.",
+            "it is split. Files that are in the cache already stay there.",
         )
-        group.add_argument("--revision", **OWN_OPTIONS["--revision"])
-        group.add_argument("--cache_dir", **SHARED_OPTIONS["--cache_dir"])
+        group.add_argument("--revision", **REVISION)
+        group.add_argument("--cache_dir", **CACHE_DIR)
         explain_errors(parser)
 
     def run(self) -> None:
         output = self.args.output
-        with one_line_errors("optimum-cli neuron split", f"give the same command again to go on with {output}."):
+        with one_line_errors("optimum-cli neuron split", f"run the same command again to continue with {output}."):
             from ..checkpoint import save_pretrained_split
 
             save_pretrained_split(

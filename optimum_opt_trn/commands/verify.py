@@ -1,28 +1,27 @@
-"""`optimum-cli neuron verify`: is a split checkpoint what it was when it was written?"""
+"""`optimum-cli neuron verify`: whether the files of a split checkpoint are what was written."""
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .export import explain_errors
-from .neuron import one_line_errors
+from .common import describe, explain_errors, one_line_errors
 
 
 DESCRIPTION = """\
 Verify the weights of a split checkpoint, or of an export: read every file, and compare its size and SHA-256 with the
 manifest that was written with it, and names, shapes and dtypes of its tensors with config.json. Prints a line for
-each problem, and ends with status 1 if there is any. (What was compiled is verified whenever an export is loaded.)"""
+each problem, and ends with status 1 if there is any. (Compiled files are verified whenever an export is loaded.)"""
 
 EPILOG = """\
 examples:
   optimum-cli neuron verify opt-13b-split
   optimum-cli neuron verify opt-13b-cpu        # an export: its checkpoint/
 
-To mend a split checkpoint, give the command again that made it: files that are as they should be are kept.
+To repair a split checkpoint, run the command that made it again: intact files are kept.
 In Python: NeuronOPTForCausalLM.from_pretrained(DIR, verify=True)."""
 
 
@@ -31,8 +30,7 @@ class VerifyCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.formatter_class = RawDescriptionHelpFormatter
-        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        describe(parser, DESCRIPTION, EPILOG)
         parser.add_argument("directory", metavar="DIR", type=Path, help="A split checkpoint or an export.")
         explain_errors(parser)
 
@@ -46,4 +44,4 @@ class VerifyCommand(BaseOptimumCLICommand):
             print(" ".join(problem.split()), file=sys.stderr)
         if problems:
             raise SystemExit(1)
-        print(f"{directory} is whole: every file is what was written.")
+        print(f"{directory} is complete: every file is what was written.")

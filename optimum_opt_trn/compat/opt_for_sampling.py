@@ -1,4 +1,4 @@
-"""`OPTForSampling`: the old library's OPT model, as a layer over `NeuronOPTForCausalLM`."""
+"""`OPTForSampling`: the OPT model of transformers-neuronx, as a layer over `NeuronOPTForCausalLM`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.config import load_config
-from ..checkpoint.hub import fetch, open_weights
+from ..checkpoint.hub import open_checkpoint
 from ..checkpoint.layout import layer_prefix, layer_specs
-from ..configuration_opt import normalize_dtype, reject_unknown
+from ..configuration_opt import reject_unknown
+from ..dtypes import normalize_dtype
 from ..modeling_neuron_opt import NeuronOPTForCausalLM
 from .options import GenerationConfig, NeuronConfig, buckets, check_environment, refuse
 
@@ -30,11 +31,11 @@ _GONE_METHODS = {
     "cpu_compile": "compile on any host with `optimum-cli export neuron`.",
     "enable_speculative_decoder": "generate() takes an assistant_model, without set-up. Leave it out.",
     "enable_token_tree_decoder": "generate() takes an assistant_model, without set-up. Leave it out.",
-    "enable_window_context_decoder": "a prompt is computed in one call whatever its length. Leave it out.",
+    "enable_window_context_decoder": "a prompt of any length is computed in one call. Leave it out.",
     "profile": "there is no device to profile on the cpu target. Use torch.profiler around sample().",
     "register_forward_hook": "this is no torch module; the steps of sample() can be timed with a streamer.",
     "register_forward_pre_hook": "this is no torch module; the steps of sample() can be timed with a streamer.",
-    "register_to_neuron_hook": "to_neuron() shows a progress bar of its own. Leave it out.",
+    "register_to_neuron_hook": "to_neuron() shows a progress bar. Leave it out.",
     "reorder_cache": "call NeuronOPTForCausalLM.generate(), which keeps the cache to itself.",
     "setup_reorder_cache": "call NeuronOPTForCausalLM.generate(), which keeps the cache to itself.",
 }
@@ -71,15 +72,15 @@ class OPTForSampling:
 
         Args:
             pretrained_model_path: a checkpoint, split or not: a directory or a hub id.
-            batch_size: rows that `sample` takes at most. Of a list, the largest serves all.
-            amp: dtype of attention, MLP and embedding (`f16`, `bf16`, `f32`), by default that of the checkpoint.
+            batch_size: rows that `sample` takes at most; of a list, the largest counts.
+            amp: dtype of attention, MLP and embedding (`f16`, `bf16`, `f32`), by default the checkpoint's dtype.
             tp_degree: tensor-parallel degree.
-            n_positions: tokens that a row holds at most; a list names the lengths of cache to have graphs for.
-            unroll, context_unroll: accepted with the values that asked for nothing (all layers; 1).
-            context_length_estimate: the length, or lengths, of prompts to have graphs for. Longer ones work too.
+            n_positions: tokens that a row holds at most; a list names the cache lengths to compile graphs for.
+            unroll, context_unroll: accepted with their defaults (all layers; 1).
+            context_length_estimate: the length, or lengths, of prompts to compile graphs for. Longer ones work too.
             neuron_config: see `NeuronConfig`.
-            eager: new here: run without compiling.
-            max_topk: new here: the largest `top_k` that `sample` will be asked for, by default 256.
+            eager: not in transformers-neuronx: run without compiling.
+            max_topk: not in transformers-neuronx: the largest `top_k` of `sample`, by default 256.
             kwargs: `eos_token_id` and `pad_token_id`, in place of the checkpoint's.
 
         Raises:
@@ -113,7 +114,7 @@ class OPTForSampling:
             "batch_size": batch_size if isinstance(batch_size, int) else max(batch_size),
             "sequence_length": length,
             "tp_degree": tp_degree,
-            "amp": normalize_dtype(amp if amp is not None else config.dtype or torch.float32),
+            "amp": normalize_dtype(amp if amp is not None else config.dtype or "f32"),
             "cache_buckets": None if isinstance(n_positions, int) else buckets("n_positions", n_positions, length),
             "prompt_buckets": buckets("context_length_estimate", context_length_estimate, length),
             "max_topk": max_topk,
@@ -145,14 +146,14 @@ class OPTForSampling:
             saved = getattr(model.neuron_config, name, value)
             if value is not None and saved != value:
                 raise ValueError(f"{self._artifacts} was saved with {name}={saved!r}, and this model has {value!r}.")
-        if not _same_weights(Path(self._artifacts) / "checkpoint", self._checkpoint, self.config, model.dtype):
+        if not _same_weights(self._artifacts, self._checkpoint, self.config, model.neuron_config.amp):
             raise ValueError(f"{self._artifacts} was saved with other weights than those of {self._checkpoint}.")
         self._model = model
 
     def save(self, directory: str | os.PathLike[str], sharded_weights: bool = False) -> None:
         """Writes weights and compiled graphs to `directory`: an export, which NeuronOPTForCausalLM reads as well.
 
-        `sharded_weights` asked for the weights to be there too; they are in either case.
+        `sharded_weights` asked for the weights as well; they are always written.
         """
         self._loaded().save_pretrained(directory)
 
@@ -173,20 +174,20 @@ class OPTForSampling:
     ) -> Tensor:
         """Samples up to `sequence_length` tokens among the `top_k` best at temperature 1, never the EOS token.
 
-        With `NeuronConfig(on_device_generation=…)` tokens are chosen as that says instead, and a batch whose rows
-        have all met their EOS token is returned at its length then.
+        With `NeuronConfig(on_device_generation=…)`, that configuration decides how tokens are chosen. A batch ends
+        when all its rows have met their EOS token.
 
         Args:
             input_ids: prompts, (batch, prompt length), integer; shorter ones padded on the left.
             sequence_length: length of the result, prompt and padding included.
-            start_ids: index of each row's first real token, (batch,), integer; None if nothing is padded. Padding
-                is told by this only, not by the value of tokens.
+            start_ids: index of each row's first real token, (batch,), integer; None if nothing is padded. Only
+                this says what is padding, not the value of tokens.
             top_k: how many of the best tokens to choose among.
             streamer: its `put` gets each step's new tokens, (batch, 1), and its `end` is called at the end.
 
         Returns:
-            (batch, sequence_length), int64: the prompts and what follows them. Prompts that are that long already
-            are returned as they are.
+            (batch, sequence_length), int64: the prompts and the tokens that follow. Prompts of that length or more
+            are returned unchanged.
 
         Raises:
             RuntimeError: before `to_neuron`.
@@ -225,7 +226,7 @@ class OPTForSampling:
         """Logits of the token after each prompt, (batch, vocabulary), float32; arguments as in `sample`.
 
         Raises:
-            NotImplementedError: for `cache_ids` that go on from a call before: the cache is not kept between calls.
+            NotImplementedError: for `cache_ids` that continue an earlier call: the cache is not kept between calls.
         """
         length = input_ids.shape[-1]
         if cache_ids is not None and cache_ids.flatten().tolist() != list(range(length)):
@@ -236,11 +237,11 @@ class OPTForSampling:
     __call__ = forward
 
     def update_generation_config(self, generation_config: GenerationConfig) -> None:
-        """Has `sample` follow `generation_config` from now on."""
+        """Makes `sample` use `generation_config` from now on."""
         self.neuron_config.on_device_generation = generation_config
 
     def reset(self) -> None:
-        """Does nothing: a call starts with an empty cache in any case. Old scripts called this between prompts."""
+        """Does nothing: a call always starts with an empty cache. Old scripts called this between prompts."""
 
     def eval(self) -> OPTForSampling:
         """Does nothing: there is no other mode."""
@@ -258,7 +259,7 @@ class OPTForSampling:
 
 
 class _NewTokens(BaseStreamer):
-    """Calls a streamer as the old loop did: with new tokens only, not with the prompt, and as (batch, 1)."""
+    """Calls a streamer as the old loop did: only with new tokens, as (batch, 1), and not with the prompt."""
 
     def __init__(self, streamer: Any):
         self._streamer = streamer
@@ -285,7 +286,7 @@ def without_generation_config(model: NeuronOPTForCausalLM) -> Iterator[None]:
 
 
 def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) -> None:
-    """The old library let keyword arguments replace what config.json says; here, the special tokens only."""
+    """Refuses keyword arguments that replace values of config.json, except special tokens."""
     network = ("activation_function", "ffn_dim", "hidden_size", "max_position_embeddings", "num_attention_heads")
     network += ("num_hidden_layers", "vocab_size", "word_embed_proj_dim")  # type: ignore[assignment]
     signature = inspect.signature(OPTForSampling.from_pretrained).parameters
@@ -295,12 +296,12 @@ def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) 
             refuse(name, overrides[name], f"the checkpoint has {getattr(config, name)!r}. Change its config.json")
 
 
-def _same_weights(left: Path, right: str, config: transformers.OPTConfig, dtype: torch.dtype) -> bool:
-    """Whether two checkpoints have the same last layer, as far as `dtype` tells."""
+def _same_weights(left: str, right: str, config: transformers.OPTConfig, amp: str) -> bool:
+    """Whether two checkpoints have the same last layer once it is cast to `amp`."""
     prefix = layer_prefix(config.num_hidden_layers - 1)
-    sources = open_weights(left, left), open_weights(right, fetch(right))
-    for name, spec in layer_specs(config).items():
-        one, other = (source.read(prefix + name, spec, dtype) for source in sources)
+    sources = [open_checkpoint(checkpoint, config).weights for checkpoint in (left, right)]
+    for name, spec in layer_specs(config, amp).items():
+        one, other = (source.read(prefix + name, spec) for source in sources)
         if not torch.equal(one, other):
             return False
     return True

@@ -1,15 +1,15 @@
-"""How OPT gets into optimum-neuron's registries, on hosts with and without the Neuron SDK.
+"""Registers OPT with optimum-neuron, on hosts with and without the Neuron SDK.
 
-After `import optimum_opt_trn`, `optimum.neuron.NeuronModelForCausalLM` knows OPT. That import must stay silent and
-cheap, and optimum-neuron's own is neither, so nothing of it is imported here: `install` arranges that three of its
-modules are amended as soon as somebody imports them (at once, if that has happened already). The amendments concern
-OPT alone, and the SDK is neither needed nor faked:
+After `import optimum_opt_trn`, `optimum.neuron.NeuronModelForCausalLM` knows OPT. Importing this package must be silent
+and fast. Importing optimum-neuron is neither, so nothing of it is imported here: `install` patches three of its modules
+when somebody imports them (or at once, if they are imported already). The patches concern only OPT, and the SDK is
+neither needed nor imitated:
 
-| module | amendment | why |
+| module | patch | reason |
 |---|---|---|
-| `optimum.neuron.configuration_utils` | `OPTNeuronConfig` is registered, and reads its own dictionaries | the generic `NeuronConfig.from_pretrained` looks a class up by the name in neuron_config.json, but first refuses what another version of itself or of the compiler wrote; for ours, the format version and the manifest decide |
-| `optimum.neuron.models.auto_model` | `has_neuron_model_class` answers for OPT, and registers our model | the original imports all of optimum-neuron's models first, which takes the SDK |
-| `optimum.neuron.models.inference.modeling_utils` | `get_neuron_config` of the auto classes passes an OPT model on to our class | the original turns `cpu` down, chooses 0 ranks where there is no NeuronCore, and knows neither `amp` nor `kv_cache_dtype` |
+| `optimum.neuron.configuration_utils` | `OPTNeuronConfig` is registered, and reads its own dictionaries | the generic `NeuronConfig.from_pretrained` looks up a class by the name in neuron_config.json, but first refuses files that another version of itself or of the compiler wrote; for OPT, the format version and the manifest decide |
+| `optimum.neuron.models.auto_model` | `has_neuron_model_class` answers for OPT, and registers our model | the original first imports all models of optimum-neuron, which needs the SDK |
+| `optimum.neuron.models.inference.modeling_utils` | `get_neuron_config` of the auto classes calls our class for an OPT | the original refuses `cpu`, chooses 0 ranks on a host without NeuronCores, and knows neither `amp` nor `kv_cache_dtype` |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ REGISTRY_KEY = ("opt", "text-generation", "inference")
 
 
 def install() -> None:
-    """Amends the modules named above, now or after their import. Safe to call again."""
-    if any(isinstance(finder, _AmendAfterImport) for finder in sys.meta_path):
+    """Patches the modules named above, now or after their import. Safe to call again."""
+    if any(isinstance(finder, _PatchAfterImport) for finder in sys.meta_path):
         return
-    sys.meta_path.insert(0, _AmendAfterImport())
-    for name, amend in _AMENDMENTS.items():
+    sys.meta_path.insert(0, _PatchAfterImport())
+    for name, patch in _PATCHES.items():
         if name in sys.modules:
-            amend(sys.modules[name])
+            patch(sys.modules[name])
 
 
 def _register_configuration(module: ModuleType) -> None:
@@ -46,7 +46,7 @@ def _register_configuration(module: ModuleType) -> None:
     @functools.wraps(original)
     def from_dict(cls: Any, config_dict: dict[str, Any]) -> Any:
         if cls is base and config_dict.get("_serialized_key") == "OPTNeuronConfig":
-            # Not above: that module may be what is importing this one.
+            # Not at the top: that module may be importing this one.
             from ..configuration_opt import OPTNeuronConfig
 
             return OPTNeuronConfig.from_dict(config_dict)
@@ -98,28 +98,28 @@ def _pass_opt_on(module: ModuleType) -> None:
     base.get_neuron_config = classmethod(get_neuron_config)
 
 
-_AMENDMENTS: dict[str, Callable[[ModuleType], None]] = {
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "optimum.neuron.configuration_utils": _register_configuration,
     "optimum.neuron.models.auto_model": _answer_for_opt,
     "optimum.neuron.models.inference.modeling_utils": _pass_opt_on,
 }
 
 
-class _AmendAfterImport(importlib.abc.MetaPathFinder):
-    """Finds the modules in `_AMENDMENTS` as Python would, and amends each after it has been executed."""
+class _PatchAfterImport(importlib.abc.MetaPathFinder):
+    """Finds the modules in `_PATCHES` as Python does, and patches each after it has been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        amend = _AMENDMENTS.get(fullname)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if amend else None
-        if amend is None or spec is None or spec.loader is None:
+        patch = _PATCHES.get(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if patch else None
+        if patch is None or spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_amend(module: ModuleType) -> None:
+        def execute_and_patch(module: ModuleType) -> None:
             execute(module)
-            amend(module)
+            patch(module)
 
-        spec.loader.exec_module = execute_and_amend  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec

@@ -1,7 +1,6 @@
-"""The options of transformers-neuronx: which have a place here, and why the others have none.
+"""The options of transformers-neuronx: those that have a counterpart here, and why the others have none.
 
-Every option is mapped, or refused by name with the way out. The value that an option had by default is accepted
-everywhere, since it asked for nothing.
+Every option is mapped, or refused by name with a way out. The default value of an option is always accepted.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _BATCHING = (
 )
 _DISTRIBUTION = "the ranks exchange float32 sums here. Leave it out"
 
-# field -> (value by default, why any other one is refused; None if other values have a place)
+# field -> (its default, the reason why any other value is refused, or None if others are accepted)
 _NEURON_CONFIG_FIELDS: dict[str, tuple[Any, str | None]] = {
     "on_device_generation": (None, None),
-    "on_device_embedding": (False, None),  # the embedding is in our graphs in any case
-    "sparse_attn": (None, "every token attends to all before it, as OPT was trained. Leave it out"),
+    "on_device_embedding": (False, None),  # the embedding is always part of the graphs
+    "sparse_attn": (None, "every token attends to all tokens before it, as OPT was trained. Leave it out"),
     "quant": (None, _QUANT),
     "kv_cache_quant": (None, _QUANT),
     "continuous_batching": (None, _BATCHING),
@@ -68,12 +67,12 @@ def refuse(option: str, value: Any, reason: str) -> None:
 
 
 class NeuronConfig:
-    """The old library's optional features. Only those that OPT has here are accepted.
+    """The old library's optional features. Only those that have a counterpart here are accepted.
 
     Args:
         on_device_generation: a `GenerationConfig` that `OPTForSampling.sample` then follows.
-        on_device_embedding: accepted; the embedding is part of the graphs in any case.
-        Others: only with the value that they had by default.
+        on_device_embedding: accepted; the embedding is always part of the graphs.
+        Others: only with their default.
 
     Raises:
         NotImplementedError: for an option that was set and has no counterpart, with the reason.
@@ -95,12 +94,12 @@ class GenerationConfig:
     """How tokens are chosen with `NeuronConfig(on_device_generation=…)`. Keyword-only, as in the old library.
 
     Args:
-        do_sample: sample, else take the best token (unless `dynamic`, which sampled in either case).
+        do_sample: whether to sample instead of taking the best token; `dynamic` always samples.
         top_k: tokens to choose among; None for all of them.
-        top_p, temperature: as everywhere.
-        eos_token_id: the token, or tokens, that end a row; None to go on to the end whatever is chosen.
+        top_p, temperature: as in transformers.
+        eos_token_id: the token, or tokens, that end a row; None if no token does.
         dynamic: accepted: settings can be changed at any time here (`OPTForSampling.update_generation_config`).
-        Others: only with the value that they had by default.
+        Others: only with their default.
 
     Raises:
         NotImplementedError: for an option that was set and has no counterpart, with the reason.
@@ -139,7 +138,7 @@ class GenerationConfig:
         self.dynamic = dynamic
 
     def generate_options(self) -> dict[str, Any]:
-        """The same as keyword arguments of `generate()`; all of them, so that no default of the model gets in."""
+        """The same as keyword arguments of `generate()`: all of them, so that no default of the model applies."""
         if not (self.do_sample or self.dynamic):
             return {"do_sample": False}
         top_k = 0 if self.top_k is None else self.top_k
@@ -164,7 +163,7 @@ def buckets(option: str, value: int | list[int] | tuple[int, ...] | None, longes
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuses what the old library read from environment variables and this one cannot do.
+    """Refuses settings in environment variables that the old library read and that have no counterpart here.
 
     Raises:
         NotImplementedError: if NEURON_PP_STAGES asks for pipeline parallelism.

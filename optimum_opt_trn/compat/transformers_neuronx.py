@@ -1,9 +1,9 @@
-"""transformers-neuronx's OPT, under its old names: an old script keeps its body and changes its import lines.
+"""OPT of transformers-neuronx under its old names: an old script needs only other import lines.
 
     from optimum_opt_trn.compat.transformers_neuronx import OPTForSampling, save_pretrained_split
 
-What each old option became is in `docs/migration.md`. New scripts use `optimum_opt_trn.NeuronOPTForCausalLM`, which
-this module is a thin layer over.
+`docs/migration.md` has the counterpart of each old option. This module is a thin layer over
+`optimum_opt_trn.NeuronOPTForCausalLM`, which new scripts use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from ..checkpoint import save_pretrained_split as _save_split
-from ..configuration_opt import normalize_dtype
+from ..dtypes import normalize_dtype
 from .opt_for_sampling import OPTForSampling, without_generation_config
 from .options import GenerationConfig, NeuronConfig
 
@@ -59,7 +59,7 @@ def amp_callback(model: transformers.OPTForCausalLM, dtype: torch.dtype) -> None
 def save_pretrained_split(model: transformers.OPTForCausalLM, save_directory: str | os.PathLike[str]) -> Path:
     """Writes `model` to `save_directory` as a split checkpoint: one safetensors file a layer.
 
-    The `amp` dtype is the one to which the caller has cast attention and MLP. `model` is left as it is.
+    `amp` is the dtype to which the caller has cast attention and MLP. `model` is not changed.
 
     Returns:
         The directory.
@@ -81,7 +81,7 @@ def save_pretrained_split(model: transformers.OPTForCausalLM, save_directory: st
 
 
 class HuggingFaceGenerationModelAdapter:
-    """`generate()` of transformers for an `OPTForSampling`, which `NeuronOPTForCausalLM` has by itself.
+    """`generate()` of transformers for an `OPTForSampling`. A `NeuronOPTForCausalLM` has its own.
 
     Args:
         config: the model's configuration.
@@ -99,13 +99,13 @@ class HuggingFaceGenerationModelAdapter:
         generation_config: transformers.GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `NeuronOPTForCausalLM.generate`; the defaults are those of `config`, as they were."""
+        """As `NeuronOPTForCausalLM.generate`, with the defaults of `config`, as in the old library."""
         model = self.model._loaded()
         with without_generation_config(model):
             return model.generate(inputs, generation_config or self.generation_config, **kwargs)
 
     def reset_generation(self) -> None:
-        """Does nothing: each `generate` starts afresh."""
+        """Does nothing: each `generate` starts with an empty cache."""
 
     def eval(self) -> HuggingFaceGenerationModelAdapter:
         """Does nothing: there is no other mode."""

@@ -19,9 +19,10 @@ _PER_PROMPT = ("attention_mask", "negative_prompt_ids", "negative_prompt_attenti
 
 
 class Batches:
-    """How one call of `generate()` is cut.
+    """How one call of `generate()` is cut into batches.
 
-    Beams of a prompt, and the rows that guide it, stay together; sequences that are sampled from it need not.
+    Beams of a prompt and the rows that guide it stay together. Sampled sequences of a prompt may be in different
+    batches.
 
     Args:
         input_ids: prompts, `(prompts, width)`.

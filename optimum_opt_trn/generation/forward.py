@@ -66,11 +66,11 @@ class OPTForwardMixin:
             labels: `(rows, width)`, ids or -100, as transformers': `loss` is the mean cross entropy of each column's
                 label, given the columns before.
             use_cache: whether to return the cache; by default yes.
-            position_ids: `(rows, width)`; may but confirm what follows from the mask.
-            cache_position: `(width,)`; likewise.
+            position_ids: `(rows, width)`; only checked, since the mask determines positions.
+            cache_position: `(width,)`; only checked.
             logits_to_keep: 0 for the logits of every column; n for those of each row's last n tokens.
             cache: transformers 5's name of `past_key_values`.
-            return_dict: whether to return a ModelOutput, by default yes; else a tuple.
+            return_dict: whether to return a ModelOutput, by default yes; otherwise a tuple.
 
         Returns:
             `logits`, float32 `(rows, width or logits_to_keep, vocabulary)`, 0 where masked; `past_key_values`, a

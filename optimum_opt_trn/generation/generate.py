@@ -30,7 +30,7 @@ from .transformers_versions import (
 )
 
 
-# What no export serves, and why. The rest of GenerationConfig's options give what they give in transformers.
+# Options of GenerationConfig that no export serves, and why. The others do what they do in transformers.
 REFUSED_OPTIONS = {
     "output_attentions": "compiled graphs take tokens and return logits",
     "output_hidden_states": "compiled graphs take tokens and return logits",
@@ -50,7 +50,7 @@ REFUSED_OPTIONS = {
     "constraints": "constrained beam search is code from the hub in transformers, made for its own models",
     "force_words_ids": "constrained beam search is code from the hub in transformers, made for its own models",
 }
-# Values that ask for nothing, or for what is done anyway.
+# Values of them that change nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "cache_implementation": ("dynamic", "dynamic_full"),
     "num_beam_groups": (1,),
@@ -72,10 +72,10 @@ REFUSED_ARGUMENTS = {
 
 
 class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
-    """`generate()` on a `Runtime`: each row as if it were alone.
+    """`generate()` on an engine; the result of a row does not depend on the other rows.
 
-    transformers' own loops run on `forward()`; greedy search and sampling run in a loop of ours, on the device where
-    that can do what was asked for.
+    transformers' own loops run on `forward()`. Greedy search and sampling run in the engine's loop, with the tokens
+    sampled on the device where it can do what was asked for.
     """
 
     main_input_name = "input_ids"
@@ -143,7 +143,7 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         use_cache: bool = True,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Greedy search and sampling, which transformers calls with what it prepared."""
+        """Greedy search and sampling; transformers calls it with the arguments that it prepared."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, rows = mask.bool(), len(input_ids)
         sampler = make_sampler(logits_processor, generation_config, self.neuron_config.max_topk)

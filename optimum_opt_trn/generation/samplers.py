@@ -1,8 +1,7 @@
-"""Who selects the next tokens: the device, or the host from the logits. The choice is made here, and nowhere else.
+"""Where the next tokens of a `generate()` call are sampled: on the device, or on the host from the logits.
 
-Both draw alike: one uniform number a row and step, from torch's default generator, inverts the cumulative
-distribution of the tokens in the order of their probability. So wherever both could serve a call, a seed gives the
-same tokens on either.
+Both draw in the same way: one uniform number for each row and step, from torch's default generator, inverts the
+cumulative distribution of the tokens in the order of their probability. So a seed gives the same tokens on either.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ..model.sampling import GREEDY, MAX_SUPPRESSED, SamplingInputs, sample_toke
 
 logger = logging.get_logger(__name__)
 
-# What the device does, in its order. Others, and these in another order, are for the host.
+# What the device can do, in its order. Other processors, or these in another order, run on the host.
 _DEVICE_ORDER: tuple[type[LogitsProcessor], ...] = (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -42,7 +41,7 @@ _DEVICE_ORDER: tuple[type[LogitsProcessor], ...] = (
 
 
 class Sampler(ABC):
-    """Selects the next tokens of one call of `generate()`, step by step."""
+    """Samples the next tokens of one call of `generate()`, step by step."""
 
     # None, or the processed and the raw logits of each step so far, float32 `(rows, vocabulary)`.
     scores: tuple[Tensor, ...] | None = None
@@ -50,7 +49,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def inputs(self, rows: int, width: int) -> SamplingInputs:
-        """What the device is told, for `rows` sequences of `width` columns (as transformers counts: with padding)."""
+        """What the device gets, for `rows` sequences of `width` columns (padding counts, as in transformers)."""
 
     @abstractmethod
     def next_tokens(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
@@ -58,17 +57,17 @@ class Sampler(ABC):
 
         Args:
             input_ids: int64 `(rows, width)`.
-            tokens: int32 `(rows,)`, what the device selected.
+            tokens: int32 `(rows,)`, what the device sampled.
             logits: float32 `(rows, vocabulary)`.
         """
 
 
 class DeviceSampler(Sampler):
-    """Takes what the device selected; logits need not come to the host.
+    """Takes what the device sampled.
 
     Args:
-        processors: such as `device_refusal` finds nothing against.
-        do_sample: else the best token is taken.
+        processors: those that `device_refusal` does not refuse.
+        do_sample: whether to draw; otherwise the best token is taken.
     """
 
     def __init__(self, processors: LogitsProcessorList, do_sample: bool):
@@ -105,10 +104,10 @@ class DeviceSampler(Sampler):
 
 
 class HostSampler(Sampler):
-    """Selects from the logits on the host, after transformers' own processors.
+    """Samples from the logits on the host, after transformers' own processors.
 
     Args:
-        processors: any.
+        processors: any processors.
         generation_config: for `do_sample`, and whether to keep `scores` and `raw_logits`.
     """
 
@@ -141,23 +140,23 @@ class HostSampler(Sampler):
 def make_sampler(
     processors: LogitsProcessorList, generation_config: GenerationConfig, max_topk: int
 ) -> DeviceSampler | HostSampler:
-    """The device's, where it can serve all that was asked for; else the host's. Says which at debug level, and why.
+    """The device's sampler if the device can do all that was asked for, otherwise the host's. Logs which, and why.
 
     Args:
-        processors: what transformers made of the generation config and of the caller's own.
+        processors: those that transformers made from the generation config, and the caller's own.
         generation_config: as prepared by transformers.
         max_topk: of the export.
     """
     reason = device_refusal(processors, generation_config, max_topk)
     if reason:
-        logger.debug(f"Tokens are selected on the host: {reason}.")
+        logger.debug(f"Tokens are sampled on the host: {reason}.")
         return HostSampler(processors, generation_config)
-    logger.debug("Tokens are selected on the device.")
+    logger.debug("Tokens are sampled on the device.")
     return DeviceSampler(processors, generation_config.do_sample)
 
 
 def device_refusal(processors: LogitsProcessorList, generation_config: GenerationConfig, max_topk: int) -> str | None:
-    """Why the device cannot select the tokens; None if it can. Arguments as of `make_sampler`."""
+    """Why the device cannot sample the tokens; None if it can. Arguments as of `make_sampler`."""
     outputs = [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
     if generation_config.return_dict_in_generate and outputs:
         return f"{outputs[0]} was asked for"

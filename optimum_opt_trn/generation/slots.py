@@ -59,7 +59,7 @@ class Slots:
         self._owners.update(dict.fromkeys(owner.rows, weakref.ref(owner)))
 
     def free(self, slots: Iterable[int]) -> None:
-        """Makes slots nobody's, whoever owns them."""
+        """Takes slots from their owners."""
         for slot in slots:
             self._owners.pop(slot, None)
 

@@ -1,4 +1,4 @@
-"""Products and layernorms: the one place where a 16-bit weight meets arithmetic."""
+"""Products and layernorms: the only place where 16-bit weights are computed with."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class LayerNorm(NamedTuple):
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a target computes; as it stands, in operations that every compiler and device takes.
+    """How a target computes. This class uses only operations that every compiler and device supports.
 
     Args:
         compute_dtype: dtype that both factors of a product have: float32 on `cpu`; `amp` on `neuron`, whose matrix
-            units accumulate in float32. What a product returns is float32, but of 16-bit factors rounded to their
-            dtype before.
+            units accumulate in float32. A product of 16-bit factors is rounded to their dtype, and returned as
+            float32.
     """
 
     compute_dtype: torch.dtype = torch.float32

@@ -19,8 +19,8 @@ from .parallel import RankGroup
 from .shapes import cache_shape
 
 
-# What a layer asks of its target: `(rank, query, key, value)`, float32 `(…, heads * d)` each, of the local rank and
-# the new tokens → float32 `(…, heads * d)`; keys and values are written to the cache on the way.
+# A layer calls its target with `(rank, query, key, value)`: the local rank, and float32 `(…, heads * d)` each of the
+# new tokens. The target writes keys and values to the cache, and returns float32 `(…, heads * d)`.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # Finite, since -inf in a mask makes NaN on Neuron; exp of it is 0 in float32.
@@ -53,12 +53,12 @@ class StaticAttention:
         keys, values: for each local rank, the first `c` positions of its cache, `(b, heads, c, d)`; changed in place.
         positions: int32 `(b, n)`, where in its slot each new token is; -1 throughout a row that is idle, whose slot
             stays as it is.
-        prompt: the new tokens are all there is, at positions 0 to n - 1 (the graph `context_encoding`). Else each
-            attends to what the cache holds up to its position.
+        prompt: whether the new tokens are a whole prompt, at positions 0 to n - 1 (the graph `context_encoding`).
+            Otherwise each attends to what the cache holds up to its position.
         scale: what queries are multiplied with.
         compute_dtype: dtype that both factors of a product have; softmax is float32.
-        window: reads the first so many of the `c` positions alone, by default all. For XLA, which rebuilds a whole
-            tensor for a view of it that is written: there the cache is passed whole, and read in part.
+        window: how many of the first `c` positions are read, by default all. XLA rebuilds a whole tensor to write to a
+            view of it, so there the cache is passed whole, and read in part.
     """
 
     keys: list[Tensor]

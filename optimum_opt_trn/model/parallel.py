@@ -1,9 +1,9 @@
-"""Tensor parallelism: what ranks compute and exchange. Nothing else knows of ranks, but `sharding.py`, which says how
-tensors are cut over them.
+"""Tensor parallelism: what ranks exchange. `shapes.py` says how tensors are cut over them.
 
-A column-parallel weight is cut by rows of the `(out, in)` matrix, so that each rank computes some of the outputs
-(attention heads, MLP units, words of the vocabulary); a row-parallel one by columns, so that each rank computes a
-summand of every output. The scheme is that of Megatron-LM (Shoeybi et al., 2019, section 3).
+A column-parallel weight is cut by rows of the `(out, in)` matrix: each rank computes some of the outputs (attention
+heads, MLP units, words of the vocabulary), and nothing is exchanged. A row-parallel weight is cut by columns: each
+rank computes a summand of every output, and the summands are added. The scheme is Megatron-LM's (Shoeybi et al., 2019,
+section 3).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .shapes import SHARD_DIMS, shard_dim, shard_range
 
 __all__ = ["SHARD_DIMS", "RankGroup", "Weights", "shard_dim", "shard_range"]
 
-# One entry per stage weight: its shards, one for each local rank, or a single tensor that all ranks share.
+# Tensor name -> its shards, one for each local rank, or a single tensor that all ranks share.
 Weights = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that are held here, out of `world_size`.
+    """The ranks of this process, out of `world_size`.
 
     Args:
         world_size: the tensor-parallel degree.
-        ranks: the local ranks. All of them on `cpu`; on `neuron` one is traced, and stands for each.
+        ranks: the local ranks. On `cpu` these are all ranks; on `neuron` one is traced, and its graph serves each.
         arithmetic: how the target computes.
-        all_reduce: sums a tensor over the processes; None if all ranks are held here.
-        all_gather: concatenates a tensor's last dimension over the processes; None likewise.
+        all_reduce: sums a tensor over the processes; None if this process has all ranks.
+        all_gather: concatenates a tensor's last dimension over the processes; None if this process has all ranks.
     """
 
     world_size: int = 1

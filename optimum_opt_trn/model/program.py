@@ -1,10 +1,9 @@
-"""The rank program: what the ranks held here compute, once for every target.
+"""The rank program: what the ranks of one process compute, the same for every target.
 
-It has four parts, each a method with its weights as arguments, so that a target may compile them together or apart:
-`embed`, `layer`, `logits`, and token sampling, which is in `sampling.py`. How products and layernorms are computed is
-the target's (`arithmetic.py`), and so is how tokens lie in tensors: new tokens in rows of a batch, with attention in
-static shapes (`attention.py`), or packed without gaps. The residual stream, layernorms, softmax and logits are float32
-everywhere.
+It has three parts, each a method with its weights as arguments: `embed`, `layer` and `logits`. Token sampling follows,
+in `sampling.py`. A target chooses how products and layernorms are computed (`arithmetic.py`), and the layout of new
+tokens: rows of a batch in static shapes (`attention.py`), or packed without padding. The residual stream, layernorms,
+softmax and logits are float32 on every target.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class OPTRankProgram:
         """One decoder layer: float32 `(…, hidden)` → the same.
 
         Args:
-            attend: how the new tokens attend to what is cached, and what writes theirs to the cache.
+            attend: writes the new tokens' keys and values to the cache, and attends to all that is there.
         """
         if self.pre_layer_norm:
             hidden = self._attention(w, hidden, attend, _norm(w, "self_attn_layer_norm"))
@@ -64,7 +63,7 @@ class OPTRankProgram:
         if "project_out.weight" in w:
             (hidden,), norm = self.arithmetic.linears(hidden, w["project_out.weight"][:1], norm=norm), None
         parts = self.arithmetic.linears(hidden, w["lm_head.weight"], norm=norm)
-        # The words that padding the vocabulary added are cut off again.
+        # Without the words that padding added to the vocabulary.
         return self.group.gather(parts)[..., : self.vocab_size]
 
     def _attention(self, w: Weights, hidden: Tensor, attend: Attend, norm: LayerNorm | None = None) -> Tensor:

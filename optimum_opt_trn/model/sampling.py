@@ -1,7 +1,7 @@
 """Token sampling on the device.
 
-Random numbers come from the host, one uniform number a row and step; the device inverts the cumulative distribution
-with them. So a seed gives the same tokens on every target and at every tensor-parallel degree.
+Random numbers come from the host, one uniform number for each row and step. The device inverts the cumulative
+distribution with them. So a seed gives the same tokens on every target and at every tensor-parallel degree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_SUPPRESSED = 8
 # Each row's parameters: top_k, top_p, temperature (optimum-neuron's three, in its order) and min_p. These are greedy.
 GREEDY = (1.0, 1.0, 1.0, 0.0)
 
-# A weight, relative to the best token's, that no sum of float32 weights feels.
+# A weight relative to the best token's, too small to change a sum of float32 weights.
 NEVER_DRAWN = 1e-30
 
 
@@ -102,8 +102,8 @@ def sample_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
 def running_sum(x: Tensor) -> Tensor:
     """The sums of each row up to each place, float32 `(b, n)`.
 
-    By doubling (Hillis and Steele, 1986): additions alone, in the same order on every target. torch.cumsum would be a
-    reduction over windows as wide as the row on Neuron, where optimum-neuron's sampler has a kernel in its place.
+    By doubling (Hillis and Steele, 1986): only additions, in the same order on every target. On Neuron torch.cumsum
+    would be a reduction over windows as wide as the row; optimum-neuron's sampler has a kernel instead.
     """
     shift = 1
     while shift < x.shape[1]:

@@ -1,18 +1,54 @@
-"""How tensors are cut over ranks, as shapes alone. Imports neither torch nor transformers, for `planning.py`."""
+"""The sizes of a model, and how its tensors are cut over ranks. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 
-if TYPE_CHECKING:
-    from transformers import OPTConfig
+class ModelShape(Protocol):
+    """What config.json says about the sizes of tensors: an `OPTConfig`, or a plan's `OPTShape`."""
 
-    from ..configuration_opt import OPTNeuronConfig
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def word_embed_proj_dim(self) -> int: ...
+    @property
+    def ffn_dim(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def do_layer_norm_before(self) -> bool: ...
+    @property
+    def _remove_final_layer_norm(self) -> bool: ...
+    @property
+    def layer_norm_elementwise_affine(self) -> bool: ...
+    @property
+    def enable_bias(self) -> bool: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def activation_function(self) -> str: ...
 
 
-# The end of a tensor's name -> the dimension that is cut. Whatever is not here is copied to every rank: layernorms,
-# positions, project_in and project_out, and the biases of row-parallel products, which are added once, after the sum.
+class CacheSize(Protocol):
+    """What decides the size of a cache: an `OPTNeuronConfig`, or a plan's `Setup`."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def tp_degree(self) -> int: ...
+
+
+# The end of a tensor's name -> the dimension that is cut. All other tensors are copied to every rank: layernorms,
+# positions, project_in, project_out, and the biases of row-parallel products, which are added once, after the sum.
 SHARD_DIMS = {
     "embed_tokens.weight": 0,
     "lm_head.weight": 0,
@@ -45,8 +81,8 @@ def shard_range(size: int, rank: int, world_size: int) -> tuple[int, int, int]:
     return start, stop, part - (stop - start)
 
 
-def cache_shape(config: OPTConfig, neuron_config: OPTNeuronConfig) -> tuple[int, int, int, int]:
+def cache_shape(config: ModelShape, size: CacheSize) -> tuple[int, int, int, int]:
     """Shape of the keys (or values) that one rank holds of one layer."""
     head_size = config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads // neuron_config.tp_degree
-    return neuron_config.batch_size, heads, neuron_config.sequence_length, head_size
+    heads = config.num_attention_heads // size.tp_degree
+    return size.batch_size, heads, size.sequence_length, head_size

@@ -1,1 +1,1 @@
-"""What a model needs, before it is compiled: memory, time, and what fits."""
+"""Planning before compiling: how much memory a model needs, how fast it can be, and what fits."""

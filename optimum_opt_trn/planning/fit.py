@@ -1,4 +1,4 @@
-"""Refuses what cannot fit, before it is compiled or loaded."""
+"""Refuses an export that cannot fit, before it is compiled or loaded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging
 
 from ..buckets import SHORTEST_SEQUENCE
-from ..hardware import GiB, Instance, largest_of_family
-from .memory import MemoryPlan, Setup, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
+from ..hardware import GiB, Instance
+from ..model.shapes import ModelShape
+from .host import largest_of_family
+from .memory import MemoryPlan, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
+from .setup import Setup
 
 
 if TYPE_CHECKING:
-    from transformers import OPTConfig
-
     from ..configuration_opt import OPTNeuronConfig
 
 
@@ -25,18 +26,18 @@ class DoesNotFitError(ValueError):
     """An export that needs more memory than there is."""
 
 
-def check_fit(config: OPTConfig, neuron_config: OPTNeuronConfig, force: bool = False) -> None:
+def check_fit(config: ModelShape, neuron_config: OPTNeuronConfig, force: bool = False) -> None:
     """Checks an export against the cores of its instance family, or on `cpu` against the memory available now.
 
-    On `cpu` all but the weights has to fit. Weights are mapped files: where memory is short, they are read from the
-    disk again and again, of which there is a warning. With `force` there are warnings alone.
+    On `cpu` everything except the weights has to fit. Weights are mapped files: if memory is short, there is a warning
+    that they are read from the disk again and again. With `force` there are only warnings.
 
     Raises:
-        DoesNotFitError: with the sums, and with what would fit.
+        DoesNotFitError: with the sums, and with settings that fit.
     """
     try:
         instance = largest_of_family(neuron_config.instance_type)
-    except OSError:  # a system that does not tell how much memory there is
+    except OSError:  # the system does not tell how much memory there is
         return
     setup = Setup.of(neuron_config)
     plan = plan_memory(config, setup, instance)
@@ -46,9 +47,9 @@ def check_fit(config: OPTConfig, neuron_config: OPTNeuronConfig, force: bool = F
         logger.warning(f"{_shortage(plan)}. Weights will be read from the disk again and again, which is slow.")
         return
     if force:
-        logger.warning(f"{_shortage(plan)}. Going on, since force is given.")
+        logger.warning(f"{_shortage(plan)}. Continuing, since force is given.")
         return
-    ways = ", or ".join([*_ways_out(config, setup, instance), "force=True (--force) to go on all the same"])
+    ways = ", or ".join([*_ways_out(config, setup, instance), "force=True (--force) to continue in spite of this"])
     raise DoesNotFitError(f"{_shortage(plan)}. Choose {ways}.")
 
 
@@ -61,7 +62,7 @@ def _shortage(plan: MemoryPlan) -> str:
         "reserve": plan.reserve,
     }
     listed = ", ".join(f"{name} {size / GiB:.2f}" for name, size in parts.items() if size)
-    where = f"a core of {instance.family} has" if instance.on_neuron else "are available on this host"
+    where = f"a core of {instance.family.name} has" if instance.on_neuron else "are available on this host"
     return (
         f"batch_size={setup.batch_size}, sequence_length={setup.sequence_length}, tp_degree={setup.tp_degree} needs "
         f"{plan.total / GiB:.2f} GiB ({listed}), {-plan.free / GiB:.2f} more than the {instance.core_bytes / GiB:.2f} "
@@ -69,8 +70,8 @@ def _shortage(plan: MemoryPlan) -> str:
     )
 
 
-def _ways_out(config: OPTConfig, setup: Setup, instance: Instance) -> Iterator[str]:
-    """The nearest settings that fit, each with all else equal."""
+def _ways_out(config: ModelShape, setup: Setup, instance: Instance) -> Iterator[str]:
+    """The nearest settings that fit, each a change of one option."""
     if size := max_batch_size(config, setup, instance):
         yield f"batch_size={size}"
     if (length := max_sequence_length(config, setup, instance)) >= SHORTEST_SEQUENCE:

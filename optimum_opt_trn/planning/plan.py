@@ -1,6 +1,6 @@
-"""A whole plan: which instance, what fits there, how fast it can be, and what the host needs.
+"""A whole plan: the instance, what fits there, how fast it can be, and what the host needs.
 
-Needs neither weights nor a Neuron device, and imports neither torch nor transformers.
+It needs neither weights nor a Neuron device, and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from ..hardware import INSTANCES, GiB, Instance, find_instance
+from ..hardware import INSTANCES, GiB, Instance
+from ..model.shapes import ModelShape
+from .host import find_instance
 from .memory import (
     MemoryPlan,
-    Setup,
     cheapest,
     checkpoint_bytes,
     max_batch_size,
@@ -26,46 +27,19 @@ from .memory import (
     tp_degrees,
 )
 from .roofline import REALISTIC_SHARE, Roofline, roofline
+from .setup import OPTShape, Setup
 
 
-if TYPE_CHECKING:
-    from transformers import OPTConfig
-
-
-# What splitting a checkpoint takes, whatever the model's size, for it goes by chunks of 16 MiB (checkpoint/source.py)
-# of which a few are there at a time. Measured: up to 135 MB from float32 to float16, up to 370 MB from float16 to
-# float32 (docs/checkpoints.md).
+# Memory for splitting a checkpoint of any size: a few chunks of 16 MiB (checkpoint/source.py) at a time. Measured: up
+# to 135 MB from float32 to float16, up to 370 MB from float16 to float32 (docs/checkpoints.md).
 SPLIT_BYTES = GiB // 2
 
 
-@dataclass(frozen=True)
-class OPTShape:
-    """What a config.json says about memory, with the defaults of transformers' OPTConfig, for which it can stand."""
-
-    vocab_size: int = 50272
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    ffn_dim: int = 3072
-    max_position_embeddings: int = 2048
-    do_layer_norm_before: bool = True
-    _remove_final_layer_norm: bool = False
-    word_embed_proj_dim: int | None = None
-    num_attention_heads: int = 12
-    enable_bias: bool = True
-    layer_norm_elementwise_affine: bool = True
-    tie_word_embeddings: bool = True
-    activation_function: str = "relu"
-
-    def __post_init__(self) -> None:
-        if self.word_embed_proj_dim is None:
-            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
-
-
-def read_shape(model: str, revision: str | None = None, cache_dir: str | None = None) -> OPTConfig:
+def read_shape(model: str, revision: str | None = None, cache_dir: str | None = None) -> OPTShape:
     """The shape of `model`: a config.json, a directory that has one, or an id on the hub.
 
     Raises:
-        OSError: if there is none.
+        OSError: if there is no config.json.
         ValueError: if it is not an OPT's, or broken.
     """
     path = Path(model)
@@ -76,22 +50,23 @@ def read_shape(model: str, revision: str | None = None, cache_dir: str | None = 
         from huggingface_hub.errors import HFValidationError
 
         try:
-            # What was downloaded before comes first: it costs no connection, and shapes do not change.
+            # A copy in the cache comes first: it needs no connection, and shapes do not change.
             found = try_to_load_from_cache(model, "config.json", cache_dir, revision)
             if not isinstance(found, str):
                 found = hf_hub_download(model, "config.json", revision=revision, cache_dir=cache_dir)
             path = Path(found)
         except (HFValidationError, OSError) as error:
-            raise OSError(f"{model} is no local file or directory, and cannot be had from the hub: {error}") from error
+            reason = f"cannot be fetched from the hub: {error}"
+            raise OSError(f"{model} is not a local file or directory, and {reason}") from error
     try:
         values = json.loads(path.read_text())
         kind = values["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a model's configuration ({error!r}).") from error
     if kind != "opt":
-        raise ValueError(f"{model} is of model_type {kind!r}, and optimum_opt_trn serves 'opt' alone.")
+        raise ValueError(f"{model} is of model_type {kind!r}, and optimum_opt_trn serves only 'opt'.")
     known = {field.name for field in fields(OPTShape)}
-    return cast("OPTConfig", OPTShape(**{name: value for name, value in values.items() if name in known}))
+    return OPTShape(**{name: value for name, value in values.items() if name in known and value is not None})
 
 
 @dataclass(frozen=True)
@@ -99,14 +74,15 @@ class Plan:
     """A model's plan on one instance.
 
     Args:
-        config: the model's.
-        memory: what goes where.
+        config: the model's shape.
+        memory: the memory plan.
         speed: the roofline; None on `cpu`.
-        max_batch_size: that fits, all else equal; 0 if none.
-        max_sequence_length: likewise, up to the model's positions.
+        max_batch_size: the largest batch size that fits with the other options unchanged; 0 if none.
+        max_sequence_length: the longest sequence that fits with the other options unchanged, up to the model's
+            positions; 0 if none.
     """
 
-    config: OPTConfig
+    config: ModelShape
     memory: MemoryPlan
     speed: Roofline | None
     max_batch_size: int
@@ -120,9 +96,9 @@ class Plan:
     def host(self) -> dict[str, int]:
         """Bytes that the host needs: on disk for the split checkpoint, in memory to write it and to load it.
 
-        Estimates, to be added to some 0.4 GB of Python with torch. A checkpoint is written in chunks, and loaded to a
-        device a file at a time; on `cpu` it is mapped, and all else of the plan is what is loaded. (To write
-        one from files in PyTorch's format from before 1.6, such a file has to be in memory as well.)
+        These are estimates, without the 0.4 GB or so of Python with torch. A checkpoint is written in chunks, and
+        loaded to a device file by file. On `cpu` its files are mapped, and everything else in the plan is allocated.
+        (A source file in PyTorch's format from before 1.6 has to be in memory as a whole.)
         """
         setup = self.memory.setup
         total, largest_file = checkpoint_bytes(self.config, setup)
@@ -139,8 +115,8 @@ class Plan:
             "batch_size": setup.batch_size,
             "sequence_length": setup.sequence_length,
             "tensor_parallel_size": setup.tp_degree,
-            "weight_dtype": setup.weights,
-            "cache_dtype": setup.cache,
+            "weight_dtype": setup.amp,
+            "cache_dtype": setup.kv_cache_dtype,
             "parameters": self.parameters,
             "hbm_bytes_per_core": instance.core_bytes,
             "weights_bytes_per_core": sum(memory.weights.values()),
@@ -173,12 +149,12 @@ class Plan:
         return values
 
 
-def make_plan(config: OPTConfig, setup: Setup, instance: Instance) -> Plan:
+def make_plan(config: ModelShape, setup: Setup, instance: Instance) -> Plan:
     """The plan of `setup` on `instance`.
 
     Raises:
         ValueError: if the sequence is longer than the model's positions, or if the model or the instance cannot be
-            split into `tp_degree` parts; the message names what would do.
+            split into `tp_degree` parts; the message names the possible values.
     """
     limit, degrees = config.max_position_embeddings, tp_degrees(config, instance)
     if setup.sequence_length > limit:
@@ -198,11 +174,13 @@ def make_plan(config: OPTConfig, setup: Setup, instance: Instance) -> Plan:
     )
 
 
-def choose_plan(config: OPTConfig, setup: Setup, instance: str | None, degree: int | None) -> Plan:
-    """The plan on `instance` at `degree`; where either is None, the cheapest that fits, else the roomiest.
+def choose_plan(config: ModelShape, setup: Setup, instance: str | None, degree: int | None) -> Plan:
+    """The plan on `instance` at `degree`.
+
+    If one of them is None, it is chosen: the cheapest that fits, or the one with the most memory if none fits.
 
     Raises:
-        ValueError: as `make_plan`, or for an instance that is not known.
+        ValueError: as `make_plan`, or for an unknown instance.
     """
     if degree is not None:
         setup = replace(setup, tp_degree=degree)
@@ -213,21 +191,21 @@ def choose_plan(config: OPTConfig, setup: Setup, instance: str | None, degree: i
             setup = replace(setup, tp_degree=best)
         return make_plan(config, setup, chosen)
     if degree is None:
-        chosen, best = cheapest(config, setup) or _roomiest(config)
+        chosen, best = cheapest(config, setup) or _largest_memory(config)
         return make_plan(config, replace(setup, tp_degree=best), chosen)
     able = [i for i in INSTANCES.values() if degree in tp_degrees(config, i)]
     fitting = [i for i in able if plan_memory(config, setup, i).fits]
     return make_plan(config, setup, (fitting or able or list(INSTANCES.values()))[0])
 
 
-def _roomiest(config: OPTConfig) -> tuple[Instance, int]:
+def _largest_memory(config: ModelShape) -> tuple[Instance, int]:
     degrees = {name: tp_degrees(config, instance)[-1] for name, instance in INSTANCES.items()}
     name = max(degrees, key=lambda name: degrees[name] * INSTANCES[name].core_bytes)
     return INSTANCES[name], degrees[name]
 
 
-def plan_everywhere(config: OPTConfig, setup: Setup) -> Iterator[Plan]:
-    """`setup` on each instance, at the smallest degree that fits, else at the largest."""
+def plan_everywhere(config: ModelShape, setup: Setup) -> Iterator[Plan]:
+    """The plan on each instance, at the smallest degree that fits, or at the largest if none fits."""
     for instance in INSTANCES.values():
         degree = smallest_degree(config, setup, instance) or tp_degrees(config, instance)[-1]
         yield make_plan(config, replace(setup, tp_degree=degree), instance)

@@ -1,40 +1,36 @@
-"""The roofline: how fast a plan can be at most, by the bandwidth and the arithmetic that a core has.
+"""The roofline: the highest speed of a plan that the bandwidth and the arithmetic of a core allow.
 
-A decode step reads the weights and the cache once, a prefill multiplies every token with every matrix; either takes
-at least as long as the slower of its bytes and its operations. What ranks send each other is not counted.
+A decode step reads the weights and the cache once. A prefill multiplies every token with every matrix. Each takes at
+least as long as reading its bytes and as computing its operations. What ranks send each other is not counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
+from ..model.shapes import ModelShape
 from .memory import MemoryPlan, plan_memory, rank_tensors
 
 
-if TYPE_CHECKING:
-    from transformers import OPTConfig
-
-
-# The share of the roofline that one may expect. AWS measured OPT-13B (8 cores), 30B (8) and 66B (24) on inf2.48xlarge
+# The share of the roofline to expect. AWS measured OPT-13B (8 cores), 30B (8) and 66B (24) on inf2.48xlarge
 # with transformers-neuronx at batch size 1 and 2048 positions: 19.8, 40.1 and 35.4 ms a token, which is 39, 44 and
-# 36 % of the roofline (AWS Neuron documentation 2.13, "Inf2 Performance"; docs/memory.md has the sums). Nothing is
-# published of the prefill of an OPT, for which the same share is assumed.
+# 36 % of the roofline (AWS Neuron documentation 2.13, "Inf2 Performance"; docs/memory.md has the sums). No
+# figures are published for the prefill of an OPT; the same share is assumed.
 REALISTIC_SHARE = 0.4
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of a plan's two graphs, at their largest buckets.
+    """The shortest time of a plan's two graphs, at their largest buckets.
 
     Args:
-        batch_size: rows of either.
-        decode_bytes: that a core reads in a step, with the cache full.
-        decode_seconds: of a step.
-        prefill_flops: operations of a core, all prompts at full length.
-        prefill_seconds: of all prompts together.
-        prompt_tokens: of all prompts together.
+        batch_size: rows of each graph.
+        decode_bytes: bytes that a core reads in a step, with the cache full.
+        decode_seconds: seconds that a step takes.
+        prefill_flops: operations of a core, with all prompts at full length.
+        prefill_seconds: seconds that all prompts take together.
+        prompt_tokens: tokens of all prompts together.
     """
 
     batch_size: int
@@ -53,24 +49,24 @@ class Roofline:
         return self.prompt_tokens / self.prefill_seconds
 
 
-def roofline(config: OPTConfig, plan: MemoryPlan) -> Roofline | None:
-    """That of `plan`; None on an instance whose bandwidth and arithmetic nobody publishes (`cpu`)."""
+def roofline(config: ModelShape, plan: MemoryPlan) -> Roofline | None:
+    """The roofline of `plan`; None if bandwidth and arithmetic of the instance are not published (`cpu`)."""
     bandwidth, flops = plan.instance.core_bandwidth, plan.instance.core_flops
     if bandwidth is None or flops is None:
         return None
     setup = plan.setup
     tables = ["embed_positions.weight"]
-    # Of a table only the rows of the tokens are read; the embedding counts where it serves as head too.
+    # Only the tokens' rows of a table are read. The embedding counts if it is the head, too.
     if not config.tie_word_embeddings:
         tables.append("embed_tokens.weight")
     read = [tensor for tensor in rank_tensors(config, setup) if not tensor.name.endswith(tuple(tables))]
     weights = sum(tensor.count * tensor.bytes for tensor in read)
-    # Multiply and add for each element of a matrix and token; the head only for each row's last token.
+    # A multiplication and an addition for each element of a matrix and token; the head only for each row's last token.
     matrices = [tensor for tensor in read if len(tensor.shape) == 2]
     head = [tensor for tensor in matrices if tensor.name.endswith(("embed_tokens.weight", "lm_head.weight"))]
     per_token = 2 * sum(tensor.count * prod(tensor.shape) for tensor in matrices if tensor not in head)
     per_row = 2 * sum(prod(tensor.shape) for tensor in head)
-    # Scores and their mixing, with each of `sequence_length` positions.
+    # Scores, and sums of values weighted by them, over `sequence_length` positions.
     width = config.hidden_size // setup.tp_degree
     attended = 4 * config.num_hidden_layers * width * setup.sequence_length
 
@@ -88,8 +84,8 @@ def roofline(config: OPTConfig, plan: MemoryPlan) -> Roofline | None:
     )
 
 
-def decode_curve(config: OPTConfig, plan: MemoryPlan, batch_sizes: list[int]) -> list[float]:
-    """Tokens per second of decoding at each of the batch sizes, at the full roofline; empty where there is none."""
+def decode_curve(config: ModelShape, plan: MemoryPlan, batch_sizes: list[int]) -> list[float]:
+    """Tokens per second of decoding at each of the batch sizes, at the full roofline; empty without a roofline."""
     lines = [
         roofline(config, plan_memory(config, replace(plan.setup, batch_size=size), plan.instance))
         for size in batch_sizes

@@ -1,46 +1,40 @@
-"""How much a graph needs beside weights and cache: the tensors of the rank program at its widest moment.
+"""Workspace: the memory that a graph needs in addition to weights and cache.
 
-The list follows `modeling_opt.py`, whose dtypes and shapes it repeats: `b` rows, `n` new tokens, `c` cached positions,
-`R` ranks. Of each part (attention, MLP, head) the moment with the most bytes is counted, and of these the largest; in
-between, memory is used again.
+The sums follow the tensors of `model/program.py`, whose dtypes and shapes they repeat: `b` rows, `n` new tokens, `c`
+cached positions, `R` ranks. For each part of a graph (attention, MLP, head) the moment with the most bytes is counted.
+The largest of these sums is what the graph needs, since its parts use the same memory one after the other.
 
 - On `neuron` it is what one core needs. The scores of a prompt, `(b, heads / R, n, n)`, are not counted: the compiler
   works on tiles of them that fit the core's 24 MiB of on-chip memory ("For an inference kernel, scratchpad usage is
   usually determined by the size of hidden states": AWS Neuron documentation, "Neuron Device Memory"). `prompt_scores`
-  says what they would take if it did not.
-- On `cpu` it is what the process needs that holds all ranks, with the compiled kernels: they read 16-bit weights as
-  they are, and allocate nothing but what they return. Tokens are packed, and the longest prompts fill every slot; of
-  those, a slot after another goes through PyTorch's flash attention, which makes no scores. What a thread allocates
-  for itself is `CPU_THREAD_BYTES`. Without the kernels it is more (docs/memory.md).
+  says how much they would take without tiles.
+- On `cpu` it is what the process that holds all ranks needs, with the compiled kernels. The kernels read 16-bit
+  weights directly, and allocate only their results. Tokens are packed, and the longest prompts fill every slot. Long
+  prompts go through PyTorch's flash attention, one slot after the other, which makes no scores. A thread's own buffers
+  are `CPU_THREAD_BYTES`. Without the kernels it is more (docs/memory.md).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    from transformers import OPTConfig
-
-    from .memory import Setup
+from ..buckets import LONG_RUN
+from ..dtypes import DTYPES
+from ..model.shapes import ModelShape
+from .setup import Setup
 
 
 CONTEXT_ENCODING = "context_encoding"
 TOKEN_GENERATION = "token_generation"
 
-_F32 = 4
+_F32 = DTYPES["f32"].bytes
 
-# Up to so many tokens of a slot are attended to by the kernel (LONG_RUN in targets/cpu/packed_attention.py).
-_LONG_RUN = 16
-
-# What a thread has at most at a time on `cpu`: a panel of weights (PANELS * DEPTH * PANEL floats in kernels.cpp, with
-# AVX-512 4 * 1024 * 48 of them: 0.75 MiB) or the blocks of flash attention (256 queries by 512 keys, two sums a query,
-# and their result: 0.57 MiB with heads of 64). Either stays with the C library when the other is allocated.
+# Bytes that a thread on `cpu` holds at most: a panel of weights (PANELS * DEPTH * PANEL floats in kernels.cpp, with
+# AVX-512 4 * 1024 * 48 of them: 0.75 MiB) and the blocks of flash attention (256 queries by 512 keys, for each query
+# two sums and the result: 0.57 MiB with heads of 64). The C library keeps the memory of one while the other is in use.
 CPU_THREAD_BYTES = 3 * 2**19
 
 
-def graph_workspace(config: OPTConfig, setup: Setup, on_neuron: bool) -> dict[str, int]:
-    """For each graph, at its largest bucket, the bytes that it needs at its widest moment."""
+def graph_workspace(config: ModelShape, setup: Setup, on_neuron: bool) -> dict[str, int]:
+    """Bytes that each graph needs at most at a time, at its largest bucket."""
     moments = _neuron_moments if on_neuron else _cpu_moments
     return {
         CONTEXT_ENCODING: max(moments(config, setup, setup.sequence_length)),
@@ -48,53 +42,52 @@ def graph_workspace(config: OPTConfig, setup: Setup, on_neuron: bool) -> dict[st
     }
 
 
-def prompt_scores(config: OPTConfig, setup: Setup) -> int:
+def prompt_scores(config: ModelShape, setup: Setup) -> int:
     """Bytes of the float32 attention scores of one rank and layer, for the longest prompts."""
     return _scores(config, setup, setup.sequence_length)
 
 
-def _scores(config: OPTConfig, setup: Setup, n: int) -> int:
+def _scores(config: ModelShape, setup: Setup, n: int) -> int:
     heads = config.num_attention_heads // setup.tp_degree
     return setup.batch_size * heads * n * setup.sequence_length * _F32
 
 
-def _neuron_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
+def _neuron_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden = tokens * config.hidden_size
     residual, normed, summand = hidden * _F32, hidden * setup.compute_bytes, hidden * _F32
     scores = 0 if n > 1 else 2 * _scores(config, setup, n)
-    # Query, key, value, and what is mixed of the values.
+    # Query, key, value, and the weighted sum of values.
     attention = residual + normed + 4 * hidden // ranks * _F32 + scores + summand
     mlp = residual + normed + tokens * config.ffn_dim // ranks * _F32 + summand
-    # The rank's logits, those of all ranks, and a copy without the suppressed tokens.
+    # The rank's logits, the logits of all ranks, and a copy without the suppressed tokens.
     head = setup.batch_size * (config.hidden_size + 3 * config.vocab_size) * _F32
     return attention, mlp, head
 
 
-def _cpu_moments(config: OPTConfig, setup: Setup, n: int) -> tuple[int, ...]:
+def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     tokens, ranks = setup.batch_size * n, setup.tp_degree
     hidden, inner = tokens * config.hidden_size * _F32, tokens * config.ffn_dim * _F32
-    # Slot and position in int64, ids in int32, the slots in use; the layer's input, which is the caller's.
+    # Slots and positions in int64, ids in int32, the slots in use in int64; and the layer's input.
     indices = tokens * (8 + 8 + 4) + setup.batch_size * 8
     held = indices + hidden
 
-    # Embedding, where ranks have a part of the vocabulary each: those of all ranks, the last rank's again, two sums;
-    # or two more of the last rank while zeros replace the words that it has not. Ids and a mask.
+    # Embedding, if each rank has a part of the vocabulary: the rows of all ranks, those of the last rank again, and
+    # two sums; or two more of the last rank, while zeros replace the words of other ranks. Also ids and a mask.
     part = tokens * config.word_embed_proj_dim * _F32
     embedded = indices + tokens * (4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
-    # Attention: query, key, value, and what is mixed of the values; then their product, one tensor however many ranks.
-    # (The layernorm before is gone when the values are mixed.)
-    # Of a slot and rank at a time, keys and values as the cache has them, in float32; flash attention's result, a
-    # float32 for each query and head, and the result of the slot before.
+    # Attention: query, key, value and the weighted sum of values; then their product, one tensor for all ranks. (The
+    # result of the layernorm is free by then.) For one slot and rank at a time: its cached keys and values in float32,
+    # the result of flash attention, a float32 for each query and head, and the result of the slot before.
     attended = held + 4 * hidden
     heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
     converted = 2 if setup.cache_bytes < _F32 else 0
     results = min(setup.batch_size, 2)
-    slot = n * ((converted + results) * width + heads) * _F32 if n >= _LONG_RUN else 0
+    slot = n * ((converted + results) * width + heads) * _F32 if n >= LONG_RUN else 0
 
-    # MLP: what attention returned; the inner units, beside the layernorm before them, or once more after an activation
-    # that the kernel has not, or with the layer's output.
+    # MLP: the result of attention and the inner units; with them the layernorm's result, or the inner units again
+    # after an activation that the kernel does not have, or the layer's output.
     mlp = held + hidden + inner
     activated = inner if config.activation_function != "relu" else 0
 

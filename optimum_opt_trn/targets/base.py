@@ -20,8 +20,7 @@ from ..model.sampling import SamplingInputs
 
 Result = TypeVar("Result")
 
-# Where an export directory keeps its parts.
-CHECKPOINT_DIR = "checkpoint"
+# Where an export directory keeps what was compiled.
 COMPILED_DIR = "compiled"
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong while a split checkpoint is written: kills at any moment, full disks, other writers."""
+"""Faults while a split checkpoint is written: kills at any moment, full disks, other writers."""
 
 import errno
 import json
@@ -17,13 +17,12 @@ from transformers import OPTForCausalLM
 from optimum_opt_trn import CheckpointError, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
-from optimum_opt_trn.checkpoint.lock import exclusive
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME, read_manifest
 from optimum_opt_trn.checkpoint.source import open_directory
-from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.checkpoint.write import one_writer, write_split
 
 
-F16 = torch.float16
+F16 = "f16"
 KILLED = 77
 
 
@@ -34,7 +33,7 @@ def source(tmp_path) -> Path:
 
 
 def split(source: Path, output: Path) -> None:
-    write_split(open_directory(source), tiny_config(), output, F16)
+    write_split(open_directory(source, tiny_config()), output, F16)
 
 
 def weights_of(directory: Path) -> dict[str, bytes]:
@@ -42,7 +41,7 @@ def weights_of(directory: Path) -> dict[str, bytes]:
 
 
 def times_of(directory: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file is written again, of every file."""
+    """For each file, the numbers that change when it is written again."""
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in directory.iterdir()}
 
 
@@ -77,14 +76,14 @@ def killed_at(moment: int, source: Path, output: Path) -> bool:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("before", ["nothing", "another model", "another dtype"])
 def test_killed_at_any_moment(before, source, tmp_path):
-    """The directory then has no index, or is whole; and the next run makes it what it should be."""
+    """The directory then has no index, or is complete; and the next run completes it."""
     split(source, tmp_path / "expected")
     expected = weights_of(tmp_path / "expected")
     if before != "nothing":
         other = tiny_opt(seed=1 if before == "another model" else 0)
-        amp = F16 if before == "another model" else torch.bfloat16
+        amp = F16 if before == "another model" else "bf16"
         other.save_pretrained(tmp_path / "other")
-        write_split(open_directory(tmp_path / "other"), tiny_config(), tmp_path / "old", amp)
+        write_split(open_directory(tmp_path / "other", tiny_config()), tmp_path / "old", amp)
     moment, killed = 0, True
     while killed:
         moment += 1
@@ -124,7 +123,7 @@ def test_a_run_goes_on_from_what_is_there(source, tmp_path, monkeypatch):
 
 
 def patched_to_fail(patched, name: str, error: BaseException) -> list[str]:
-    """Makes reading the tensor `name` raise; the names that were read before."""
+    """Makes reading the tensor `name` raise; returns the list of names that are read before."""
     from optimum_opt_trn.checkpoint.source import WeightSource
 
     chunks, seen = WeightSource.chunks, []
@@ -140,7 +139,7 @@ def patched_to_fail(patched, name: str, error: BaseException) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["directory", "model"])
-def test_what_is_there_and_unchanged_is_left_alone(kind, source, tmp_path):
+def test_files_that_are_there_and_unchanged_are_not_written(kind, source, tmp_path):
     given = source if kind == "directory" else OPTForCausalLM.from_pretrained(source)
     output = save_pretrained_split(given, tmp_path / "output")
     before = times_of(output)
@@ -148,8 +147,8 @@ def test_what_is_there_and_unchanged_is_left_alone(kind, source, tmp_path):
     assert times_of(output) == before
 
 
-def test_a_source_that_changed_is_split_anew_where_it_changed(source, tmp_path):
-    """In shards: those that did not change are not read again. And a small file is brought up to date."""
+def test_a_source_that_changed_is_split_again_where_it_changed(source, tmp_path):
+    """Shards that did not change are not read again, and small files are updated."""
     model = tiny_opt(num_hidden_layers=3)
     sharded, output = tmp_path / "sharded", tmp_path / "output"
     model.save_pretrained(sharded, max_shard_size="60KB")
@@ -169,7 +168,7 @@ def test_a_source_that_changed_is_split_anew_where_it_changed(source, tmp_path):
     assert json.loads((output / "config.json").read_text())["bos_token_id"] == 7
 
 
-def test_a_file_that_was_damaged_meanwhile_is_written_again(source, tmp_path):
+def test_a_file_that_was_damaged_since_is_written_again(source, tmp_path):
     output = save_pretrained_split(source, tmp_path / "output")
     expected = weights_of(output)
     content = bytearray(expected["layer_001.safetensors"])
@@ -185,7 +184,7 @@ def test_a_file_that_was_damaged_meanwhile_is_written_again(source, tmp_path):
 
 
 def test_another_writer(source, tmp_path):
-    with exclusive(tmp_path / "output"), pytest.raises(BlockingIOError, match=f"output is .*process {os.getpid()}"):
+    with one_writer(tmp_path / "output"), pytest.raises(BlockingIOError, match="output is being written by another"):
         split(source, tmp_path / "output")
     assert not list((tmp_path / "output").iterdir())
     split(source, tmp_path / "output")
@@ -222,8 +221,8 @@ def test_a_disk_that_is_too_small_is_told_before(source, small_disk):
 
 
 def test_a_disk_that_fills_up(source, small_disk, monkeypatch):
-    """Meanwhile, by something else; a run with more space goes on."""
-    monkeypatch.setattr("optimum_opt_trn.checkpoint.split._check_space", lambda *arguments: None)
+    """Something else fills it during the run. A run with more space continues."""
+    monkeypatch.setattr("optimum_opt_trn.checkpoint.write._check_space", lambda *arguments: None)
     filler = small_disk / "other"
     filler.write_bytes(bytes(160_000))
     output = small_disk / "output"
@@ -246,7 +245,7 @@ def test_a_link_takes_the_place_of_a_copy(source, tmp_path):
     second = save_pretrained_split(first, tmp_path / "second")
     assert all((first / name).samefile(second / name) for name in weights_of(first))
     verify_checkpoint(second)
-    # One that was changed is not: what its manifest says of it does not hold.
+    # A file that was changed is not linked: it differs from its manifest.
     third = save_pretrained_split(source, tmp_path / "third")
     tensors = load_file(third / "layer_001.safetensors")
     save_file({name: tensor.float() for name, tensor in tensors.items()}, third / "layer_001.safetensors")

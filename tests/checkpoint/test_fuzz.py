@@ -1,4 +1,4 @@
-"""Damaged checkpoints of every form give an error or a whole split checkpoint, never one that only looks whole.
+"""Damaged checkpoints in every format give an error or a complete split checkpoint, never a wrong one.
 
 For longer than a test run: FUZZ_EXAMPLES=20000 pytest tests/checkpoint/test_fuzz.py
 """
@@ -20,8 +20,8 @@ from optimum_opt_trn.checkpoint import load_weights
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME
 from optimum_opt_trn.checkpoint.source import open_directory
-from optimum_opt_trn.checkpoint.split import write_split
 from optimum_opt_trn.checkpoint.verify import find_problems
+from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.model.parallel import RankGroup
 
 
@@ -30,7 +30,7 @@ CONFIG = tiny_config(
     max_position_embeddings=16,
 )  # fmt: skip
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
-# Numbers at which readers go wrong: sizes and offsets beyond what there is, and those that overflow.
+# Numbers that break readers: sizes and offsets beyond the file, and values that overflow.
 NUMBERS = [0, 1, 8, 127, 255, 2**15, 2**31 - 1, 2**32, 2**53, 2**62, 2**63 - 1]
 WORDS = [
     b"..",
@@ -60,7 +60,7 @@ def old_split(directory: Path, state: dict) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
-    """The same small model in every form."""
+    """The same small model in every format."""
     root = tmp_path_factory.mktemp("sources")
     options = {name: getattr(CONFIG, name) for name in ("vocab_size", "hidden_size", "word_embed_proj_dim", "ffn_dim")}
     options |= {"num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 16}
@@ -127,7 +127,7 @@ def test_damaged_sources(form, sources, tmp_path, data):
 
 def assert_error_or_whole(source: Path, output: Path) -> None:
     try:
-        write_split(open_directory(source), CONFIG, output, torch.float16)
+        write_split(open_directory(source, CONFIG), output, "f16")
     except (ValueError, OSError) as error:
         assert str(error)
         assert not (output / INDEX_NAME).exists()
@@ -138,7 +138,7 @@ def assert_error_or_whole(source: Path, output: Path) -> None:
 @fuzzed
 @given(data=st.data())
 def test_damaged_outputs(sources, tmp_path, data):
-    """Of a split checkpoint: loading gives an error or the right shapes, and splitting again mends it."""
+    """A damaged split checkpoint: loading gives an error or the right shapes, and splitting again repairs it."""
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     output = Path(shutil.copytree(sources["split"], tmp_path / "out"))
     if data.draw(st.booleans()):
@@ -152,7 +152,7 @@ def test_damaged_outputs(sources, tmp_path, data):
     except ValueError as error:
         assert str(output) in str(error)
     find_problems(output)
-    write_split(open_directory(sources["safetensors"]), CONFIG, output, torch.float32)
+    write_split(open_directory(sources["safetensors"], CONFIG), output, "f32")
     assert find_problems(output) == []
     for file in sources["split"].glob("*.safetensors"):
         assert (output / file.name).read_bytes() == file.read_bytes()

@@ -19,8 +19,8 @@ from optimum_opt_trn.checkpoint import push_to_hub, verify_checkpoint
 from optimum_opt_trn.export import export_opt
 
 
-# huggingface_hub reads its environment when it is imported, so what downloads is a process of its own: it runs each of
-# the commands in its argument, and prints the error of each as JSON.
+# huggingface_hub reads its environment when it is imported, so downloads run in a process of their own. It runs each
+# of the commands in its argument, and prints the error of each as JSON.
 CLIENT = """
 import json, sys
 import optimum_opt_trn
@@ -53,7 +53,7 @@ def split(source) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that this process takes for the one there is, which matters to how it reads addresses."""
+    """A server that this process takes for the hub, since that decides how it reads addresses."""
     with HubServer() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
         yield server
@@ -75,12 +75,12 @@ def weights_of(directory: Path) -> dict[str, bytes]:
 
 
 def shards(home: Path) -> list[str]:
-    """The names of the weight files that a cache holds; besides, it has notes of what is not there."""
+    """The names of the weight files in a cache, without its notes of missing files."""
     return sorted(file.name for file in home.rglob("snapshots/*/*") if file.suffix in (".safetensors", ".bin"))
 
 
 def test_from_the_hub_file_by_file(source, split, tmp_path):
-    """In the cache, or with none of it kept; broken off, and gone on with; in every form."""
+    """With the files kept in the cache, or not; interrupted and continued; in every format."""
     names = sorted(file.name for file in source.glob("*.safetensors"))
     assert len(names) > 3
     (tmp_path / "bin").mkdir()
@@ -120,7 +120,9 @@ def test_from_the_hub_file_by_file(source, split, tmp_path):
         )
         assert errors[:-2] == [""] * (len(errors) - 2)
         assert "tiny/empty has no weights" in errors[-2]
-        assert errors[-1].startswith("OSError: tiny/nowhere is no local directory, and cannot be had from the hub")
+        assert errors[-1].startswith(
+            "OSError: tiny/nowhere is not a local directory, and cannot be fetched from the hub"
+        )
     assert all(file.stat().st_mtime_ns == time for file, time in done.items()), "what was done is not done again"
     assert shards(home / "hub" / "models--tiny--opt") == names, "a cache that is there already stays"
     assert not shards(home / "hub" / "models--tiny--single")
@@ -143,11 +145,11 @@ def test_publishing(hub, split, tmp_path):
     assert len(hub.commits) == 1, "the repository is never half of the export"
     files = {str(file.relative_to(export)) for file in export.rglob("*") if file.is_file()} - {".hidden"}
     assert set(hub.commits[0]) == files
-    # Again: the hub knows all of it.
+    # Again: the hub has all files.
     transferred = len(hub.uploads)
     push_to_hub(export, "me/opt-export", token="hf_token", endpoint=hub.endpoint)
     assert len(hub.uploads) == transferred and len(hub.commits) == 1
-    # The checkpoint alone, on a branch: its files are there already.
+    # Only the checkpoint, on a branch: its files are there already.
     push_to_hub(split, "me/opt-split", token="hf_token", endpoint=hub.endpoint, revision="f16")
     assert len(hub.uploads) == transferred and len(hub.commits) == 2
     errors = client(
@@ -162,7 +164,7 @@ def test_publishing(hub, split, tmp_path):
 
 @needs_lfs_uploads
 def test_an_upload_that_broke_off_goes_on(hub, split):
-    """In parts and in one piece: what the hub has is not sent again, and no commit is made of half of it."""
+    """Files that the hub has are not sent again, and no commit has only a part of them."""
     sizes = {file.name: file.stat().st_size for file in split.glob("*.safetensors")}
     hub.break_after = sum(sizes.values()) // 2
     with pytest.raises(RuntimeError) as raised:
@@ -190,7 +192,7 @@ def test_what_is_not_whole_is_not_published(split, tmp_path):
         content = file.read_bytes()
         changed = change(content)
         file.unlink() if changed is None else file.write_bytes(changed)
-        with pytest.raises(CheckpointError, match=f"is not uploaded, since it is not whole.*{path}"):
+        with pytest.raises(CheckpointError, match=f"is not uploaded, since it is incomplete.*{path}"):
             push_to_hub(tmp_path / "broken", "me/opt", token="hf_token", endpoint="http://127.0.0.1:9")
         file.write_bytes(content)
 

@@ -17,6 +17,7 @@ from optimum_opt_trn.checkpoint.layout import (
     layer_specs,
     outer_specs,
 )
+from optimum_opt_trn.dtypes import AMP_DTYPES, DTYPES, to_torch
 
 
 @st.composite
@@ -45,7 +46,7 @@ def assert_layout_is_that_of_transformers(config: OPTConfig) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    files = checkpoint_files(config)
+    files = checkpoint_files(config, "f16")
     ours = {name: spec.shape for specs in files.values() for name, spec in specs.items()}
     assert ours == expected
     assert sum(map(len, files.values())) == len(ours)  # no tensor is in two files
@@ -64,24 +65,28 @@ def test_any_combination(config):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layernorms_and_positions_stay_float32(kind):
-    for specs in checkpoint_files(tiny_config(**KINDS[kind])).values():
-        for name, spec in specs.items():
-            kept = "layer_norm" in name or "embed_positions" in name
-            for amp in (torch.float16, torch.bfloat16, torch.float32):
-                assert spec.dtype(amp) == (torch.float32 if kept else amp), name
+    for amp in AMP_DTYPES:
+        for specs in checkpoint_files(tiny_config(**KINDS[kind]), amp).values():
+            for name, spec in specs.items():
+                kept = "layer_norm" in name or "embed_positions" in name
+                assert spec.dtype == ("f32" if kept else amp), name
 
 
 def test_one_file_a_layer_and_one_for_the_rest():
     config = tiny_config(num_hidden_layers=3)
-    files = checkpoint_files(config)
+    files = checkpoint_files(config, "bf16")
     assert list(files) == [OUTER_FILE, "layer_000.safetensors", "layer_001.safetensors", "layer_002.safetensors"]
-    assert files[OUTER_FILE] == outer_specs(config)
+    assert files[OUTER_FILE] == outer_specs(config, "bf16")
     for index in range(3):
         assert layer_file(index) == f"layer_{index:03d}.safetensors"
         assert layer_prefix(index) == f"model.decoder.layers.{index}."
-        assert files[layer_file(index)] == {layer_prefix(index) + k: v for k, v in layer_specs(config).items()}
+        layer = layer_specs(config, "bf16")
+        assert files[layer_file(index)] == {layer_prefix(index) + name: spec for name, spec in layer.items()}
     assert INDEX_NAME == "model.safetensors.index.json"  # where transformers looks for it
 
 
-def test_specs_are_values():
-    assert TensorSpec((2, 3), True) == TensorSpec((2, 3), True) != TensorSpec((2, 3), False)
+@pytest.mark.parametrize("name", DTYPES)
+def test_specs_are_values_and_know_their_bytes(name):
+    spec = TensorSpec((2, 3), name)
+    assert spec == TensorSpec((2, 3), name) != TensorSpec((3, 2), name)
+    assert spec.bytes == torch.empty(2, 3).to(to_torch(name)).nbytes

@@ -1,4 +1,4 @@
-"""Reading weights from every form in which they are found, and refusing what is not them."""
+"""Reading weights in every format in which they are found, and refusing files that are none."""
 
 import json
 import pickle
@@ -15,7 +15,8 @@ from optimum_opt_trn import CheckpointError
 from optimum_opt_trn.checkpoint import source as source_module
 from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
 from optimum_opt_trn.checkpoint.source import LocalFiles, WeightSource, open_directory, open_files, open_model
-from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.checkpoint.write import write_split
+from optimum_opt_trn.dtypes import to_torch
 
 
 FORMS = {
@@ -29,23 +30,22 @@ FC1 = "model.decoder.layers.0.fc1.weight"
 
 def assert_same_tensors(source: WeightSource, model: OPTForCausalLM) -> None:
     """Every tensor of the layout can be read from `source` and has the model's values."""
-    source.check(model.config)
     state = model.state_dict()
-    for specs in checkpoint_files(model.config).values():
+    for specs in checkpoint_files(model.config, "f32").values():
         for name, spec in specs.items():
-            tensor = source.read(name, spec, torch.float32)
+            tensor = source.read(name, spec)
             assert tensor.dtype == torch.float32 and tensor.is_contiguous()
             assert torch.equal(tensor, state[name].float()), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_directory_in_every_form(form, kind, tmp_path):
+def test_directory_in_every_format(form, kind, tmp_path):
     model = tiny_opt(**KINDS[kind])
     FORMS[form](model, tmp_path)
     weights = [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]
     assert (len(weights) > 1) == ("sharded" in form)
-    assert_same_tensors(open_directory(tmp_path), model)
+    assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,15 +60,15 @@ def test_loaded_model(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("amp", [torch.float32, torch.float16])
+@pytest.mark.parametrize("amp", ["f32", "f16"])
 def test_a_chunk_is_small_before_and_after_the_cast(dtype, amp, monkeypatch):
     monkeypatch.setattr(source_module, "CHUNK_BYTES", 1024)
     model = tiny_opt().to(dtype)
-    spec = checkpoint_files(model.config)["layer_000.safetensors"][FC1]
-    chunks = [*open_model(model).chunks(FC1, spec, amp)]
+    spec = checkpoint_files(model.config, amp)["layer_000.safetensors"][FC1]
+    chunks = [*open_model(model).chunks(FC1, spec)]
     # 96 rows of 64: four of them are 1024 bytes of float32, eight in 16 bits.
-    assert [len(chunk) for chunk in chunks] == ([4] * 24 if torch.float32 in (dtype, amp) else [8] * 12)
-    assert torch.equal(torch.cat(chunks), model.state_dict()[FC1].to(amp))
+    assert [len(chunk) for chunk in chunks] == ([4] * 24 if dtype == torch.float32 or amp == "f32" else [8] * 12)
+    assert torch.equal(torch.cat(chunks), model.state_dict()[FC1].to(to_torch(amp)))
 
 
 def save_old_split(model: OPTForCausalLM, directory) -> None:
@@ -83,13 +83,13 @@ def save_old_split(model: OPTForCausalLM, directory) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_split_form_of_transformers_neuronx(kind, tmp_path):
+def test_split_format_of_transformers_neuronx(kind, tmp_path):
     model = tiny_opt(**KINDS[kind])
     save_old_split(model, tmp_path)
-    assert_same_tensors(open_directory(tmp_path), model)
+    assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
-def test_faults_of_that_form(tmp_path):
+def test_faults_of_that_format(tmp_path):
     model = tiny_opt()
     save_old_split(model, tmp_path)
     files = tmp_path / "pytorch_model.bin"
@@ -104,21 +104,21 @@ def test_faults_of_that_form(tmp_path):
         if change is not None:
             (files / names[FC1]).write_bytes(change)
         with pytest.raises(CheckpointError, match=message):
-            assert_same_tensors(open_directory(tmp_path), model)
+            assert_same_tensors(open_directory(tmp_path, model.config), model)
     torch.save({"a": torch.zeros(1)}, files / names[FC1])
     with pytest.raises(CheckpointError, match="it holds a dict, not a tensor"):
-        assert_same_tensors(open_directory(tmp_path), model)
+        assert_same_tensors(open_directory(tmp_path, model.config), model)
     (files / "x.empty_json").write_text("{}")
     (files / "key_to_filename.json").write_text(json.dumps({**names, FC1: "x.empty_json"}))
     with pytest.raises(CheckpointError, match="random values instead of holding a tensor"):
-        assert_same_tensors(open_directory(tmp_path), model)
+        assert_same_tensors(open_directory(tmp_path, model.config), model)
     (files / "key_to_filename.json").write_text(json.dumps({**names, FC1: "../outside"}))
     with pytest.raises(CheckpointError, match="points outside of its directory"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
 
 
-def test_a_form_of_its_own_for_each_source_gives_the_same_files(tmp_path):
-    """Byte for byte, whatever the source: in each form, with and without the prefix and a tied head."""
+def test_every_format_of_the_source_gives_the_same_files(tmp_path):
+    """Byte for byte from every source: in each format, with and without the prefix and a tied head."""
     model = tiny_opt(num_hidden_layers=3)
     sources = {form: tmp_path / form for form in (*FORMS, "old split", "without prefix", "tied head")}
     for form, save in FORMS.items():
@@ -128,21 +128,21 @@ def test_a_form_of_its_own_for_each_source_gives_the_same_files(tmp_path):
     sources["tied head"].mkdir()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, sources["tied head"] / "model.safetensors")
-    write_split(open_model(model), model.config, tmp_path / "expected", torch.float16)
+    write_split(open_model(model), tmp_path / "expected", "f16")
     expected = {file.name: file.read_bytes() for file in (tmp_path / "expected").glob("*.safetensors")}
     assert len(expected) == 4
     for form, source in sources.items():
-        write_split(open_directory(source), model.config, tmp_path / "out" / form, torch.float16)
+        write_split(open_directory(source, model.config), tmp_path / "out" / form, "f16")
         for name, content in expected.items():
             assert (tmp_path / "out" / form / name).read_bytes() == content, (form, name)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_names_without_the_prefix(suffix, tmp_path):
-    """OPTModel's own checkpoints, which the first ones on the hub are."""
+    """Checkpoints of OPTModel, such as the first ones on the hub."""
     model = tiny_opt()
     (OPTModel.save_pretrained if suffix == "safetensors" else save_as_pytorch)(model.model, tmp_path)
-    assert_same_tensors(open_directory(tmp_path), model)
+    assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
 def test_tied_head_that_was_written_out(tmp_path):
@@ -150,14 +150,14 @@ def test_tied_head_that_was_written_out(tmp_path):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert "lm_head.weight" in state
     save_file(state, tmp_path / "model.safetensors")
-    assert_same_tensors(open_directory(tmp_path), model)
+    assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
 def test_pytorch_files_of_the_time_before_zip(tmp_path):
     model = tiny_opt()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert_same_tensors(open_directory(tmp_path), model)
+    assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
 def test_safetensors_are_preferred(tmp_path):
@@ -165,63 +165,62 @@ def test_safetensors_are_preferred(tmp_path):
     model.save_pretrained(tmp_path)
     save_as_pytorch(other, tmp_path / "other")
     shutil.copy(tmp_path / "other" / "pytorch_model.bin", tmp_path)
-    assert_same_tensors(open_directory(tmp_path), model)
+    assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
-def saved(tmp_path, change) -> WeightSource:
-    """The source of a tiny model's weights after `change(state)`."""
+def saved(tmp_path, change, **overrides) -> WeightSource:
+    """The source of a tiny model's weights after `change(state)`, for the configuration with `overrides`."""
     state = {name: tensor.clone() for name, tensor in tiny_opt().state_dict().items() if name != "lm_head.weight"}
     change(state)
     save_file(state, tmp_path / "model.safetensors")
-    return open_directory(tmp_path)
+    return open_directory(tmp_path, tiny_config(**overrides))
 
 
 def test_missing_and_extra_tensors(tmp_path):
     with pytest.raises(CheckpointError, match=f"lacks 1 tensors: {FC1}"):
-        saved(tmp_path, lambda state: state.pop(FC1)).check(tiny_config())
+        saved(tmp_path, lambda state: state.pop(FC1))
     with pytest.raises(CheckpointError, match="holds, beyond what config.json says, 1 tensors: extra"):
-        saved(tmp_path, lambda state: state.update(extra=torch.zeros(1))).check(tiny_config())
-    with pytest.raises(CheckpointError, match="lacks 16 tensors.*, …"):  # a layer more than is there
-        saved(tmp_path, lambda state: None).check(tiny_config(num_hidden_layers=3))
+        saved(tmp_path, lambda state: state.update(extra=torch.zeros(1)))
+    with pytest.raises(CheckpointError, match="lacks 16 tensors.*, …"):  # one layer more than the file has
+        saved(tmp_path, lambda state: None, num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="holds, beyond.*16 tensors"):
-        saved(tmp_path, lambda state: None).check(tiny_config(num_hidden_layers=1))
+        saved(tmp_path, lambda state: None, num_hidden_layers=1)
     with pytest.raises(CheckpointError, match="lacks 1 tensors: lm_head.weight"):
-        saved(tmp_path, lambda state: None).check(tiny_config(tie_word_embeddings=False))
+        saved(tmp_path, lambda state: None, tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize(
     ("value", "amp", "message"),
     [
-        (torch.zeros(96, 63), torch.float32, r"shape \(96, 63\), but config.json makes it \(96, 64\)"),
-        (torch.zeros(64, 96), torch.float32, r"shape \(64, 96\)"),
-        (torch.zeros(96 * 64), torch.float32, r"shape \(6144,\)"),
-        (torch.zeros(96, 64, dtype=torch.int8), torch.float32, "dtype torch.int8, not one of floating point"),
-        (torch.full((96, 64), torch.nan), torch.float32, "values that are not finite in the source"),
-        (torch.full((96, 64), -torch.inf), torch.float16, "values that are not finite in the source"),
-        (torch.full((96, 64), 1e5), torch.float16, "values that are not finite once cast to torch.float16: try bf16"),
+        (torch.zeros(96, 63), "f32", r"shape \(96, 63\), but config.json makes it \(96, 64\)"),
+        (torch.zeros(64, 96), "f32", r"shape \(64, 96\)"),
+        (torch.zeros(96 * 64), "f32", r"shape \(6144,\)"),
+        (torch.zeros(96, 64, dtype=torch.int8), "f32", "dtype torch.int8, not a floating-point dtype"),
+        (torch.full((96, 64), torch.nan), "f32", "values that are not finite in the source"),
+        (torch.full((96, 64), -torch.inf), "f16", "values that are not finite in the source"),
+        (torch.full((96, 64), 1e5), "f16", "values that are not finite once cast to torch.float16: try bf16"),
     ],
 )
 def test_bad_tensors(value, amp, message, tmp_path):
-    source = saved(tmp_path, lambda state: state.update({FC1: value}))
     with pytest.raises(CheckpointError, match=f"{FC1} has {message}") as error:
-        source.read(FC1, TensorSpec((96, 64), True), amp)
+        saved(tmp_path, lambda state: state.update({FC1: value})).read(FC1, TensorSpec((96, 64), amp))
     assert str(tmp_path) in str(error.value)
 
 
 def test_large_values_fit_bf16(tmp_path):
     source = saved(tmp_path, lambda state: state.update({FC1: torch.full((96, 64), 1e5)}))
-    tensor = source.read(FC1, TensorSpec((96, 64), True), torch.bfloat16)
+    tensor = source.read(FC1, TensorSpec((96, 64), "bf16"))
     torch.testing.assert_close(tensor.float(), torch.full((96, 64), 1e5), rtol=2**-8, atol=0)
 
 
 def test_reading_what_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="lacks the tensor model.nothing"):
-        saved(tmp_path, lambda state: None).read("model.nothing", TensorSpec((1,), True), torch.float32)
+        saved(tmp_path, lambda state: None).read("model.nothing", TensorSpec((1,), "f32"))
 
 
 def test_no_weights(tmp_path):
     with pytest.raises(CheckpointError, match="has no weights: expected model.safetensors.*pytorch_model.bin"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -232,7 +231,7 @@ def test_no_weights(tmp_path):
 def test_files_that_are_no_checkpoints(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name} is broken or not a checkpoint file"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -244,11 +243,11 @@ def test_truncated_files(form, share, tmp_path):
     content = last.read_bytes()
     last.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(CheckpointError, match=last.name):
-        assert_same_tensors(open_directory(tmp_path), model)
+        assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
 class Harmful:
-    """What a pickle can hold, and must not be run."""
+    """Code in a pickle, which must not be run."""
 
     def __reduce__(self):
         return (print, ("executed",))
@@ -259,7 +258,7 @@ class Harmful:
 def test_pytorch_files_that_hold_something_else(content, zipped, tmp_path, capsys):
     torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match="broken or not a checkpoint file"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
     assert "executed" not in capsys.readouterr().out
 
 
@@ -275,7 +274,7 @@ def test_pytorch_files_that_hold_something_else(content, zipped, tmp_path, capsy
 def test_tensors_that_are_not_plain(tensor, tmp_path):
     torch.save({FC1: tensor}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="broken or not a checkpoint file.*sparse, quantized or without data"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
 
 
 def test_an_archive_that_was_compressed(tmp_path):
@@ -288,23 +287,23 @@ def test_an_archive_that_was_compressed(tmp_path):
         for name, content in records:
             archive.writestr(name, content)
     with pytest.raises(CheckpointError, match="it is compressed"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
 
 
 @pytest.mark.parametrize(("mark", "offset", "value"), [(b"PK\x01\x02", 0, 0), (b"PK\x06\x07", 4, 1)])
 def test_archives_that_fuzzing_found(mark, offset, value, tmp_path):
-    """A signature and a number at which zipfile raises an error of its own kind."""
+    """A signature and a number for which zipfile raises an error of its own type."""
     save_as_pytorch(tiny_opt(), tmp_path)
     file = tmp_path / "pytorch_model.bin"
     content = bytearray(file.read_bytes())
     content[content.index(mark) + offset] = value
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="pytorch_model.bin is broken or not a checkpoint file"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
 
 
 def test_pieces_are_opened_once_and_closed_when_they_are_done(tmp_path):
-    """So that a file fetched for its tensors can go as soon as they are written."""
+    """So that a file that was fetched for its tensors can be deleted as soon as they are written."""
     model = tiny_opt(num_hidden_layers=4)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     events: list[str] = []
@@ -320,7 +319,7 @@ def test_pieces_are_opened_once_and_closed_when_they_are_done(tmp_path):
 
     shards = sorted(file.name for file in tmp_path.glob("model-*"))
     assert len(shards) > 4
-    write_split(open_files(Files(tmp_path), lazily=True), model.config, tmp_path / "out", torch.float16)
+    write_split(open_files(Files(tmp_path), model.config), tmp_path / "out", "f16")
     assert sorted(events) == sorted([f"{what} {name}" for name in shards for what in ("open", "close")])
     held, most = 0, 0
     for event in events:
@@ -332,7 +331,7 @@ def test_pieces_are_opened_once_and_closed_when_they_are_done(tmp_path):
 def test_plain_pickle_is_not_run(tmp_path, capsys):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(CheckpointError, match="broken or not a checkpoint file"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
     assert "executed" not in capsys.readouterr().out
 
 
@@ -342,7 +341,7 @@ def test_missing_shard(form, tmp_path):
     shard = sorted([*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")])[1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"lacks {shard.name}, which its .*index.json names"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())
 
 
 @pytest.mark.parametrize("outside", ["../model.safetensors", "/model.safetensors", "a/model.safetensors"])
@@ -355,7 +354,7 @@ def test_index_that_points_outside(outside, tmp_path):
     content["weight_map"][FC1] = outside
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="points outside of its directory"):
-        open_directory(directory)
+        open_directory(directory, tiny_config())
 
 
 @pytest.mark.parametrize(
@@ -366,4 +365,4 @@ def test_index_that_points_outside(outside, tmp_path):
 def test_broken_index(index, content, tmp_path):
     (tmp_path / index).write_text(content)
     with pytest.raises(CheckpointError, match=f"{index} is not a checkpoint index"):
-        open_directory(tmp_path)
+        open_directory(tmp_path, tiny_config())

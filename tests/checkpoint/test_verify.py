@@ -1,4 +1,4 @@
-"""Verification finds what is wrong, and says with which file."""
+"""Verification finds what is wrong, and names the file."""
 
 import json
 import shutil
@@ -113,7 +113,7 @@ def test_without_contents_sizes_count(broken):
 
 
 def test_splitting_again_mends(broken):
-    """By the command that made it: from a model, here, whose weights are compared."""
+    """By the call that made it: here from a model, whose weights are compared."""
     (broken / LAYER).write_bytes((broken / LAYER).read_bytes()[:-1])
     kept = (broken / "layer_000.safetensors").stat()
     save_pretrained_split(tiny_opt(), broken)
@@ -128,7 +128,7 @@ def test_loading_can_verify(whole, tmp_path):
     file = export / "checkpoint" / LAYER
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    file.unlink()  # a hard link: what it was made from stays
+    file.unlink()  # a hard link: the original stays
     file.write_bytes(content)
     NeuronOPTForCausalLM.from_pretrained(export, eager=True)
     with pytest.raises(CheckpointError, match=rf"{LAYER} has changed since it was written"):

@@ -15,6 +15,9 @@ from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoTokenizer, BertConfig
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig
+from optimum_opt_trn.commands.common import AUTO_CAST_TYPE, CAST_TYPES
+from optimum_opt_trn.commands.export import OWN_OPTIONS, SHARED_OPTIONS
+from optimum_opt_trn.dtypes import normalize_dtype
 from optimum_opt_trn.host_framework import INSTALLED
 
 
@@ -45,9 +48,22 @@ def test_help_teaches():
         capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    for words in ("examples:", "--kv_cache_dtype {fp32,fp16,bf16}", "checkpoint/", "compiled/", "(default: fp16)"):
+    for words in ("examples:", "--kv_cache_dtype {fp16,bf16,fp32}", "checkpoint/", "compiled/", "(default: fp16)"):
         assert words in " ".join(result.stdout.split())
     assert "optimum_opt_trn" not in result.stderr
+
+
+# The names that options of an export have in optimum-neuron's commands.
+FLAGS = {"tp_degree": "--tensor_parallel_size", "amp": "--auto_cast_type"}
+
+
+def test_every_option_of_an_export_has_a_flag_whose_help_names_its_default():
+    flags, defaults = SHARED_OPTIONS | OWN_OPTIONS, OPTNeuronConfig()
+    for name in OPTNeuronConfig.export_options():
+        settings, default = flags[FLAGS.get(name, f"--{name}")], getattr(defaults, name)
+        if isinstance(default, int) and name != "sequence_length":  # which the model decides
+            assert settings["type"] is int and f"(default: {default})" in settings["help"], name
+    assert normalize_dtype(CAST_TYPES[0]) == defaults.amp and f"(default: {CAST_TYPES[0]})" in AUTO_CAST_TYPE["help"]
 
 
 def test_export_as_told(cli, source, tmp_path, capsys):
@@ -114,7 +130,7 @@ ERRORS = {
 
 
 def error_of(run, capsys, out: Path) -> str:
-    """The one line on stderr that `run` ends with; nothing was done."""
+    """The only line on stderr that `run` ends with; checks that nothing was written."""
     before = sorted(out.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         run()
@@ -166,7 +182,7 @@ def test_interrupted(cli, source, tmp_path, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optimum_opt_trn.checkpoint.split.write_split", interrupt)
+    monkeypatch.setattr("optimum_opt_trn.checkpoint.write.write_split", interrupt)
     monkeypatch.setattr("optimum_opt_trn.export.write_split", interrupt)
     with pytest.raises(SystemExit) as ended:
         cli("-m", source, "--eager", tmp_path / "out")
@@ -175,9 +191,8 @@ def test_interrupted(cli, source, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# With the SDK, optimum-neuron has a command of that name, and it is the only one. These run in one process, where a
-# stand-in makes optimum-neuron believe in the SDK, and a stand-in for the `python3` that it starts writes down what it
-# was asked for.
+# With the SDK, optimum-neuron has a command of that name, and it is the only one. These tests run in a process where a
+# test double makes optimum-neuron find an SDK. Another one, for the `python3` that it starts, records its arguments.
 WITH_SDK = """
 import contextlib, fake_sdk, io, json, sys
 from optimum.commands import optimum_cli
@@ -231,7 +246,7 @@ def with_sdk(source, tmp_path_factory):
 def test_with_the_sdk_there_is_one_command_for_both(with_sdk):
     results, _, _, _ = with_sdk
     assert results["help"]["code"] == 0
-    for words in ("--lora_model_ids", "--kv_cache_dtype {fp32,fp16,bf16}", "{bf16,fp16,tf32,fp32}", "OPT models"):
+    for words in ("--lora_model_ids", "--kv_cache_dtype {fp16,bf16,fp32}", "{bf16,fp16,tf32,fp32}", "OPT models"):
         assert words in results["help"]["out"]
 
 
@@ -240,7 +255,7 @@ def test_with_the_sdk_only_what_was_given_counts_for_opt(with_sdk):
     results, _, _, out = with_sdk
     assert results["opt"]["code"] == 0, results["opt"]["err"]
     made = OPTNeuronConfig.from_pretrained(out)
-    # optimum-neuron's own defaults are bf16 and float32.
+    # The defaults of optimum-neuron are bf16 and float32.
     assert (made.amp, made.kv_cache_dtype, made.batch_size, made.target) == ("f16", "f32", 2, "cpu")
     assert OPTNeuronConfig.from_pretrained(f"{out}2").amp == "f32"
 

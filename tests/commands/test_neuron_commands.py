@@ -1,4 +1,4 @@
-"""`optimum-cli neuron split` and `verify`, as installed, beside optimum-neuron's commands and without them."""
+"""`optimum-cli neuron split` and `verify`, as installed, with optimum-neuron's commands and without them."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def installed(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_optimum_neuron
-def test_commands_stand_beside_those_of_optimum_neuron():
+def test_commands_are_added_to_those_of_optimum_neuron():
     result = installed("")
     assert result.returncode == 0, result.stderr
     for name in ("cache", "serve", "split", "verify"):
@@ -47,7 +47,7 @@ def test_commands_stand_beside_those_of_optimum_neuron():
 
 
 def test_without_optimum_neurons_commands_there_is_a_parent_of_our_own():
-    # A stand-in for a release without them: neither its registration nor its module is there.
+    # A double of a release without them: neither its registration nor its module exists.
     result = installed("""
 import sys, types
 sys.modules["optimum.commands.neuron.base"] = None
@@ -73,7 +73,7 @@ def test_split_then_verify(cli, source, tmp_path, capsys):
     manifest = read_manifest(tmp_path / "out" / MANIFEST_NAME)
     assert manifest is not None and manifest.amp == "bf16"
     cli("verify", tmp_path / "out")
-    assert "out is whole" in capsys.readouterr().out
+    assert "out is complete" in capsys.readouterr().out
     for name in ("layer_000.safetensors", "layer_001.safetensors"):
         file = tmp_path / "out" / name
         file.write_bytes(file.read_bytes()[:-1])
@@ -110,8 +110,8 @@ def test_interrupted(cli, source, tmp_path, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optimum_opt_trn.checkpoint.split.write_tensors", interrupt)
+    monkeypatch.setattr("optimum_opt_trn.checkpoint.write.write_tensors", interrupt)
     with pytest.raises(SystemExit) as ended:
         cli("split", "-m", source, tmp_path / "out")
     assert ended.value.code == 130
-    assert "give the same command again" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def opt_13b(tmp_path) -> str:
 
 @pytest.fixture
 def plan(monkeypatch, capsys):
-    """Runs the command in this process; what it printed."""
+    """Runs the command in this process; returns what it printed."""
 
     def call(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["plan", *arguments])
@@ -36,7 +36,7 @@ def plan(monkeypatch, capsys):
 
 
 @needs_optimum_neuron
-def test_optimum_cli_has_it_beside_its_own_subcommands(opt_13b):
+def test_optimum_cli_has_it_among_its_own_subcommands(opt_13b):
     code = (
         "import sys; from optimum.commands.neuron.base import NeuronCommand\n"
         "from optimum.commands.optimum_cli import main; main()\n"
@@ -65,7 +65,7 @@ def test_the_table_says_what_goes_where_in_100_columns(opt_13b, plan):
     shown = ("weights: attention", "keys and values", "workspace", "reserve", "largest batch size", "roofline")
     for batch, verdict in (("2", "fits"), ("3", "DOES NOT FIT")):
         text = plan("-m", opt_13b, "--instance", "trn1.2xlarge", "--batch_size", batch)
-        lines = text.splitlines()[1:]  # the first is the model, as it was given
+        lines = text.splitlines()[1:]  # the first is the model's name
         assert max(map(len, lines)) <= 100
         assert next(line for line in lines if line.strip().startswith("free ")).endswith(verdict)
         assert all(part in text for part in (*shown, "inf2.48xlarge", "trn2.48xlarge"))

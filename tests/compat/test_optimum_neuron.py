@@ -40,7 +40,7 @@ def export(checkpoint, tmp_path_factory) -> Path:
 
 
 def fresh(code: str, *arguments, path: Path | None = None):
-    """What `code` prints last, as JSON, in a new process."""
+    """The last line that `code` prints in a new process, read as JSON."""
     result = subprocess.run(
         [sys.executable, "-c", f"import json, sys\n{code}", *map(str, arguments)],
         capture_output=True, text=True, timeout=300, env={**os.environ, **({"PYTHONPATH": str(path)} if path else {})},
@@ -82,7 +82,7 @@ def test_an_unknown_option_is_an_error_through_the_auto_class(export):
 
 
 def test_a_config_without_dtype(checkpoint, tmp_path):
-    """Of which optimum-neuron's own get_neuron_config makes an error."""
+    """optimum-neuron's own get_neuron_config raises an error for it."""
     from optimum.neuron import NeuronModelForCausalLM
 
     config = OPTConfig.from_pretrained(checkpoint)
@@ -91,7 +91,7 @@ def test_a_config_without_dtype(checkpoint, tmp_path):
 
 
 def test_other_models_are_optimum_neurons_business():
-    """With and without us the same answer, which here is that the SDK is missing."""
+    """The same answer with and without this package: here, that the SDK is missing."""
     code = """
 from optimum.neuron import NeuronModelForCausalLM
 from optimum.neuron.models import auto_model
@@ -112,7 +112,7 @@ print(json.dumps(answers))"""
 
 
 def test_with_the_sdk_optimum_neurons_pipeline_takes_an_export(tmp_path):
-    """It reads the configuration by the generic `NeuronConfig.from_pretrained`, and the model by the auto class."""
+    """It reads the configuration by the generic `NeuronConfig.from_pretrained`, the model by the auto class."""
     code = """
 import fake_sdk
 fake_sdk.PACKAGES.add("sentence_transformers")  # which optimum.neuron.pipeline imports, for another task
@@ -131,7 +131,7 @@ print(json.dumps([NeuronConfig.from_pretrained(sys.argv[2]) == config, type(pipe
 
 
 def test_with_the_sdk_the_generic_loader_takes_what_was_exported_without(export):
-    """Which says that no compiler was there; optimum-neuron's own classes are refused for that, as before."""
+    """It says that there was no compiler; optimum-neuron still refuses that for its own classes."""
     code = """
 import fake_sdk, optimum_opt_trn
 from optimum.neuron.configuration_utils import NeuronConfig

@@ -1,4 +1,4 @@
-"""Old transformers-neuronx scripts on this library, compared with transformers and with the old loop written anew."""
+"""Old transformers-neuronx scripts on this library, compared with transformers and with the old loop written again."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def load(split: Path, **kwargs) -> OPTForSampling:
 
 
 class Recorder:
-    """A streamer that keeps what it is told."""
+    """A streamer that keeps what it receives."""
 
     def __init__(self):
         self.puts: list[torch.Tensor] = []
@@ -165,7 +165,7 @@ def test_a_prompt_that_is_long_enough_comes_back(loaded):
 
 
 def test_generation_config_json_is_not_looked_at(model, split, tmp_path):
-    """The old loop knew nothing of it, so sampling defaults that somebody put there must not get in."""
+    """The old loop did not read it, so sampling defaults in it must not apply."""
     save_pretrained_split(model, tmp_path)
     transformers.GenerationConfig(
         do_sample=True,
@@ -194,7 +194,7 @@ def test_other_eos_token(model, split):
 
 
 def test_the_published_opt_13b_script(model, tmp_path):
-    """AWS's sample, with a small model and another directory; import lines changed, nothing else."""
+    """AWS's sample, with a small model and another directory; otherwise only import lines differ."""
     checkpoint, directory = tmp_path / "opt", str(tmp_path / "opt-split")
     model.save_pretrained(checkpoint)
 
@@ -276,7 +276,7 @@ def test_save_pretrained_split_refuses_a_mixed_cast(tmp_path):
 
 @pytest.mark.parametrize("generation", [{}, {"do_sample": True, "top_k": 5}, {"dynamic": True, "top_p": 0.7}])
 def test_on_device_generation(tmp_path, generation):
-    """EOS ends rows only where it is named; rows that ended are filled with it."""
+    """EOS ends rows only if it is named; rows that ended are filled with it."""
     model = tiny_opt(vocab_size=96, num_attention_heads=4, max_position_embeddings=64)
     save_pretrained_split(model, tmp_path)
     config = GenerationConfig(temperature=0.7, **generation)

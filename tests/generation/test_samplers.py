@@ -89,9 +89,9 @@ def test_a_seed_gives_the_same_sequences_on_device_and_host(options, caplog):
     with caplog.at_level(logging.DEBUG, logger="optimum_opt_trn.generation.samplers"):
         caplog.clear()
         on_device = generate(ours, options, seed=3)
-        assert caplog.messages == ["Tokens are selected on the device."]
+        assert caplog.messages == ["Tokens are sampled on the device."]
         on_host = generate(ours, {**options, **scores}, seed=3)
-    assert caplog.messages[1:] == ["Tokens are selected on the host: output_scores was asked for."]
+    assert caplog.messages[1:] == ["Tokens are sampled on the host: output_scores was asked for."]
     assert torch.equal(on_device, on_host.sequences)
 
 

@@ -1,4 +1,4 @@
-"""Attention in static shapes, and what it writes to the cache; in a layer it is compared in test_modeling_opt.py."""
+"""Attention in static shapes, and what it writes to the cache; in a layer it is compared in test_program.py."""
 
 import pytest
 import torch

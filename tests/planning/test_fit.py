@@ -1,4 +1,4 @@
-"""What cannot fit is refused."""
+"""Exports that cannot fit are refused."""
 
 import logging
 
@@ -6,12 +6,13 @@ import pytest
 from small_models import tiny_config, tiny_opt
 from test_memory import OPT_13B, OPT_30B
 
-import optimum_opt_trn.hardware
+import optimum_opt_trn.planning.host
 from optimum_opt_trn import DoesNotFitError, NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
-from optimum_opt_trn.hardware import this_host
 from optimum_opt_trn.planning.fit import check_fit
-from optimum_opt_trn.planning.memory import Setup, plan_memory
+from optimum_opt_trn.planning.host import this_host
+from optimum_opt_trn.planning.memory import plan_memory
+from optimum_opt_trn.planning.setup import Setup
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def available(monkeypatch):
     """Sets how many bytes this host has."""
 
     def make(size: int) -> None:
-        monkeypatch.setattr(optimum_opt_trn.hardware, "host_memory", lambda: (2**40, size))
+        monkeypatch.setattr(optimum_opt_trn.planning.host, "host_memory", lambda: (2**40, size))
 
     return make
 
@@ -71,7 +72,7 @@ def test_a_system_that_does_not_tell_its_memory_is_not_asked(monkeypatch):
     def no_proc():
         raise FileNotFoundError("/proc/meminfo")
 
-    monkeypatch.setattr(optimum_opt_trn.hardware, "host_memory", no_proc)
+    monkeypatch.setattr(optimum_opt_trn.planning.host, "host_memory", no_proc)
     check_fit(tiny_config(), OPTNeuronConfig(batch_size=2**20))
 
 

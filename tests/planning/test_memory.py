@@ -13,13 +13,13 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from optimum_opt_trn.checkpoint import load_weights, save_pretrained_split
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
-from optimum_opt_trn.hardware import INSTANCES, GiB, Instance, this_host
+from optimum_opt_trn.hardware import INSTANCES, GiB, Instance
 from optimum_opt_trn.model.attention import allocate_cache
 from optimum_opt_trn.model.parallel import RankGroup
+from optimum_opt_trn.planning.host import this_host
 from optimum_opt_trn.planning.memory import (
     NEURON_RESERVE,
     SCRATCHPAD_PAGE,
-    Setup,
     cheapest,
     checkpoint_bytes,
     max_batch_size,
@@ -29,6 +29,7 @@ from optimum_opt_trn.planning.memory import (
     smallest_degree,
     tp_degrees,
 )
+from optimum_opt_trn.planning.setup import Setup
 from optimum_opt_trn.planning.workspace import CPU_THREAD_BYTES
 
 
@@ -96,7 +97,7 @@ def test_the_disk_is_the_split_checkpoint(tmp_path):
 
 
 def test_int8_has_a_byte_an_element_and_a_scale_a_channel():
-    plan = plan_memory(OPT_13B, Setup(weights="int8"), TRN1)
+    plan = plan_memory(OPT_13B, Setup(amp="int8"), TRN1)
     matrices, channels = 12 * 5120**2 * 40 + 50272 * 5120, (5 * 5120 + 20480) * 40 + 50272
     biases, floats = (5 * 5120 + 20480) * 40, 40 * 4 * 5120 + 2 * 5120 + 2050 * 5120
     assert sum(plan.weights.values()) == matrices + 4 * channels + 2 * biases + 4 * floats
@@ -143,7 +144,7 @@ def test_what_aws_says_of_batch_1_are_the_sums_of_batch_2(config, published):
     assert totals[1] < 0.96 * published
 
 
-def test_workspace_is_in_pages_shared_by_the_graphs_on_neuron_alone():
+def test_workspace_is_in_pages_shared_by_the_graphs_only_on_neuron():
     setup = Setup(3, 2048, 2)
     plan = plan_memory(OPT_13B, setup, TRN1)
     assert plan.workspace == 2 * SCRATCHPAD_PAGE >= max(plan.graphs.values()) > SCRATCHPAD_PAGE
@@ -189,4 +190,4 @@ def test_a_reference_model_has_the_planned_bytes():
     config = tiny_config()
     model = OPTForCausalLM(config)
     expected = sum(p.numel() * p.element_size() for p in model.float().parameters())
-    assert sum(plan_memory(config, Setup(weights="f32"), this_host()).weights.values()) == expected
+    assert sum(plan_memory(config, Setup(amp="f32"), this_host()).weights.values()) == expected

@@ -1,4 +1,4 @@
-"""Whole plans."""
+"""Complete plans."""
 
 import json
 
@@ -9,8 +9,9 @@ from transformers import OPTConfig
 
 from optimum_opt_trn.checkpoint.source import CHUNK_BYTES
 from optimum_opt_trn.hardware import GiB
-from optimum_opt_trn.planning.memory import Setup, checkpoint_bytes, plan_memory
-from optimum_opt_trn.planning.plan import OPTShape, choose_plan, plan_everywhere, read_shape
+from optimum_opt_trn.planning.memory import checkpoint_bytes, plan_memory
+from optimum_opt_trn.planning.plan import choose_plan, plan_everywhere, read_shape
+from optimum_opt_trn.planning.setup import OPTShape, Setup
 
 
 def test_a_shape_has_the_defaults_of_transformers():
@@ -93,7 +94,7 @@ def test_the_host_splits_a_model_of_any_size_in_as_much_memory():
         choose_plan(config, Setup(), name, None) for config in (OPT_13B, OPT_66B) for name in ("inf2.48xlarge", "cpu")
     ]
     assert {plan.host["split"] for plan in plans} == {GiB // 2}
-    assert plans[0].host["split"] > 9 * CHUNK_BYTES  # what waits to be hashed and written, and what is being cast
+    assert plans[0].host["split"] > 9 * CHUNK_BYTES  # chunks that wait to be hashed and written, and one that is cast
     for plan in plans:
         total, largest = checkpoint_bytes(plan.config, plan.memory.setup)
         assert plan.host["disk"] == total

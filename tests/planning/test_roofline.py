@@ -1,12 +1,14 @@
-"""The roofline, against sums by hand and what AWS measured of OPT."""
+"""The roofline, against sums by hand and AWS's measurements of OPT."""
 
 import pytest
 from small_models import tiny_config
 from test_memory import INF2, OPT_13B, OPT_30B, OPT_66B, TRN1
 
-from optimum_opt_trn.hardware import GiB, this_host
-from optimum_opt_trn.planning.memory import Setup, plan_memory
+from optimum_opt_trn.hardware import GiB
+from optimum_opt_trn.planning.host import this_host
+from optimum_opt_trn.planning.memory import plan_memory
 from optimum_opt_trn.planning.roofline import REALISTIC_SHARE, decode_curve, roofline
+from optimum_opt_trn.planning.setup import Setup
 
 
 def test_a_step_reads_weights_and_cache_once():

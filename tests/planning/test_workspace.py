@@ -1,4 +1,4 @@
-"""The workspace against what PyTorch's allocator hands out when the model runs."""
+"""The workspace against the bytes that PyTorch's allocator returns while the model runs."""
 
 import pytest
 import torch
@@ -8,10 +8,11 @@ from torch.profiler import ProfilerActivity, profile
 from optimum_opt_trn.checkpoint import ModelWeights
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
+from optimum_opt_trn.dtypes import to_torch
 from optimum_opt_trn.generation.inputs import pack
 from optimum_opt_trn.model.parallel import RankGroup, shard_dim, shard_range
 from optimum_opt_trn.model.sampling import MAX_SUPPRESSED, SamplingInputs
-from optimum_opt_trn.planning.memory import Setup
+from optimum_opt_trn.planning.setup import Setup
 from optimum_opt_trn.planning.workspace import (
     CONTEXT_ENCODING,
     CPU_THREAD_BYTES,
@@ -29,7 +30,7 @@ FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def shards(specs, group: RankGroup, amp: torch.dtype) -> dict[str, list[torch.Tensor]]:
+def shards(specs, group: RankGroup) -> dict[str, list[torch.Tensor]]:
     weights = {}
     for name, spec in specs.items():
         dim, shape = shard_dim(name), list(spec.shape)
@@ -37,24 +38,24 @@ def shards(specs, group: RankGroup, amp: torch.dtype) -> dict[str, list[torch.Te
             start, stop, padding = shard_range(shape[dim], 0, group.world_size)
             shape[dim] = stop - start + padding
         copies = 1 if dim is None else group.world_size
-        tensor = torch.full(shape, 0.01, dtype=spec.dtype(amp))
+        tensor = torch.full(shape, 0.01, dtype=to_torch(spec.dtype))
         weights[name.removeprefix("model.decoder.")] = [tensor] * copies
     return weights
 
 
 def runtime(config, neuron_config) -> CPURuntime:
-    degree, amp = neuron_config.tp_degree, neuron_config.amp_dtype
+    degree, amp = neuron_config.tp_degree, neuron_config.amp
     group = RankGroup(degree, range(degree), KernelArithmetic())
-    outer = shards(outer_specs(config), group, amp)
+    outer = shards(outer_specs(config, amp), group)
     outer.setdefault("lm_head.weight", outer["embed_tokens.weight"])
-    layers = [shards(layer_specs(config), group, amp) for _ in range(config.num_hidden_layers)]
+    layers = [shards(layer_specs(config, amp), group) for _ in range(config.num_hidden_layers)]
     return CPURuntime(
         config, neuron_config, group, ModelWeights(outer, layers, outer, torch.arange(degree, dtype=torch.int32))
     )
 
 
 def allocated(run) -> tuple[int, int]:
-    """The most bytes that PyTorch's CPU allocator had handed out at a time, and the blocks of flash attention.
+    """The most bytes that PyTorch's CPU allocator had allocated at a time, and the blocks of flash attention.
 
     Flash attention's blocks are what it allocates and frees inside; they are not in the first number.
     """
@@ -78,7 +79,7 @@ def allocated(run) -> tuple[int, int]:
 
 
 def measured(config, neuron_config) -> tuple[dict[str, int], int]:
-    """Of each graph the bytes allocated, with the sampling that takes most; the blocks of flash attention."""
+    """The bytes that each graph allocates, with the sampling that needs most; the blocks of flash attention."""
     model, batch, length = runtime(config, neuron_config), neuron_config.batch_size, neuron_config.sequence_length
     sampling = SamplingInputs.greedy(batch)
     sampling.params[:, 0] = neuron_config.max_topk
@@ -127,7 +128,7 @@ def check_prompt(shape: dict, amp: str, tp_degree: int) -> None:
         graph_workspace(config, Setup.of(neuron_config), on_neuron=False)[CONTEXT_ENCODING] == found[CONTEXT_ENCODING]
     )
     assert blocks <= CPU_THREAD_BYTES
-    # No scores were made: neither were they flash attention's blocks.
+    # Without flash attention's blocks there are no scores either.
     assert (blocks > 0) == (neuron_config.sequence_length >= 16)
 
 
@@ -137,18 +138,18 @@ def test_on_cpu_a_heads_is_what_is_allocated_but_for_the_best_tokens(tp_degree):
     neuron_config = OPTNeuronConfig(batch_size=3, sequence_length=8, tp_degree=tp_degree)
     found, _ = measured(config, neuron_config)
     planned = graph_workspace(config, Setup.of(neuron_config), on_neuron=False)
-    # Of each of the best tokens its number, value, weight and so on: 30 bytes.
+    # 30 bytes for each of the best tokens: its number, value, weight and so on.
     best = 30 * neuron_config.max_topk * neuron_config.batch_size
     for graph in (CONTEXT_ENCODING, TOKEN_GENERATION):
         assert planned[graph] == pytest.approx(found[graph] - best, abs=2048)
 
 
-def test_on_neuron_it_is_of_the_size_of_hidden_states_and_the_scores_are_apart():
+def test_on_neuron_it_has_the_size_of_hidden_states_without_scores():
     config = tiny_config(hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, max_position_embeddings=512)
     setup = Setup(batch_size=2, sequence_length=512, tp_degree=2)
-    # The residual, what the MLP adds to it and its 256 inner units in float32, the layernorm in float16.
+    # The residual, the MLP's summand and its 256 inner units in float32, the layernorm in float16.
     assert graph_workspace(config, setup, on_neuron=True)[CONTEXT_ENCODING] == 2 * 512 * (
         4 * (128 + 128 + 256) + 2 * 128
     )
-    # Two of the four heads, each position with each other, in float32.
+    # Two of the four heads, all pairs of positions, in float32.
     assert prompt_scores(config, setup) == 2 * 2 * 512 * 512 * 4

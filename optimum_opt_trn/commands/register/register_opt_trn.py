@@ -1,13 +1,13 @@
-"""Puts OPT into `optimum-cli export neuron`, and our commands into `optimum-cli neuron`.
+"""Adds OPT to `optimum-cli export neuron`, and our commands to `optimum-cli neuron`.
 
-Read at every start of optimum-cli: imports nothing heavy.
+optimum-cli loads this file at every start, so it imports nothing heavy.
 """
 
 from contextlib import suppress
 
 from optimum.commands.export.base import ExportCommand
 
-import optimum_opt_trn  # noqa: F401  the other commands read configurations, and have to know ours
+import optimum_opt_trn  # noqa: F401  so that other commands can read our configurations
 from optimum_opt_trn.commands.export import OPTExportCommand, extend
 from optimum_opt_trn.commands.neuron import add_commands
 from optimum_opt_trn.commands.plan import PlanCommand
@@ -16,7 +16,7 @@ from optimum_opt_trn.commands.verify import VerifyCommand
 
 
 # optimum-neuron registers its own `export neuron` where the Neuron SDK is installed. argparse refuses a second command
-# of that name, so there its command learns about OPT, in place; elsewhere ours is the only one.
+# of that name, so that command is extended for OPT in place. Without the SDK, ours is the only one.
 _existing = []
 with suppress(ImportError):  # without optimum-neuron
     from optimum.commands.register import register_export

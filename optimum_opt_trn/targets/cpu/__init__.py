@@ -8,10 +8,11 @@ from pathlib import Path
 from transformers import OPTConfig
 
 from ...checkpoint import load_weights
+from ...checkpoint.layout import CHECKPOINT_DIR
 from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
 from ...model.parallel import RankGroup
-from ..base import CHECKPOINT_DIR, COMPILED_DIR, Result, Runtime, Target
+from ..base import COMPILED_DIR, Result, Runtime, Target
 from .artifacts import find_kernels, write_artifacts
 from .kernels import KernelArithmetic, compile_kernels, load_kernels
 from .process_runtime import ProcessRuntime

@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...buckets import LONG_RUN
 from ...model.attention import Attend, LayerCache
 from ..base import Step
-
-
-# The kernel reads the cache anew for each token of a slot. From so many tokens on, products of matrices are faster.
-LONG_RUN = 16
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs the rank program on packed tokens, with the memory-mapped weights and the cache."""
+"""Runs the rank program on packed tokens, with memory-mapped weights and the cache."""
 
 from __future__ import annotations
 

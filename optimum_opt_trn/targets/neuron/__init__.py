@@ -8,10 +8,11 @@ import torch
 from transformers import OPTConfig
 
 from ...checkpoint import load_weights
+from ...checkpoint.layout import CHECKPOINT_DIR
 from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
 from ...model.parallel import RankGroup
-from ..base import CHECKPOINT_DIR, COMPILED_DIR, Runtime, Target, TargetError
+from ..base import COMPILED_DIR, Runtime, Target, TargetError
 from ..cpu.runtime import CPURuntime
 from .artifacts import MODEL_NAME, check_artifacts, write_manifest
 from .builder import compile_model, compiler_arguments, load_model, versions

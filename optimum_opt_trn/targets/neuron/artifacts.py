@@ -11,12 +11,14 @@ from transformers import OPTConfig
 
 from ...checkpoint import CheckpointError
 from ...configuration_opt import OPTNeuronConfig
-from ...model import arithmetic, attention, parallel, program, sampling, shapes
 from ...model.shapes import cache_shape
 from ..base import TargetError
 from ..manifest import MANIFEST_NAME, sha256
-from . import rank_module
 
+
+# Raised when a graph computes something else, or takes or returns something else, than before; exports that were
+# compiled with another version are refused. tests/targets/neuron/graph_version_cases.py notices such changes.
+GRAPH_VERSION = 2
 
 # TorchScript, with a NEFF for each graph in it; optimum-neuron's name for the same.
 MODEL_NAME = "model.pt"
@@ -81,7 +83,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
-    """A hash of all that graphs are made of: the model's shape, the export's options, and the code."""
+    """A hash of all that graphs depend on: their version, the model's shape and the export's options."""
     options = {k: v for k, v in neuron_config.options().items() if not k.startswith("checkpoint_")}
     model = (
         *(config.hidden_size, config.ffn_dim, config.vocab_size, config.word_embed_proj_dim),
@@ -89,7 +91,5 @@ def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
         *(config._remove_final_layer_norm, config.tie_word_embeddings, config.activation_function),
         *(config.num_hidden_layers, config.max_position_embeddings),
     )
-    digest = hashlib.sha256(repr((model, cache_shape(config, neuron_config), sorted(options.items()))).encode())
-    for module in (program, arithmetic, attention, parallel, shapes, sampling, rank_module):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
+    parts = (GRAPH_VERSION, model, cache_shape(config, neuron_config), sorted(options.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

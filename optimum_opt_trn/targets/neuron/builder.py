@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 
 from ...configuration_opt import OPTNeuronConfig
+from ...hardware import FAMILIES
 from ..base import TargetError
 from .rank_module import VISIBLE_RESULTS, RankModule, example_inputs
 
@@ -38,17 +39,14 @@ COMPILER_ARGUMENTS = (
     "--tensorizer-options='--enable-ccop-compute-overlap --cc-pipeline-tiling-factor=2 --vectorize-strided-dma ' -O2"
 )
 
-# Physical NeuronCores that are one logical core (same source, backend/config.py, logical_nc_config).
-LOGICAL_CORES = {"trn1": 1, "trn2": 2}
-
 # Where NxD compiles, if it is to be kept: optimum-neuron's variable (backend/pretrained_model.py, get_builder).
 WORKDIR_VARIABLE = "BASE_COMPILE_WORK_DIR"
 
 
 def compiler_arguments(neuron_config: OPTNeuronConfig) -> str:
     """What neuronx-cc is called with."""
-    target = str(neuron_config.target)
-    return f"{COMPILER_ARGUMENTS} --lnc={LOGICAL_CORES[target]} --target {target}"
+    family = FAMILIES[neuron_config.instance_type]
+    return f"{COMPILER_ARGUMENTS} --lnc={family.physical_cores} --target {family.target}"
 
 
 def versions() -> dict[str, str]:
@@ -77,7 +75,7 @@ def make_builder(
         checkpoint_loader=None,
         # NxD joins paths to it, and removes what is there.
         compiler_workdir=os.path.join(workdir, ""),
-        logical_nc_config=LOGICAL_CORES[str(neuron_config.target)],
+        logical_nc_config=FAMILIES[neuron_config.instance_type].physical_cores,
     )
     collectives = (
         mappings.reduce_from_tensor_model_parallel_region,

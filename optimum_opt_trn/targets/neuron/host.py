@@ -8,7 +8,7 @@ from optimum.neuron.utils.instance import current_instance_type
 from optimum.neuron.utils.system import get_available_cores, get_neuron_major
 
 from ...configuration_opt import OPTNeuronConfig
-from ...hardware import largest_of_family
+from ...hardware import FAMILIES
 from ..base import TargetError
 
 
@@ -18,7 +18,7 @@ CORE_VARIABLES = ("NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES")
 
 def check_degree(neuron_config: OPTNeuronConfig) -> None:
     """Raises TargetError if the instance family does not connect `tp_degree` cores."""
-    degrees = largest_of_family(neuron_config.instance_type).tp_degrees
+    degrees = FAMILIES[neuron_config.instance_type].tp_degrees
     if neuron_config.tp_degree not in degrees:
         raise TargetError(
             f"tp_degree={neuron_config.tp_degree}: {neuron_config.instance_type} connects "

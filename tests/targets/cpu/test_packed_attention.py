@@ -8,10 +8,11 @@ from against_transformers import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_opt_trn.buckets import LONG_RUN
 from optimum_opt_trn.model.attention import LayerCache, StaticAttention
 from optimum_opt_trn.model.sampling import SamplingInputs
 from optimum_opt_trn.targets import Step
-from optimum_opt_trn.targets.cpu.packed_attention import LONG_RUN, PackedAttention
+from optimum_opt_trn.targets.cpu.packed_attention import PackedAttention
 
 
 SLOTS, HEADS, LENGTH, SIZE = 4, 2, 48, 8

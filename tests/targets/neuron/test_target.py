@@ -4,16 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from requirements import needs_optimum_neuron
 
 
-CASES = Path(__file__).parent / "double_cases.py"
+HERE = Path(__file__).parent
 
 
 @needs_optimum_neuron
-def test_on_the_double():
+@pytest.mark.parametrize("cases", ["double_cases.py", "graph_version_cases.py"])
+def test_on_the_double(cases):
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", CASES],
-        capture_output=True, text=True, timeout=900, cwd=CASES.parents[3],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", HERE / cases],
+        capture_output=True, text=True, timeout=900, cwd=HERE.parents[2],
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""The file formats in which OPT weights are found: what is in a file, as tensors that are not read yet."""
+"""The file formats in which OPT weights are found: the tensors of a file, which are read later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# The name of a tensor, as the file spells it -> what reads it.
+# The name of a tensor in the file -> a function that reads it.
 Readers = dict[str, Callable[[], Tensor]]
 
 
@@ -25,13 +25,13 @@ def open_file(file: Path) -> Readers:
     """The tensors of a safetensors or PyTorch file, as views of the mapped file.
 
     Raises:
-        OSError, RuntimeError, SafetensorError, ValueError: if the file is broken, or something else.
+        OSError, RuntimeError, SafetensorError, ValueError: if the file is broken, or of another format.
     """
     return _safetensors(file) if file.suffix == ".safetensors" else _pytorch(file)
 
 
 def open_tensor(file: Path, name: str) -> Readers:
-    """The one tensor of a PyTorch file that holds nothing else, which is called `name`; raises as `open_file`."""
+    """The only tensor of a PyTorch file, under the name `name`; raises as `open_file`."""
     if file.suffix == ".empty_json":
         raise ValueError("it describes random values instead of holding a tensor")
     tensor = _load(file)
@@ -41,7 +41,9 @@ def open_tensor(file: Path, name: str) -> Readers:
 
 
 def read_index(file: Path, key: str | None = "weight_map") -> dict[str, str]:
-    """Which file beside `file` holds which tensor, as a JSON index says, under `key` or at its top level.
+    """The file that holds each tensor, in the same directory, from the JSON index `file`.
+
+    The names are under `key`, or at the top level if that is None.
 
     Raises:
         ValueError: if it is no index, or names a file elsewhere.
@@ -77,12 +79,12 @@ def _pytorch(file: Path) -> Readers:
 
 def _load(file: Path) -> object:
     with file.open("rb") as opened:
-        zipped = opened.read(4) == b"PK\x03\x04"  # what torch.load goes by
+        zipped = opened.read(4) == b"PK\x03\x04"  # what torch.load looks at
     if not zipped and file.stat().st_size > 1 << 28:
         logger.warning(
             f"{file} has the format of PyTorch before 1.6, which cannot be mapped: all of it "
-            f"({file.stat().st_size / 1e9:.1f} GB) is read into memory. If that is too much, convert it where there "
-            "is more, by torch.save(torch.load(file, weights_only=True), file)."
+            f"({file.stat().st_size / 1e9:.1f} GB) is read into memory. If that is too much, convert it on "
+            "a host with more, by torch.save(torch.load(file, weights_only=True), file)."
         )
     try:
         if zipped:
@@ -92,7 +94,7 @@ def _load(file: Path) -> object:
         return torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
     except (RuntimeError, OSError):
         raise
-    except Exception as error:  # an archive or pickle that was tampered with fails in any way
+    except Exception as error:  # an archive or pickle that was tampered with can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             reason = f"it holds more than tensors: {reason}"

@@ -1,8 +1,11 @@
-"""How much memory this host has for this process, control groups included."""
+"""What this host has for this process: its memory, control groups included, and its processors."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from ..hardware import FAMILIES, INSTANCES, Instance
 
 
 # Version of control groups -> the files that hold limit and use, and the keys of memory.stat that are page cache.
@@ -11,7 +14,7 @@ _VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(total, available) bytes of this process's host: the system's, or less where a control group limits it.
+    """(total, available) bytes of memory: those of the system, or fewer where a control group limits this process.
 
     Page cache counts as available, since the system takes it back when it is needed.
 
@@ -28,7 +31,7 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
 
 
 def _control_groups(proc: Path, cgroups: Path) -> list[tuple[int, int]]:
-    """(limit, use) of each control group that this process is in and that limits memory; page cache is no use."""
+    """(limit, use) of each control group that limits the memory of this process; page cache does not count as use."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -57,3 +60,39 @@ def _limit(directory: Path, limit_file: str, used_file: str, cached: tuple[str, 
     if limit == "max":
         return []
     return [(int(limit), used - sum(int(stat.get(key, 0)) for key in cached))]
+
+
+def host_threads() -> int:
+    """The processors that this process may use; PyTorch runs at most one thread on each."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def this_host() -> Instance:
+    """This host as an instance, with the memory that is available now.
+
+    Raises:
+        OSError: if the system does not tell its memory.
+    """
+    total, available = host_memory()
+    return Instance("cpu", FAMILIES["cpu"], 0, 1, available, None, None, total)
+
+
+def find_instance(name: str) -> Instance:
+    """The instance of that name; `cpu` is this host.
+
+    Raises:
+        ValueError: for a name that is not in the table, with the names that are.
+    """
+    if name == "cpu":
+        return this_host()
+    if name not in INSTANCES:
+        raise ValueError(f"instance {name!r} is not known: choose cpu, {', '.join(INSTANCES)}.")
+    return INSTANCES[name]
+
+
+def largest_of_family(family: str) -> Instance:
+    """The instance of `family` (a key of FAMILIES) with the most cores; of `cpu`, this host."""
+    if family == "cpu":
+        return this_host()
+    return max((i for i in INSTANCES.values() if i.family.name == family), key=lambda i: i.cores)

@@ -1,4 +1,4 @@
-"""Loading shards: views of mapped files, equal to the whole when put together, refused when they do not fit."""
+"""Reading shards: views of mapped files that together equal the whole tensor; files that do not fit are refused."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def broken(checkpoints, tmp_path) -> Path:
-    """A copy of a checkpoint, to break."""
+    """A copy of a checkpoint, to damage."""
     return Path(shutil.copytree(checkpoints["pre_norm"], tmp_path / "broken"))
 
 
@@ -48,7 +48,7 @@ def stored_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def mapped_file(tensor: Tensor) -> str | None:
-    """The file that the kernel has mapped where the tensor's memory is."""
+    """The file that is mapped at the tensor's address."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, *_, path = line.split(maxsplit=5)
         start, stop = (int(address, 16) for address in addresses.split("-"))

@@ -1,7 +1,7 @@
-"""Loading a split checkpoint for the ranks held here, as views of memory-mapped files.
+"""Reading a split checkpoint for the local ranks, as views of memory-mapped files.
 
-A column-parallel shard is a block of rows and a row-parallel one strided columns of the stored matrix, so neither is
-copied; pages are read when they are first used, and all ranks and processes of a host share them.
+A column-parallel shard is a block of rows of the stored matrix, and a row-parallel shard is strided columns of it, so
+that neither is copied. Pages are read when they are first used, and all ranks and processes of a host share them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import OPTConfig
 
 from ..configuration_opt import OPTNeuronConfig
+from ..dtypes import to_torch
 from ..model.parallel import RankGroup, Weights, shard_dim, shard_range
 from .layout import INDEX_NAME, OUTER_FILE, TensorSpec, checkpoint_files, layer_file, layer_prefix
 from .source import CheckpointError
@@ -44,13 +45,13 @@ def load_weights(directory: Path, config: OPTConfig, neuron_config: OPTNeuronCon
     """The local ranks' shards of the split checkpoint in `directory`.
 
     Raises:
-        CheckpointError: if a file or tensor is missing, too many, broken, or of another shape or dtype than `config`
+        CheckpointError: if a file or tensor is missing, foreign, broken, or of another shape or dtype than `config`
             and `neuron_config` say.
     """
     if not (directory / INDEX_NAME).is_file():
-        raise CheckpointError(f"{directory} lacks {INDEX_NAME}: it is not a split checkpoint, or not a whole one.")
-    amp = neuron_config.amp_dtype
-    files = {file: _load_file(directory / file, specs, amp, group) for file, specs in checkpoint_files(config).items()}
+        raise CheckpointError(f"{directory} lacks {INDEX_NAME}: it is not a split checkpoint, or incomplete.")
+    specs = checkpoint_files(config, neuron_config.amp)
+    files = {file: _load_file(directory / file, tensors, group) for file, tensors in specs.items()}
     outer = {name.removeprefix("model.decoder."): shards for name, shards in files[OUTER_FILE].items()}
     layers = []
     for index in range(config.num_hidden_layers):
@@ -65,9 +66,9 @@ def _pick(weights: Weights, names: tuple[str, ...]) -> Weights:
     return {name: weights[name] for name in names if name in weights}
 
 
-def _load_file(file: Path, specs: dict[str, TensorSpec], amp: torch.dtype, group: RankGroup) -> Weights:
+def _load_file(file: Path, specs: dict[str, TensorSpec], group: RankGroup) -> Weights:
     if not file.is_file():
-        raise CheckpointError(f"{file.parent} lacks {file.name}: the checkpoint is not whole. Export the model again.")
+        raise CheckpointError(f"{file.parent} lacks {file.name}: it is incomplete. Export the model again.")
     try:
         opened = safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -78,16 +79,15 @@ def _load_file(file: Path, specs: dict[str, TensorSpec], amp: torch.dtype, group
             f"lacks {sorted(set(specs) - found)[0]}" if set(specs) - found else f"also holds {min(found - set(specs))}"
         )
         raise CheckpointError(f"{file} {what}: it is not of the model that config.json describes.")
-    return {name: _shards(file, opened.get_tensor(name), name, spec, amp, group) for name, spec in specs.items()}
+    return {name: _shards(file, opened.get_tensor(name), name, spec, group) for name, spec in specs.items()}
 
 
-def _shards(
-    file: Path, tensor: Tensor, name: str, spec: TensorSpec, amp: torch.dtype, group: RankGroup
-) -> list[Tensor]:
-    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype(amp):
+def _shards(file: Path, tensor: Tensor, name: str, spec: TensorSpec, group: RankGroup) -> list[Tensor]:
+    dtype = to_torch(spec.dtype)
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != dtype:
         raise CheckpointError(
             f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration makes it "
-            f"{spec.dtype(amp)} {spec.shape}. Export the model again."
+            f"{dtype} {spec.shape}. Export the model again."
         )
     dim = shard_dim(name)
     if dim is None or group.world_size == 1:
@@ -96,6 +96,6 @@ def _shards(
     for rank in group.ranks:
         start, stop, padding = shard_range(spec.shape[dim], rank, group.world_size)
         shard = tensor.narrow(dim, start, stop - start)
-        # Only a vocabulary that does not divide is padded (OPTNeuronConfig.check_model), in dimension 0, by a copy.
+        # Only a vocabulary that does not divide is padded, in dimension 0 and by a copy: OPTNeuronConfig.check_model.
         shards.append(F.pad(shard, (0, 0, 0, padding)) if padding else shard)
     return shards

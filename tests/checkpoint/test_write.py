@@ -23,7 +23,7 @@ from optimum_opt_trn.checkpoint import load_weights
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, OUTER_FILE, checkpoint_files
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import Piece, WeightSource, open_model
-from optimum_opt_trn.checkpoint.split import write_split
+from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.model.parallel import RankGroup
 
 
@@ -157,7 +157,7 @@ def test_other_weights_in_the_directory_are_refused(tmp_path):
     before = split_tensors(tmp_path)
     with pytest.raises(CheckpointError, match="already holds layer_002.safetensors"):
         save_pretrained_split(tiny_opt(), tmp_path)
-    after = split_tensors(tmp_path)  # whole, as it was
+    after = split_tensors(tmp_path)  # complete and unchanged
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -174,23 +174,23 @@ def test_an_interruption_leaves_no_checkpoint(error, again, tmp_path):
     readers = {name: tensor.detach for name, tensor in model.state_dict().items()}
     readers["model.decoder.layers.1.fc1.weight"] = interrupted
     with pytest.raises(error):
-        write_split(source_of(readers), model.config, tmp_path, torch.float16)
+        write_split(source_of(readers, model.config), tmp_path, "f16")
     assert not (tmp_path / INDEX_NAME).exists()
     with pytest.raises(OSError):
         OPTForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=INDEX_NAME):
         load_weights(tmp_path, model.config, OPTNeuronConfig(sequence_length=64), RankGroup())
-    save_pretrained_split(model, tmp_path)  # and does not stand in the way of the next try
+    save_pretrained_split(model, tmp_path)  # and does not disturb the next run
     assert_is_split_of(tmp_path, model, "f16")
     assert not list(tmp_path.glob("*.partial"))
 
 
-def source_of(readers) -> WeightSource:
-    """A source that does not open anything before it writes."""
-    return WeightSource([Piece(lambda: readers, lambda names: "the test", names=list(readers))], "the test")
+def source_of(readers, config) -> WeightSource:
+    """A source that opens nothing before it is read."""
+    return WeightSource([Piece(lambda: readers, lambda names: "the test", names=list(readers))], "the test", config)
 
 
-@pytest.mark.parametrize("amp", [torch.float16, torch.float32])
+@pytest.mark.parametrize("amp", ["f16", "f32"])
 def test_one_files_tensors_are_in_memory_at_a_time(amp, tmp_path):
     config = tiny_config(num_hidden_layers=4)
     model = tiny_opt(num_hidden_layers=4)
@@ -205,11 +205,11 @@ def test_one_files_tensors_are_in_memory_at_a_time(amp, tmp_path):
         return copy
 
     # A source of float32 that needs no cast: what is written is what was read.
-    readers = {name: lambda t=tensor: read(t.to(amp)) for name, tensor in model.state_dict().items()}
-    write_split(source_of(readers), config, tmp_path, amp)
+    readers = {name: lambda t=tensor: read(t.to(DTYPES[amp])) for name, tensor in model.state_dict().items()}
+    write_split(source_of(readers, config), tmp_path, amp)
     largest = max(
-        sum(torch.Size(spec.shape).numel() * amp.itemsize for spec in specs.values())
-        for specs in checkpoint_files(config).values()
+        sum(torch.Size(spec.shape).numel() * DTYPES[amp].itemsize for spec in specs.values())
+        for specs in checkpoint_files(config, amp).values()
     )
     assert most <= largest
     assert not alive
@@ -240,7 +240,7 @@ def test_sources_that_are_not_there(tmp_path):
 
 
 def test_directory_without_a_configuration(tmp_path):
-    """transformers would guess one by the directory's name."""
+    """transformers would guess the model type from the directory's name."""
     tiny_opt().save_pretrained(tmp_path / "my-opt")
     (tmp_path / "my-opt" / "config.json").unlink()
     with pytest.raises(OSError, match="my-opt has no config.json"):
@@ -278,7 +278,7 @@ def test_open_model_reads_the_present_values(tmp_path):
     source = open_model(model)
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.bias.fill_(0.25)
-    write_split(source, model.config, tmp_path, torch.float32)
+    write_split(source, tmp_path, "f32")
     assert split_tensors(tmp_path)["model.decoder.layers.0.fc1.bias"].eq(0.25).all()
 
 

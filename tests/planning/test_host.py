@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_opt_trn.planning.host_memory import host_memory
+from optimum_opt_trn.planning.host import find_instance, host_memory, largest_of_family
 
 
 MB = 2**20
@@ -66,3 +66,13 @@ def test_a_group_that_is_over_its_limit_has_nothing_left(host):
 def test_this_host_has_memory():
     total, available = host_memory()
     assert 0 < available <= total
+
+
+def test_an_unknown_instance_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'trn3\.big' is not known: choose cpu, inf2\.xlarge"):
+        find_instance("trn3.big")
+
+
+def test_the_largest_of_a_family():
+    assert largest_of_family("trn1").name == "trn1.32xlarge"
+    assert largest_of_family("cpu").core_bytes <= largest_of_family("cpu").host_bytes

@@ -1,0 +1,86 @@
+"""What a plan is made for: the options of an export that decide about memory, and the sizes of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..dtypes import DTYPES
+
+
+if TYPE_CHECKING:
+    from ..configuration_opt import OPTNeuronConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The options that a plan is made for, named as in `OPTNeuronConfig`.
+
+    Args:
+        batch_size: slots of the cache.
+        sequence_length: positions of a slot.
+        tp_degree: ranks.
+        amp: dtype of the weights that are not float32 in any case. May be `int8`, a planning figure that exports do
+            not have: matrices of one byte an element with a float32 scale for each output channel, biases in 16 bits.
+        kv_cache_dtype: dtype of the cache; by default `amp`, and `f16` with `int8`.
+    """
+
+    batch_size: int = 1
+    sequence_length: int = 2048
+    tp_degree: int = 1
+    amp: str = "f16"
+    kv_cache_dtype: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.kv_cache_dtype:
+            object.__setattr__(self, "kv_cache_dtype", self.stored_amp)
+
+    @classmethod
+    def of(cls, neuron_config: OPTNeuronConfig) -> Setup:
+        """The setup of an export."""
+        return cls(
+            neuron_config.batch_size,
+            neuron_config.sequence_length,
+            neuron_config.tp_degree,
+            neuron_config.amp,
+            neuron_config.kv_cache_dtype or "",
+        )
+
+    @property
+    def stored_amp(self) -> str:
+        """The dtype of a checkpoint for it: `amp`, and `f16` with `int8`."""
+        return "f16" if self.amp == "int8" else self.amp
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an element of a product's factors on Neuron, where int8 is converted on the way."""
+        return DTYPES[self.stored_amp].bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of an element of the cache."""
+        return DTYPES[self.kv_cache_dtype].bytes
+
+
+@dataclass(frozen=True)
+class OPTShape:
+    """A `ModelShape`: what a config.json says about memory, with the defaults of transformers' OPTConfig."""
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    _remove_final_layer_norm: bool = False
+    # 0 stands for hidden_size.
+    word_embed_proj_dim: int = 0
+    num_attention_heads: int = 12
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+    activation_function: str = "relu"
+
+    def __post_init__(self) -> None:
+        if not self.word_embed_proj_dim:
+            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)

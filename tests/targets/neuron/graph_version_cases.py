@@ -1,0 +1,118 @@
+"""GRAPH_VERSION follows the graphs: a change of what they compute fails here until it is raised.
+
+Run by test_target.py, on the double of the SDK.
+
+python tests/targets/neuron/graph_version_cases.py  # writes graph_version.json anew, after GRAPH_VERSION was raised
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+import double
+
+
+double.install()
+
+from small_models import KINDS, tiny_config  # noqa: E402
+
+from optimum_opt_trn import OPTNeuronConfig  # noqa: E402
+from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs  # noqa: E402
+from optimum_opt_trn.model.shapes import shard_dim  # noqa: E402
+from optimum_opt_trn.targets.neuron.artifacts import GRAPH_VERSION  # noqa: E402
+from optimum_opt_trn.targets.neuron.rank_module import RANKS, RankModule, example_inputs  # noqa: E402
+
+
+RECORD = Path(__file__).with_name("graph_version.json")
+TP_DEGREE = 2
+
+
+class Operations(TorchDispatchMode):
+    """Notes each operation with the shapes and dtypes of its arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        leaves = tree_leaves((arguments, keywords, result))
+        described = [(tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]
+        self.noted.append(f"{function} {described}")
+        return result
+
+
+def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """One rank's weights by the names that graphs give them, from the layout of the checkpoint."""
+    amp = neuron_config.amp_dtype
+    shapes = {RANKS: (torch.Size([1]), torch.int32)}
+    parts = [(f"layer_{i}", layer_specs(config)) for i in range(config.num_hidden_layers)]
+    for part, specs in [("outer", outer_specs(config)), *parts]:
+        for name, spec in specs.items():
+            shape, dim = list(spec.shape), shard_dim(name)
+            if dim is not None:
+                shape[dim] = -(-shape[dim] // TP_DEGREE)
+            name = name.removeprefix("model.decoder.")
+            outer = "embed" if name.startswith(("embed", "project_in")) else "head"
+            shapes[f"{outer if part == 'outer' else part}__{name.replace('.', '__')}"] = (
+                torch.Size(shape),
+                spec.dtype(amp),
+            )
+    return shapes
+
+
+def graphs() -> dict[str, str]:
+    """A hash of the operations of each graph, for every kind of OPT."""
+    found = {}
+    for kind, overrides in KINDS.items():
+        config = tiny_config(**overrides)
+        buckets = {"prompt_buckets": (16, 48), "cache_buckets": (24, 48)}
+        neuron_config = OPTNeuronConfig(
+            batch_size=3, sequence_length=48, tp_degree=TP_DEGREE, instance_type="inf2", **buckets
+        )
+        for graph, examples in example_inputs(neuron_config).items():
+            module = RankModule(
+                graph, config, neuron_config, shapes_of(config, neuron_config),
+                lambda x: x.clone(), lambda x: torch.cat([x] * TP_DEGREE, dim=-1),
+            )  # fmt: skip
+            with torch.no_grad(), Operations() as operations:
+                for arguments in examples:
+                    module(*arguments)
+            found[f"{kind}: {graph}"] = hashlib.sha256("\n".join(operations.noted).encode()).hexdigest()[:16]
+    return found
+
+
+def test_a_changed_graph_has_a_new_version():
+    record = json.loads(RECORD.read_text())
+    if record["torch"] != torch.__version__.partition("+")[0]:
+        pytest.skip(f"the record is of torch {record['torch']}, which may decompose operations differently")
+    assert graphs() == record["graphs"] and record["version"] == GRAPH_VERSION, (
+        "The graphs differ from those of the recorded version: raise GRAPH_VERSION (targets/neuron/artifacts.py), and "
+        f"run {Path(__file__).name} as a script."
+    )
+
+
+def test_every_change_of_a_graph_is_noticed(monkeypatch):
+    from optimum_opt_trn.model.arithmetic import Arithmetic
+
+    before = graphs()
+    monkeypatch.setattr(Arithmetic, "layer_norm", lambda self, x, norm: x)
+    after = graphs()
+    assert {name for name in before if before[name] == after[name]} == {
+        name for name in before if name.endswith("cache_copy")
+    }
+
+
+if __name__ == "__main__":
+    version = torch.__version__.partition("+")[0]
+    RECORD.write_text(json.dumps({"version": GRAPH_VERSION, "torch": version, "graphs": graphs()}, indent=2) + "\n")
