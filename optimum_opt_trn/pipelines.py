@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation import GenerationMixin
 
-from .checkpoint.config import load_config
+from .checkpoint.config import load_config, load_tokenizer
 from .configuration_opt import reject_unknown
 from .export import find_export
+from .generation.transformers_versions import default_new_tokens
 from .modeling_neuron_opt import NeuronOPTForCausalLM, export_options
 
 
@@ -28,7 +29,7 @@ class OPTTextGenerationPipeline(TextGenerationPipeline):
         super().__init__(*args, **kwargs)
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
-        default = self.generation_config.max_new_tokens
+        default = default_new_tokens(self)
         if default is not None and not self._given_length and not _gives_length(generate_kwargs):
             mask = model_inputs.get("attention_mask")
             longest = model_inputs["input_ids"].shape[1] if mask is None else int(mask.sum(-1).max())
@@ -152,9 +153,9 @@ def _check_exported(model: str | Path, export: bool, hub: dict[str, Any]) -> Non
 
 def _load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (ImportError, OSError, TypeError, ValueError) as error:  # what transformers raises for missing files
-        raise ValueError(f"{source} holds no tokenizer that can be read ({error}): pass tokenizer=.") from error
+        return load_tokenizer(source, **options)
+    except ValueError as error:
+        raise ValueError(f"{error}: pass tokenizer=.") from error
 
 
 def _batching(tokenizer: PreTrainedTokenizerBase, model: NeuronOPTForCausalLM) -> PreTrainedTokenizerBase:

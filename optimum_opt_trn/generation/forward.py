@@ -17,6 +17,7 @@ from ..targets import Runtime
 from .cache import own_cache
 from .engine import Engine
 from .inputs import check_inputs, check_labels, check_positions, pack, unpack
+from .transformers_versions import CACHE
 
 
 class OPTForwardMixin:
@@ -52,6 +53,7 @@ class OPTForwardMixin:
         output_hidden_states: bool | None = None,
         inputs_embeds: Tensor | None = None,
         head_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...] | Tensor:
         """Logits of new tokens, and the cache that holds them.
 
@@ -67,6 +69,7 @@ class OPTForwardMixin:
             position_ids: `(rows, width)`; only checked, since the mask determines positions.
             cache_position: `(width,)`; only checked.
             logits_to_keep: 0 for the logits of every column; n for those of each row's last n tokens.
+            cache: transformers 5's name of `past_key_values`.
             return_dict: whether to return a ModelOutput, by default yes; otherwise a tuple.
 
         Returns:
@@ -93,7 +96,7 @@ class OPTForwardMixin:
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
         with self.engine.lock:
-            cache = own_cache(past_key_values, self.engine, len(input_ids))
+            cache = own_cache(past_key_values if cache is None else cache, self.engine, len(input_ids))
             columns = cache.columns
             mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
             if attention_mask is not None:
@@ -110,7 +113,7 @@ class OPTForwardMixin:
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size)
         past = None if use_cache is False else cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past})
         return output.to_tuple() if return_dict is False else output
 
     def forward_slots(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
@@ -19,6 +19,15 @@ from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
 from .inputs import check_inputs
 from .samplers import make_sampler
+from .transformers_versions import (
+    ARGUMENTS,
+    CACHE,
+    VersionedGenerationMixin,
+    length_is_default,
+    prepare_options,
+    restore_mask,
+    settle_arguments,
+)
 
 
 # Options of GenerationConfig that no export serves, and why. The others do what they do in transformers.
@@ -27,15 +36,19 @@ REFUSED_OPTIONS = {
     "output_hidden_states": "compiled graphs take tokens and return logits",
     "cache_implementation": "the cache is on the device, of a fixed size; 'dynamic' and 'dynamic_full' are accepted",
     "cache_config": "the cache is on the device, of a fixed size",
+    "max_cache_len": "the cache is on the device, of a fixed size",
     "return_legacy_cache": "keys and values are on the device",
     "compile_config": "graphs were compiled by the export",
     "assistant_early_exit": "a compiled layer cannot be left out: pass an assistant_model",
-    "penalty_alpha": "contrastive search is code from the hub in transformers 4.57, made for its own models",
-    "dola_layers": "DoLa is code from the hub in transformers 4.57, made for its own models",
-    "diversity_penalty": "group beam search is code from the hub in transformers 4.57, made for its own models",
-    "num_beam_groups": "group beam search is code from the hub in transformers 4.57, made for its own models",
-    "constraints": "constrained beam search is code from the hub in transformers 4.57, made for its own models",
-    "force_words_ids": "constrained beam search is code from the hub in transformers 4.57, made for its own models",
+    "use_mtp": "an OPT has no layers that predict several tokens: pass an assistant_model",
+    "speculation_type": "assistants of that kind read the model's hidden states: pass an assistant_model",
+    "continuous_batching_config": "it is for transformers' own models",
+    "penalty_alpha": "contrastive search is code from the hub in transformers, made for its own models",
+    "dola_layers": "DoLa is code from the hub in transformers, made for its own models",
+    "diversity_penalty": "group beam search is code from the hub in transformers, made for its own models",
+    "num_beam_groups": "group beam search is code from the hub in transformers, made for its own models",
+    "constraints": "constrained beam search is code from the hub in transformers, made for its own models",
+    "force_words_ids": "constrained beam search is code from the hub in transformers, made for its own models",
 }
 # Values of them that change nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -56,14 +69,9 @@ REFUSED_ARGUMENTS = {
     "seq_ids": "generate() counts slots itself",
     "sampling_params": "they follow from the options",
 }
-# Arguments of generate() that are neither options nor arguments of forward().
-_ARGUMENTS = (
-    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),
-    *("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "use_model_defaults", "custom_generate"),
-)
 
 
-class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
+class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
     """`generate()` on an engine; the result of a row does not depend on the other rows.
 
     transformers' own loops run on `forward()`. Greedy search and sampling run in the engine's loop, with the tokens
@@ -96,12 +104,12 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
                 was passed is then as it was.
             NotImplementedError: for what no export serves, by its name; see `REFUSED_OPTIONS`.
         """
-        kwargs.update(zip(_ARGUMENTS, args, strict=False))
+        kwargs.update(zip(ARGUMENTS, args, strict=False))
+        settle_arguments(generation_config, kwargs)
         for name, reason in REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
-        options = {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
-        asked, others = self._prepare_generation_config(generation_config, kwargs.get("use_model_defaults"), **options)
+        asked, others = prepare_options(self, generation_config, kwargs)
         _refuse(asked)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:  # then it begins with bos_token_id
@@ -132,7 +140,6 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: SlotCache | None = None,
         use_cache: bool = True,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -142,7 +149,8 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         sampler = make_sampler(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.bool)
-        cache = SlotCache(self.engine, rows) if past_key_values is None else past_key_values
+        given: SlotCache | None = model_kwargs.get(CACHE)
+        cache = SlotCache(self.engine, rows) if given is None else given
         # The last step of the prompt has the last token of every row (again, if it is in the cache): its logits are
         # wanted.
         end = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
@@ -171,7 +179,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
             sequences=input_ids,
             scores=sampler.scores,
             logits=sampler.raw_logits,
-            past_key_values=cache if use_cache else None,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _encode_chunks(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
@@ -190,11 +198,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""
-        by_default = (
-            kwargs["has_default_max_length"]
-            and generation_config.max_new_tokens is None
-            and generation_config.max_length == GenerationConfig().max_length
-        )
+        by_default = length_is_default(generation_config, kwargs["has_default_max_length"])
         prepared = super()._prepare_generated_length(generation_config, **kwargs)
         if by_default:
             prepared.max_length = min(prepared.max_length, self.neuron_config.sequence_length)
@@ -212,6 +216,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
         Nothing is forgotten yet: options that transformers looks at later may still be refused.
         """
+        restore_mask(generation_config, model_kwargs, batch_size)
         mask = model_kwargs["attention_mask"]
         width, longest, limit = mask.shape[1], int(mask.sum(-1).max()), self.neuron_config.sequence_length
         added = (generation_config.max_length or 0) - width
@@ -226,11 +231,12 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
                 f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
                 "sequence_length."
             )
-        past = model_kwargs.pop("past_key_values", None)
-        if past is not None:
+        past = model_kwargs.pop(CACHE, None)
+        # transformers 5 looks at the cache of assisted generation before the model is called.
+        if past is not None or generation_mode == GenerationMode.ASSISTED_GENERATION:
             cache = own_cache(past, self.engine, len(mask))
             cache.remasked(mask)
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
 
 
 class _SharedCriteria(StoppingCriteriaList):
