@@ -72,11 +72,11 @@ def export_opt(
         "force_download": force_download,
         "local_files_only": local_files_only,
     }
+    _check_output(output, source)
     opt_config = load_config(source, **hub) if config is None else check_opt(config, source)
     neuron_config.check_model(opt_config)
     check_fit(opt_config, neuron_config, force)
     target = get_target(neuron_config)
-    _check_output(output, source)
 
     with _staged(output) as staging:
         # Checks the weights before a compiler starts, for which an error would have to wait.
