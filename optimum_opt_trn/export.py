@@ -17,7 +17,8 @@ from transformers.utils import cached_file
 from .checkpoint.config import check_opt, load_config, save_companions, save_config
 from .checkpoint.hub import open_checkpoint
 from .checkpoint.layout import CHECKPOINT_DIR
-from .checkpoint.write import one_writer, write_split
+from .checkpoint.lock import one_writer
+from .checkpoint.write import write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
 from .planning.fit import check_fit

@@ -12,16 +12,13 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import OPTConfig, PreTrainedModel
@@ -31,6 +28,7 @@ from ..dtypes import normalize_dtype
 from .config import check_opt, load_config, save_companions, save_config
 from .hub import open_checkpoint
 from .layout import INDEX_NAME, TensorSpec, checkpoint_files
+from .lock import one_writer
 from .manifest import MANIFEST_NAME, UNFINISHED_NAME, FileEntry, Manifest, read_manifest, source_key, write_json
 from .source import CheckpointError, WeightSource, open_model
 from .stream import file_size, write_tensors
@@ -38,11 +36,6 @@ from .verify import header_problems
 
 
 logger = logging.get_logger(__name__)
-
-# How long to try for a lock. WeakFileLock tries several times in this time; with 0 it would not try at all.
-_LOCK_SECONDS = 0.2
-# The errors of file systems without locks, and of a parent directory that cannot be written.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
 
 # Directories in the output: shards from the hub that are deleted later, and small files that are being written.
 _SHARDS_DIR, _COMPANIONS_DIR = ".source_shards", ".companions"
@@ -278,35 +271,6 @@ def _linkable_files(
         except (OSError, SafetensorError):
             continue
     return found
-
-
-@contextmanager
-def one_writer(directory: Path) -> Iterator[None]:
-    """Keeps other threads and processes from writing `directory`, by a lock file next to it.
-
-    The lock ends with its process, even if that is killed. There is no lock where the file system has none, or where
-    the parent directory cannot be written.
-
-    Raises:
-        BlockingIOError: at once, if another one is writing it.
-    """
-    directory = directory.resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    file = directory.with_name(f".{directory.name}.lock")
-    with ExitStack() as held:
-        try:
-            held.enter_context(WeakFileLock(file, timeout=_LOCK_SECONDS))
-            # Removed while it is locked: another writer that had opened it notices, and creates a new one.
-            held.callback(file.unlink, missing_ok=True)
-        except Timeout:
-            raise BlockingIOError(
-                f"{directory} is being written by another process or thread: wait for it to end, or choose another "
-                "directory."
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield
 
 
 def _link(source: Path, target: Path) -> bool:

@@ -17,9 +17,10 @@ from transformers import OPTForCausalLM
 from optimum_opt_trn import CheckpointError, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
+from optimum_opt_trn.checkpoint.lock import one_writer
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME, read_manifest
 from optimum_opt_trn.checkpoint.source import open_directory
-from optimum_opt_trn.checkpoint.write import one_writer, write_split
+from optimum_opt_trn.checkpoint.write import write_split
 
 
 F16 = "f16"
