@@ -20,6 +20,7 @@ from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
 from .hardware import FAMILIES
+from .module_methods import ModuleMethodsMixin
 from .planning.fit import check_fit
 from .targets import Runtime, get_target
 
@@ -37,7 +38,7 @@ _IGNORED_OPTIONS = ("trust_remote_code", "_commit_hash")
 _ALIASES = {"tp_degree": "tensor_parallel_size"}
 
 
-class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
+class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelForCausalLM):
     """An exported OPT, with `generate()` as in transformers.
 
     Made by `from_pretrained` or `export`.
@@ -79,11 +80,6 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         return self._loaded
 
     @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the weights of attention, MLP and embeddings."""
-        return self.neuron_config.amp_dtype
-
-    @property
     def name_or_path(self) -> str:
         return str(self.directory)
 
@@ -94,14 +90,6 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             return [AutoTokenizer.from_pretrained(self.directory)]
         except (OSError, ValueError, TypeError, ImportError):  # the last two for want of any of its files
             return []
-
-    def eval(self) -> NeuronOPTForCausalLM:
-        return self
-
-    def to(self, device: str | torch.device) -> NeuronOPTForCausalLM:
-        """The model; ValueError for any device but the host's, from where calls go to the NeuronCores."""
-        super().to(device)
-        return self
 
     @classmethod
     def get_neuron_config(
