@@ -7,7 +7,9 @@ from optimum.commands.export.base import ExportCommand
 from optimum.commands.register import register_export
 
 import optimum_opt_trn  # noqa: F401  so that other commands can read our configurations
+from optimum_opt_trn.commands.doctor import DoctorCommand
 from optimum_opt_trn.commands.export import OPTExportCommand, extend
+from optimum_opt_trn.commands.generate import GenerateCommand
 from optimum_opt_trn.commands.neuron import add_commands
 from optimum_opt_trn.commands.plan import PlanCommand
 from optimum_opt_trn.commands.split import SplitCommand
@@ -20,4 +22,7 @@ _existing = [command for command, _ in register_export.REGISTER_COMMANDS if comm
 if _existing:
     extend(_existing[0])
 _export = [] if _existing else [(OPTExportCommand, ExportCommand)]
-REGISTER_COMMANDS = [*_export, *add_commands([PlanCommand, SplitCommand, VerifyCommand])]
+REGISTER_COMMANDS = [
+    *_export,
+    *add_commands([DoctorCommand, GenerateCommand, PlanCommand, SplitCommand, VerifyCommand]),
+]
