@@ -66,20 +66,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="Ask for one prompt after the other, each continued for itself; an empty line, Ctrl-D or 'exit' ends.",
     )
-    common = parser.add_argument_group("options of generation")
-    common.add_argument(
+    group = parser.add_argument_group("options of generation")
+    group.add_argument(
         "--max_new_tokens",
         type=common.positive,
         metavar="N",
         help=f"How many tokens to generate at most (default: {DEFAULT_NEW_TOKENS}).",
     )
-    common.add_argument("--do_sample", action="store_true", default=None, help="Draw tokens by their probability.")
-    common.add_argument("--temperature", type=float, metavar="T", help="Above 1 more surprising, below 1 less.")
-    common.add_argument("--top_k", type=int, metavar="N", help="Draw among the N best tokens.")
-    common.add_argument("--top_p", type=float, metavar="P", help="Draw among the best that make up probability P.")
-    common.add_argument("--num_beams", type=common.positive, metavar="N", help="Search with N beams (no streaming).")
-    common.add_argument("--seed", type=int, metavar="N", help="The same number gives the same text again.")
-    common.add_argument(
+    group.add_argument("--do_sample", action="store_true", default=None, help="Draw tokens by their probability.")
+    group.add_argument("--temperature", type=float, metavar="T", help="Above 1 more surprising, below 1 less.")
+    group.add_argument("--top_k", type=int, metavar="N", help="Draw among the N best tokens.")
+    group.add_argument("--top_p", type=float, metavar="P", help="Draw among the best that make up probability P.")
+    group.add_argument("--num_beams", type=common.positive, metavar="N", help="Search with N beams (no streaming).")
+    group.add_argument("--seed", type=int, metavar="N", help="The same number gives the same text again.")
+    group.add_argument(
         "--option", action="append", default=[], type=_option, metavar="NAME=VALUE", help="Any other option."
     )
     loading = parser.add_argument_group("options of a checkpoint that is not exported yet, and of loading")

@@ -126,7 +126,7 @@ def test_a_checkpoint_is_exported_first(cli, reference, tokenizer, capsys):
 
 
 ERRORS = {
-    "no model": (("no-such-model", "It"), "no-such-model is no local directory"),
+    "no model": (("no-such-model", "It"), "no-such-model is not a local directory"),
     "a typo": (("EXPORT", "It", "--temprature", "2"), "--temprature, did you mean --temperature?"),
     "a typo of any option": (("EXPORT", "It", "--repetition_penalti=2"), "did you mean --repetition_penalty?"),
     "a typo of a name": (("EXPORT", "It", "--option", "temprature=2"), "did you mean 'temperature'"),
