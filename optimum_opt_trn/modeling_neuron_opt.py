@@ -12,8 +12,9 @@ from optimum.neuron import NeuronModelForCausalLM
 from optimum.neuron.utils.system import get_available_cores, get_instance_name, get_neuron_major
 from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from .checkpoint import push_to_hub, verify_checkpoint
+from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
 from .checkpoint.config import check_opt, load_config
 from .configuration_opt import OPTNeuronConfig, reject_unknown
 from .dtypes import normalize_dtype
@@ -25,6 +26,8 @@ from .planning.fit import check_fit
 from .targets import Runtime, get_target
 
 
+logger = logging.get_logger(__name__)
+
 # transformers' pipelines log an error for a class that is not in this table; under a private key it changes nothing
 # else, since Auto classes look up model types.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("_neuron_opt", "NeuronOPTForCausalLM")
@@ -35,7 +38,7 @@ LONGEST_DEFAULT_SEQUENCE = 4096
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # Accepted and without effect: an OPT has no code of its own, and pipelines pass them to every model.
 _IGNORED_OPTIONS = ("trust_remote_code", "_commit_hash")
-_ALIASES = {"tp_degree": "tensor_parallel_size"}
+_ALIASES = {"tp_degree": "tensor_parallel_size", "dtype": "amp", "torch_dtype": "amp"}
 
 
 class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelForCausalLM):
@@ -59,7 +62,9 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
     ):
         self.config = config
         self.neuron_config = neuron_config
-        self.generation_config = GenerationConfig.from_pretrained(directory)
+        # Evaluation harnesses read here how long a text may be; max_position_embeddings is what the weights have.
+        config.n_positions = neuron_config.sequence_length
+        self.generation_config = _generation_config(directory, config)
         self.directory = directory
         self._loaded = runtime
         # Keeps an export that was made on the fly for as long as it is used.
@@ -203,15 +208,17 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
                 `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice;
                 `verify=True` to compare the weights with the hashes that they were written with, which reads all of
-                them; `tp_processes=N` if N processes, started by `torchrun` or alike, share this model (by default
+                them; `export=True` to export anew what is an export already, `export=False` to load exports only;
+                `tp_processes=N` if N processes, started by `torchrun` or alike, share this model (by default
                 each process has a model of its own); and for a checkpoint that is not exported yet, what
-                `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`).
+                `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`; `dtype` and
+                `torch_dtype` are other names of `amp`).
 
         Raises:
             TypeError: for an unknown option, naming the nearest.
-            ValueError: if the model is not an OPT; if an option does not suit it, or differs from what the export was
-                made with; DoesNotFitError if there is too little memory; CheckpointError if files are missing or
-                broken.
+            ValueError: if the model is not an OPT, or not an export with `export=False`; if an option does not suit it,
+                or differs from what the export was made with; DoesNotFitError if there is too little memory;
+                CheckpointError if files are missing or broken.
             OSError: if there is no such model.
         """
         cls._check_options(options)
@@ -227,7 +234,12 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
         how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force")}
         how["tp_processes"] = options.get("tp_processes") or 1
         directory = find_export(model_id, hub)
-        if directory is not None:
+        if directory is None and options.get("export") is False:
+            raise ValueError(
+                f"{model_id} is a checkpoint, not an export, and export=False was given: leave that out to export it "
+                f"on the fly, or run `optimum-cli export neuron -m {model_id} OUTPUT` and load OUTPUT."
+            )
+        if directory is not None and not options.get("export"):
             if options.get("verify"):
                 verify_checkpoint(directory)
             return cls._open(directory, load=True, **how, expected=chosen)
@@ -237,11 +249,23 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
 
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> None:
-        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", "force", "verify", "tp_processes", *export_options())
+        known = (
+            *_HUB_OPTIONS,
+            *_IGNORED_OPTIONS,
+            "eager",
+            "force",
+            "verify",
+            "export",
+            "tp_processes",
+            *export_options(),
+        )
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
-        for alias, name in _ALIASES.items():
-            if {alias, name} <= options.keys() and options[alias] != options[name]:
-                raise ValueError(f"{alias}={options[alias]!r} and {name}={options[name]!r} disagree: give one.")
+        for name in sorted(set(_ALIASES.values())):
+            given = {key: v for key, v in options.items() if name == _ALIASES.get(key, key) and v is not None}
+            values = {normalize_dtype(value, key) if name == "amp" else value for key, value in given.items()}
+            if len(values) > 1:
+                listed = " and ".join(f"{key}={value!r}" for key, value in given.items())
+                raise ValueError(f"{listed} disagree: give one.")
 
     @classmethod
     def _open(
@@ -341,6 +365,19 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             checkpoint_id=checkpoint_id,
             checkpoint_revision=checkpoint_revision,
         )
+
+
+def _generation_config(directory: Path, config: OPTConfig) -> GenerationConfig:
+    file = directory / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        logger.warning(f"{directory} has no {GENERATION_CONFIG_NAME}: generate() has the defaults of config.json.")
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}): correct it, or remove it for the defaults of config.json."
+        ) from error
 
 
 def export_options() -> tuple[str, ...]:

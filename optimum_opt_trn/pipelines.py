@@ -20,24 +20,6 @@ from .modeling_neuron_opt import NeuronOPTForCausalLM, export_options
 TASK = "text-generation"
 
 
-class OPTTextGenerationPipeline(TextGenerationPipeline):
-    """transformers' pipeline, with its default of 256 new tokens limited to the export's length."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._given_length = _gives_length(kwargs)
-        super().__init__(*args, **kwargs)
-
-    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
-        default = self.generation_config.max_new_tokens
-        if default is not None and not self._given_length and not _gives_length(generate_kwargs):
-            mask = model_inputs.get("attention_mask")
-            longest = model_inputs["input_ids"].shape[1] if mask is None else int(mask.sum(-1).max())
-            # At least 1, so that a prompt that leaves no room raises the error that explains it.
-            room = max(1, self.model.neuron_config.sequence_length - longest)
-            generate_kwargs["max_new_tokens"] = min(default, room)
-        return super()._forward(model_inputs, **generate_kwargs)
-
-
 def pipeline(
     task: str | None = None,
     model: str | Path | NeuronOPTForCausalLM | None = None,
@@ -128,7 +110,6 @@ def pipeline(
         )
     return transformers.pipeline(
         TASK,
-        pipeline_class=OPTTextGenerationPipeline,
         model=model,
         tokenizer=_batching(tokenizer, model),
         batch_size=batch_size,
@@ -158,22 +139,20 @@ def _load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBa
 
 
 def _batching(tokenizer: PreTrainedTokenizerBase, model: NeuronOPTForCausalLM) -> PreTrainedTokenizerBase:
-    """`tokenizer`, or a copy that can batch: with a pad token, and padding on the left."""
-    if tokenizer.pad_token is not None and tokenizer.padding_side == "left":
+    """`tokenizer`, or a copy that can batch (with a pad token, padding on the left) and knows the longest prompt."""
+    limit = model.neuron_config.sequence_length
+    if tokenizer.pad_token is not None and tokenizer.padding_side == "left" and tokenizer.model_max_length <= limit:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     # Our model gives each row the same result on either side; transformers warns about the right one.
     tokenizer.padding_side = "left"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)  # which handle_long_generation="hole" reads
     if tokenizer.pad_token is None:
         pad = model.config.pad_token_id
         if pad is None or pad >= len(tokenizer):
             pad = tokenizer.eos_token_id
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return tokenizer
-
-
-def _gives_length(options: dict[str, Any]) -> bool:
-    return bool(options.keys() & {"max_new_tokens", "max_length", "generation_config"})
 
 
 def _call_options() -> set[str]:

@@ -15,7 +15,14 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..model.sampling import SamplingInputs
 from ..targets import StepResult
-from .arguments import check_options, inferred_mask, keep_in_room, unpack_prompts
+from .arguments import (
+    check_options,
+    inferred_mask,
+    is_default_length,
+    keep_in_room,
+    mark_default_length,
+    unpack_prompts,
+)
 from .batches import Batches
 from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
@@ -121,7 +128,11 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
             # Before anything that may raise in only one of several processes.
             self.runtime.begin(input_ids, *([] if mask is None else [mask]))
             inferred = inferred_mask(input_ids, asked) if mask is None else mask
-            check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+            mask_of_all = check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+            if is_default_length(generation_config, kwargs):
+                room = self.neuron_config.sequence_length - int(mask_of_all.sum(-1).max())
+                # At least 1, so that a prompt that leaves no room is refused by its own error.
+                kwargs["max_new_tokens"] = max(1, min(asked.max_new_tokens, room))
             batches = Batches(input_ids, asked, kwargs, self.neuron_config.batch_size)
             if len(batches) > 1:
                 return batches.run(super().generate, generation_config)
@@ -205,6 +216,14 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         return _SharedCriteria(super()._get_stopping_criteria(*args, **kwargs), self.runtime.decide)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        prepared, others = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        if self.generation_config.max_new_tokens is None:
+            mark_default_length(prepared, generation_config, kwargs)
+        return prepared, others
 
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""
