@@ -216,8 +216,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
 
         Raises:
             TypeError: for an unknown option, naming the nearest.
-            ValueError: if the model is not an OPT, or not an export with `export=False`; if an option does not suit it,
-                or differs from what the export was made with; DoesNotFitError if there is too little memory;
+            ValueError: if the model is not an OPT, or with `export=False` not an export; if an option does not suit
+                it, or differs from what the export was made with; DoesNotFitError if there is too little memory;
                 CheckpointError if files are missing or broken.
             OSError: if there is no such model.
         """

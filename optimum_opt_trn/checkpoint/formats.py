@@ -99,8 +99,8 @@ def _load(file: Path) -> object:
         if isinstance(error, pickle.UnpicklingError):
             # torch's own words advise to load it all the same.
             reason = (
-                "it holds more than tensors, which may be code and is not loaded: if you trust it, save its tensors as "
-                "safetensors"
+                "it holds more than tensors, which may be code and is not loaded: if you trust it, save the tensors "
+                "as safetensors"
             )
         raise ValueError(reason) from error
 

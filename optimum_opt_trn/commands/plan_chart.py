@@ -39,8 +39,8 @@ def draw(plan: Plan, model: str, file: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     figure.suptitle(
-        f"{_name(model)}: {setup.amp} weights, {setup.sequence_length} positions, {setup.tp_degree} ranks, "
-        f"{memory.instance.name}"
+        f"{_name(model)}: {setup.amp} weights, {setup.sequence_length} positions, "
+        f"{setup.tp_degree} rank{'' if setup.tp_degree == 1 else 's'}, {memory.instance.name}"
     )
 
     # The requested batch size, and the sizes on both sides of the limit.
