@@ -9,13 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from optimum.neuron.configuration_utils import NeuronConfig, register_neuron_config
-from optimum.neuron.version import __version__ as optimum_neuron_version
 from transformers import OPTConfig
 
 from .buckets import SHORTEST_SEQUENCE, check_buckets, default_cache_buckets, default_prompt_buckets
 from .dtypes import normalize_dtype, to_torch
 from .hardware import FAMILIES, equal_degrees
+from .host_framework import NeuronConfig, get_neuronxcc_version, optimum_neuron_version, register_neuron_config
 from .version import __version__
 
 
@@ -225,8 +224,6 @@ class OPTNeuronConfig(NeuronConfig):
 def _neuronxcc_version() -> str | None:
     """The compiler's version; None if the SDK is not installed."""
     try:
-        from optimum.neuron.utils.version_utils import get_neuronxcc_version
-
         return get_neuronxcc_version()
     except (ImportError, ModuleNotFoundError):
         return None

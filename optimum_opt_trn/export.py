@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -21,6 +20,7 @@ from .checkpoint.layout import CHECKPOINT_DIR
 from .checkpoint.source import CheckpointError
 from .checkpoint.write import one_writer, write_split
 from .configuration_opt import OPTNeuronConfig
+from .host_framework import NEURON_CONFIG_NAME
 from .planning.fit import check_fit
 from .targets import get_target
 from .targets.base import COMPILED_DIR

@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.neuron import NeuronModelForCausalLM
-from optimum.neuron.utils.system import get_available_cores, get_instance_name, get_neuron_major
-from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
+from transformers import GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
-from .checkpoint.config import check_opt, load_config
+from .checkpoint.config import check_opt, load_config, load_tokenizer
 from .configuration_opt import OPTNeuronConfig, reject_unknown
 from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
 from .hardware import FAMILIES
+from .host_framework import (
+    INSTALLED,
+    NEEDED_FOR_NEURON,
+    NeuronModelForCausalLM,
+    get_available_cores,
+    get_instance_name,
+    get_neuron_major,
+)
 from .module_methods import ModuleMethodsMixin
 from .planning.fit import check_fit
 from .targets import Runtime, get_target
@@ -92,8 +98,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
     def preprocessors(self) -> list[Any]:
         """The tokenizer that was exported with the model, if there was one."""
         try:
-            return [AutoTokenizer.from_pretrained(self.directory)]
-        except (OSError, ValueError, TypeError, ImportError):  # the last two for want of any of its files
+            return [load_tokenizer(self.directory)]
+        except ValueError:
             return []
 
     @classmethod
@@ -138,6 +144,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             # An unknown family is for OPTNeuronConfig to refuse.
             on_neuron = instance_type in FAMILIES and FAMILIES[instance_type].on_neuron
             tensor_parallel_size = get_available_cores() if on_neuron else 1
+            if tensor_parallel_size == 0 and not INSTALLED:
+                raise ValueError(f"instance_type={instance_type!r} needs {NEEDED_FOR_NEURON}.")
             if tensor_parallel_size == 0:
                 raise ValueError(
                     f"This host has no NeuronCores to count: give tensor_parallel_size for {instance_type}, for "

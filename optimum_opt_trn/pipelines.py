@@ -8,16 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation import GenerationMixin
 
-from .checkpoint.config import load_config
+from .checkpoint.config import load_config, load_tokenizer
 from .configuration_opt import reject_unknown
 from .export import find_export
+from .generation.transformers_versions import default_new_tokens
 from .modeling_neuron_opt import NeuronOPTForCausalLM, export_options
 
 
 TASK = "text-generation"
+
+
+class OPTTextGenerationPipeline(TextGenerationPipeline):
+    """transformers' pipeline, with its default of 256 new tokens limited to the export's length."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._given_length = _gives_length(kwargs)
+        super().__init__(*args, **kwargs)
+
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+        default = default_new_tokens(self)
+        if default is not None and not self._given_length and not _gives_length(generate_kwargs):
+            mask = model_inputs.get("attention_mask")
+            longest = model_inputs["input_ids"].shape[1] if mask is None else int(mask.sum(-1).max())
+            # At least 1, so that a prompt that leaves no room raises the error that explains it.
+            room = max(1, self.model.neuron_config.sequence_length - longest)
+            generate_kwargs["max_new_tokens"] = min(default, room)
+        return super()._forward(model_inputs, **generate_kwargs)
 
 
 def pipeline(
@@ -110,6 +129,7 @@ def pipeline(
         )
     return transformers.pipeline(
         TASK,
+        pipeline_class=OPTTextGenerationPipeline,
         model=model,
         tokenizer=_batching(tokenizer, model),
         batch_size=batch_size,
@@ -133,9 +153,9 @@ def _check_exported(model: str | Path, export: bool, hub: dict[str, Any]) -> Non
 
 def _load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (ImportError, OSError, TypeError, ValueError) as error:  # what transformers raises for missing files
-        raise ValueError(f"{source} holds no tokenizer that can be read ({error}): pass tokenizer=.") from error
+        return load_tokenizer(source, **options)
+    except ValueError as error:
+        raise ValueError(f"{error}: pass tokenizer=.") from error
 
 
 def _batching(tokenizer: PreTrainedTokenizerBase, model: NeuronOPTForCausalLM) -> PreTrainedTokenizerBase:
@@ -153,6 +173,10 @@ def _batching(tokenizer: PreTrainedTokenizerBase, model: NeuronOPTForCausalLM) -
             pad = tokenizer.eos_token_id
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return tokenizer
+
+
+def _gives_length(options: dict[str, Any]) -> bool:
+    return bool(options.keys() & {"max_new_tokens", "max_length", "generation_config"})
 
 
 def _call_options() -> set[str]:

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from requirements import needs_optimum_neuron
 from safetensors import safe_open
 from small_models import tiny_opt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -200,6 +201,7 @@ def test_fixture_tokenizer_is_opts(checkpoint):
     assert tokenizer("It")["input_ids"][0] == 2 and tokenizer.pad_token_id == 1
 
 
+@needs_optimum_neuron
 def test_validation_rehearsed_on_a_host_without_devices(tmp_path):
     """Every part but those that ask the devices; one that fails is told, and the others go on."""
     model = EXAMPLES / "models" / "opt-austen"

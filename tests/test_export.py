@@ -22,6 +22,7 @@ from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import WeightSource
 from optimum_opt_trn.checkpoint.write import one_writer
 from optimum_opt_trn.export import export_opt
+from optimum_opt_trn.host_framework import INSTALLED
 from optimum_opt_trn.targets.cpu import CPUTarget
 
 
@@ -60,7 +61,7 @@ def test_directory(with_tokenizer, tmp_path):
     tokenizer = {path.name for path in with_tokenizer.iterdir()} & {
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
     }
-    assert len(tokenizer) >= 4
+    assert len(tokenizer) >= 2
     own = {"config.json", "generation_config.json", "neuron_config.json", "checkpoint", "compiled"}
     assert {path.name for path in output.iterdir()} == own | tokenizer
     assert {path.name for path in (output / "checkpoint").iterdir()} == {
@@ -450,7 +451,8 @@ def test_options_that_do_not_fit_the_model(options, message, source, tmp_path):
 @pytest.mark.skipif(shutil.which("neuronx-cc") is not None, reason="the Neuron SDK is installed")
 @pytest.mark.parametrize("instance_type", ["trn1", "trn1n", "inf2", "trn2"])
 def test_neuron_without_the_sdk(instance_type, source, tmp_path):
-    with pytest.raises(RuntimeError, match=f"instance_type='{instance_type}': the Neuron SDK .* is not installed"):
+    missing = ": the Neuron SDK" if INSTALLED else " needs optimum-neuron 0.4.5, which"
+    with pytest.raises(RuntimeError, match=f"instance_type='{instance_type}'{missing} .*is not installed"):
         export_opt(source, tmp_path / "deep" / "out", neuron_config(instance_type=instance_type))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from requirements import needs_optimum_neuron
 from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoTokenizer, OPTForCausalLM
 
@@ -47,6 +48,7 @@ def text(result) -> str:
     return record["generated_text"]
 
 
+@needs_optimum_neuron
 def test_the_signature_is_optimum_neurons():
     """Read, not imported: that module needs the SDK."""
     import ast

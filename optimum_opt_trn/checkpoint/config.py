@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, OPTConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import CONFIG_NAME, logging
 
 from ..dtypes import to_torch
@@ -39,6 +46,22 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
     if not (Path(source) / CONFIG_NAME).is_file():
         raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or incomplete.")
     return check_opt(AutoConfig.from_pretrained(source), source)
+
+
+def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model `source`, a local directory or an id on the hub; `options` as in transformers.
+
+    Raises:
+        ValueError: if there is none that can be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # tokenizers raise many errors; without files it can be an ImportError
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{source} has no tokenizer that can be loaded ({cause})") from error
+    if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer
+        raise ValueError(f"{source} has no tokenizer that can be loaded (it has no files of one)")
+    return tokenizer
 
 
 def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
@@ -76,10 +99,9 @@ def save_companions(source: Path, config: OPTConfig, directory: Path, longest: i
         generation_config = GenerationConfig.from_model_config(config)
     generation_config.save_pretrained(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         if longest is not None:
             tokenizer.model_max_length = longest
         tokenizer.save_pretrained(directory)
-    except Exception as error:  # tokenizers raise many errors; without files it can be an ImportError
-        cause = str(error).strip().partition("\n")[0]
-        logger.warning(f"{source} has no tokenizer that can be loaded, so the copy has none ({cause}).")
+    except ValueError as error:
+        logger.warning(f"{error}, so the copy has none.")

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from optimum.neuron.configuration_utils import NEURON_CONFIG_NAME
 from transformers import OPTConfig
 
+from ..host_framework import NEURON_CONFIG_NAME
 from .layout import CHECKPOINT_DIR
 from .source import CheckpointError, WeightSource, open_directory, open_files
 from .verify import find_problems

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +212,14 @@ class OPTForSampling:
         else:
             options.update(do_sample=True, top_k=top_k, top_p=1.0, temperature=1.0, min_length=sequence_length)
         first_eos = eos[0] if isinstance(eos, (list, tuple)) else eos
-        return model.generate(
-            input_ids.long(),
-            attention_mask=mask,
-            generation_config=transformers.GenerationConfig(),
-            use_model_defaults=False,  # the old loop did not read generation_config.json
-            pad_token_id=self.config.pad_token_id if first_eos is None else first_eos,
-            streamer=None if streamer is None else _NewTokens(streamer),
-            **options,
-        )
+        with without_generation_config(model):
+            return model.generate(
+                input_ids.long(),
+                attention_mask=mask,
+                pad_token_id=self.config.pad_token_id if first_eos is None else first_eos,
+                streamer=None if streamer is None else _NewTokens(streamer),
+                **options,
+            )
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, cache_ids: Tensor | None = None, start_ids: Tensor | None = None) -> Tensor:
@@ -271,6 +272,17 @@ class _NewTokens(BaseStreamer):
 
     def end(self) -> None:
         self._streamer.end()
+
+
+@contextmanager
+def without_generation_config(model: NeuronOPTForCausalLM) -> Iterator[None]:
+    """Hides generation_config.json, of which the old loop knew nothing."""
+    with model.engine.lock:
+        kept, model.generation_config = model.generation_config, transformers.GenerationConfig()
+        try:
+            yield
+        finally:
+            model.generation_config = kept
 
 
 def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import save_pretrained_split as _save_split
 from ..dtypes import normalize_dtype
-from .opt_for_sampling import OPTForSampling
+from .opt_for_sampling import OPTForSampling, without_generation_config
 from .options import GenerationConfig, NeuronConfig
 
 
@@ -100,8 +100,9 @@ class HuggingFaceGenerationModelAdapter:
         **kwargs: Any,
     ) -> Any:
         """As `NeuronOPTForCausalLM.generate`, with the defaults of `config`, as in the old library."""
-        kwargs.setdefault("use_model_defaults", False)
-        return self.model._loaded().generate(inputs, generation_config or self.generation_config, **kwargs)
+        model = self.model._loaded()
+        with without_generation_config(model):
+            return model.generate(inputs, generation_config or self.generation_config, **kwargs)
 
     def reset_generation(self) -> None:
         """Does nothing: each `generate` starts with an empty cache."""

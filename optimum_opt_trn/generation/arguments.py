@@ -17,8 +17,6 @@ from .inputs import as_tensor
 
 # Arguments with ids of tokens, or a mask of them.
 _OF_TOKENS = ("input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
-_LENGTHS = {"max_new_tokens", "max_length"}
-_DEFAULT_LENGTH = "_default_length"  # attribute of a GenerationConfig
 # Counts that are at least 1.
 _COUNTS = ("num_beams", "num_return_sequences", "prefill_chunk_size")
 
@@ -86,28 +84,6 @@ def inferred_mask(input_ids: Tensor, asked: GenerationConfig) -> Tensor | None:
             "tokens are the prompt."
         )
     return mask
-
-
-def mark_default_length(prepared: GenerationConfig, given: GenerationConfig | None, kwargs: Mapping[str, Any]) -> None:
-    """Notes in `prepared` that its `max_new_tokens` is the default of transformers' pipelines, which asks for nothing.
-
-    Args:
-        prepared: the options, for a pipeline that is being made or for a call.
-        given: the options that `prepared` was made from.
-        kwargs: the options that a user gave.
-    """
-    if given is None or _LENGTHS & kwargs.keys():
-        return
-    from transformers import TextGenerationPipeline  # here, since it imports much
-
-    if given is TextGenerationPipeline._default_generation_config:
-        setattr(prepared, _DEFAULT_LENGTH, True)
-
-
-def is_default_length(given: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call has no other length than the default of transformers' pipelines. Arguments: those of the call."""
-    by_default = getattr(given, _DEFAULT_LENGTH, False) and given is not None and given.max_new_tokens is not None
-    return by_default and not _LENGTHS & kwargs.keys()
 
 
 def keep_in_room(generator: Any, columns: int, assistant_columns: int | None) -> Any:

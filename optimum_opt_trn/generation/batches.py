@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 
+from .transformers_versions import CACHE
+
 
 # Arguments of generate() with a row for each prompt.
 _PER_PROMPT = ("attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
@@ -51,7 +53,7 @@ class Batches:
         self.starts = range(0, units, size)
         if len(self.starts) < 2:
             return
-        for name in ("streamer", "past_key_values"):
+        for name in ("streamer", CACHE):
             if arguments.get(name) is not None:
                 raise ValueError(
                     f"{name} is for one batch, and {units * together} rows do not fit the batch_size={batch_size} "

@@ -15,6 +15,7 @@ from transformers import Cache
 from transformers.utils import logging
 
 from .engine import Engine
+from .transformers_versions import columns_after_crop
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,8 @@ class SlotCache(Cache):
 
     is_compileable = False
     is_sliding = [False]
+    is_linear = [False]
+    is_croppable = True
 
     def __init__(self, engine: Engine, rows: int):
         super().__init__(layers=[])
@@ -86,6 +89,13 @@ class SlotCache(Cache):
         """Columns of `input_ids` that need not be passed again, padding included as in transformers."""
         return self._columns.shape[1]
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Tokens that a slot holds; transformers 5's name."""
+        return self.engine.sequence_length
+
+    def activate_past_recording(self) -> None:
+        """Does nothing: every column can be forgotten again."""
+
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """Tokens that a slot holds."""
         return self.engine.sequence_length
@@ -104,11 +114,10 @@ class SlotCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Forgets all columns but the first `max_length`; if that is negative, so many of the last."""
-        width = self.get_seq_length()
-        self.keep(self._columns[:, : max_length if max_length >= 0 else max(width + max_length, 0)])
+        self.keep(self._columns[:, : columns_after_crop(self.get_seq_length(), max_length)])
 
     def reset(self) -> None:
-        self.crop(0)
+        self.keep(self._columns[:, :0])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on as row `beam_idx[i]`; integers `(rows,)`."""

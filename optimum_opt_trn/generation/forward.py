@@ -17,6 +17,7 @@ from ..targets import Runtime
 from .cache import SlotCache, own_cache
 from .engine import Engine
 from .inputs import check_inputs, check_labels, check_positions, pack, unpack
+from .transformers_versions import CACHE
 
 
 class OPTForwardMixin:
@@ -52,6 +53,7 @@ class OPTForwardMixin:
         output_hidden_states: bool | None = None,
         inputs_embeds: Tensor | None = None,
         head_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...] | Tensor:
         """Logits of new tokens, and the cache that holds them.
 
@@ -68,6 +70,7 @@ class OPTForwardMixin:
             position_ids: `(rows, width)`; only checked, since the mask determines positions.
             cache_position: `(width,)`; only checked.
             logits_to_keep: 0 for the logits of every column; n for those of each row's last n tokens.
+            cache: transformers 5's name of `past_key_values`.
             return_dict: whether to return a ModelOutput, by default yes; otherwise a tuple.
 
         Returns:
@@ -95,14 +98,15 @@ class OPTForwardMixin:
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
         size = self.neuron_config.batch_size
-        in_batches = len(input_ids) > size and past_key_values is None
+        past = past_key_values if cache is None else cache
+        in_batches = len(input_ids) > size and past is None
         if in_batches and use_cache:
             raise ValueError(
                 f"{len(input_ids)} rows do not fit the batch_size={size} that the model was exported for, and no more "
                 f"are cached at once: pass at most {size} rows, or leave use_cache=True out to run all in batches."
             )
         with self.engine.lock:
-            cache = own_cache(past_key_values, self.engine, len(input_ids))
+            cache = own_cache(past, self.engine, len(input_ids))
             columns = cache.columns
             mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
             if attention_mask is not None:
@@ -126,8 +130,8 @@ class OPTForwardMixin:
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size)
-        past = None if use_cache is False or in_batches else cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+        returned = None if use_cache is False or in_batches else cache
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: returned})
         return output.to_tuple() if return_dict is False else output
 
     def forward_slots(

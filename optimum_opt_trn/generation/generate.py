@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
@@ -18,9 +18,7 @@ from ..targets import StepResult
 from .arguments import (
     check_options,
     inferred_mask,
-    is_default_length,
     keep_in_room,
-    mark_default_length,
     unpack_prompts,
 )
 from .batches import Batches
@@ -28,6 +26,17 @@ from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
 from .inputs import check_inputs
 from .samplers import make_sampler
+from .transformers_versions import (
+    ARGUMENTS,
+    CACHE,
+    VersionedGenerationMixin,
+    is_default_length,
+    length_is_default,
+    mark_default_length,
+    prepare_options,
+    restore_mask,
+    settle_arguments,
+)
 
 
 # Options of GenerationConfig that no export serves, and why. The others do what they do in transformers.
@@ -36,15 +45,19 @@ REFUSED_OPTIONS = {
     "output_hidden_states": "compiled graphs take tokens and return logits",
     "cache_implementation": "the cache is on the device, of a fixed size; 'dynamic' and 'dynamic_full' are accepted",
     "cache_config": "the cache is on the device, of a fixed size",
+    "max_cache_len": "the cache is on the device, of a fixed size",
     "return_legacy_cache": "keys and values are on the device",
     "compile_config": "graphs were compiled by the export",
     "assistant_early_exit": "a compiled layer cannot be left out: pass an assistant_model",
-    "penalty_alpha": "contrastive search is code from the hub in transformers 4.57, made for its own models",
-    "dola_layers": "DoLa is code from the hub in transformers 4.57, made for its own models",
-    "diversity_penalty": "group beam search is code from the hub in transformers 4.57, made for its own models",
-    "num_beam_groups": "group beam search is code from the hub in transformers 4.57, made for its own models",
-    "constraints": "constrained beam search is code from the hub in transformers 4.57, made for its own models",
-    "force_words_ids": "constrained beam search is code from the hub in transformers 4.57, made for its own models",
+    "use_mtp": "an OPT has no layers that predict several tokens: pass an assistant_model",
+    "speculation_type": "assistants of that kind read the model's hidden states: pass an assistant_model",
+    "continuous_batching_config": "it is for transformers' own models",
+    "penalty_alpha": "contrastive search is code from the hub in transformers, made for its own models",
+    "dola_layers": "DoLa is code from the hub in transformers, made for its own models",
+    "diversity_penalty": "group beam search is code from the hub in transformers, made for its own models",
+    "num_beam_groups": "group beam search is code from the hub in transformers, made for its own models",
+    "constraints": "constrained beam search is code from the hub in transformers, made for its own models",
+    "force_words_ids": "constrained beam search is code from the hub in transformers, made for its own models",
 }
 # Values of them that change nothing.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -65,17 +78,12 @@ REFUSED_ARGUMENTS = {
     "seq_ids": "generate() counts slots itself",
     "sampling_params": "they follow from the options",
 }
-# Arguments of generate() that are neither options nor arguments of forward().
-_ARGUMENTS = (
-    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model"),
-    *("streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "use_model_defaults", "custom_generate"),
-)
 
 # What transformers' loops take out of the arguments that go to forward().
 _FORWARDED = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
 
 
-class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
+class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
     """`generate()` on an engine; the result of a row does not depend on the other rows.
 
     transformers' own loops run on `forward()`. Greedy search and sampling run in the engine's loop, with the tokens
@@ -111,14 +119,14 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
             TypeError: for an unknown option, naming the nearest; for text instead of token ids.
             NotImplementedError: for what no export serves, by its name; see `REFUSED_OPTIONS`.
         """
-        inputs, kwargs = unpack_prompts(inputs, {**kwargs, **dict(zip(_ARGUMENTS, args, strict=False))})
+        inputs, kwargs = unpack_prompts(inputs, {**kwargs, **dict(zip(ARGUMENTS, args, strict=False))})
+        settle_arguments(generation_config, kwargs)
         for name, reason in REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
-        options = {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
-        asked, others = self._prepare_generation_config(generation_config, kwargs.get("use_model_defaults"), **options)
+        asked, others = prepare_options(self, generation_config, kwargs)
         if kwargs.get("custom_generate") is None:  # which has arguments of its own
-            check_options(asked, others, {*_ARGUMENTS, *_FORWARDED, *inspect.signature(self.forward).parameters})
+            check_options(asked, others, {*ARGUMENTS, *_FORWARDED, *inspect.signature(self.forward).parameters})
         _refuse(asked)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:  # then it begins with bos_token_id
@@ -153,7 +161,6 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: SlotCache | None = None,
         use_cache: bool = True,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -163,7 +170,8 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
         sampler = make_sampler(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(rows, dtype=torch.bool)
-        cache = SlotCache(self.engine, rows) if past_key_values is None else past_key_values
+        given: SlotCache | None = model_kwargs.get(CACHE)
+        cache = SlotCache(self.engine, rows) if given is None else given
         # The last step of the prompt has the last token of every row (again, if it is in the cache): its logits are
         # wanted.
         end = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
@@ -192,7 +200,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
             sequences=input_ids,
             scores=sampler.scores,
             logits=sampler.raw_logits,
-            past_key_values=cache if use_cache else None,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _encode_chunks(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
@@ -208,7 +216,8 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
-        padding = int((kwargs["model_kwargs"]["attention_mask"] == 0).sum())  # of the one row that it has
+        mask = kwargs["model_kwargs"].get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())  # of the one row that it has
         assistant, assistant_columns = kwargs.get("assistant_model"), None
         if isinstance(assistant, OPTGenerationMixin) and kwargs.get("assistant_tokenizer") is None:
             assistant_columns = assistant.neuron_config.sequence_length + padding
@@ -227,11 +236,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""
-        by_default = (
-            kwargs["has_default_max_length"]
-            and generation_config.max_new_tokens is None
-            and generation_config.max_length == GenerationConfig().max_length
-        )
+        by_default = length_is_default(generation_config, kwargs["has_default_max_length"])
         prepared = super()._prepare_generated_length(generation_config, **kwargs)
         if by_default:
             prepared.max_length = min(prepared.max_length, self.neuron_config.sequence_length)
@@ -249,6 +254,7 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
 
         Nothing is forgotten yet: options that transformers looks at later may still be refused.
         """
+        restore_mask(generation_config, model_kwargs, batch_size)
         mask = model_kwargs["attention_mask"]
         width, longest, limit = mask.shape[1], int(mask.sum(-1).max()), self.neuron_config.sequence_length
         added = (generation_config.max_length or 0) - width
@@ -263,11 +269,12 @@ class OPTGenerationMixin(OPTForwardMixin, GenerationMixin):
                 f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
                 "sequence_length."
             )
-        past = model_kwargs.pop("past_key_values", None)
-        if past is not None:
+        past = model_kwargs.pop(CACHE, None)
+        # transformers 5 looks at the cache of assisted generation before the model is called.
+        if past is not None or generation_mode == GenerationMode.ASSISTED_GENERATION:
             cache = own_cache(past, self.engine, len(mask))
             cache.remasked(mask)
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
 
 
 class _SharedCriteria(StoppingCriteriaList):

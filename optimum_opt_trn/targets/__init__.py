@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..configuration_opt import OPTNeuronConfig
+from ..host_framework import INSTALLED, NEEDED_FOR_NEURON, is_neuronx_available
 from .base import Runtime, Step, StepResult, Target, TargetError
 
 
@@ -28,8 +29,8 @@ def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1) -> Target:
             f"tp_processes={tp_processes}: with instance_type={neuron_config.instance_type!r} one process drives all "
             "NeuronCores of a model; leave it out."
         )
-    from optimum.neuron.utils.import_utils import is_neuronx_available
-
+    if not INSTALLED:
+        raise TargetError(f"instance_type={neuron_config.instance_type!r} needs {NEEDED_FOR_NEURON}.")
     if not is_neuronx_available():
         raise TargetError(
             f"instance_type={neuron_config.instance_type!r}: the Neuron SDK (torch-neuronx) is not installed here. "

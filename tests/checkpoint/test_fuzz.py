@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small_models import tiny_config, tiny_opt
+from small_models import save_as_pytorch, tiny_config, tiny_opt
 
 from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import load_weights
@@ -70,7 +70,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
         (root / form).mkdir()
     save_file(state, root / "safetensors" / "model.safetensors", metadata={"format": "pt"})
     model.save_pretrained(root / "sharded", max_shard_size="2KB")
-    model.save_pretrained(root / "sharded bin", max_shard_size="2KB", safe_serialization=False)
+    save_as_pytorch(model, root / "sharded bin", 2_000)
     torch.save(state, root / "bin" / "pytorch_model.bin")
     torch.save(state, root / "old bin" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     old_split(root / "old split", state)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError
-from small_models import SHIPPED_MODEL, tiny_opt
+from requirements import needs_lfs_uploads
+from small_models import SHIPPED_MODEL, save_as_pytorch, tiny_opt
 from transformers import AutoTokenizer
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split
@@ -83,7 +84,7 @@ def test_from_the_hub_file_by_file(source, split, tmp_path):
     names = sorted(file.name for file in source.glob("*.safetensors"))
     assert len(names) > 3
     (tmp_path / "bin").mkdir()
-    tiny_opt(num_hidden_layers=4).save_pretrained(tmp_path / "bin", max_shard_size="150KB", safe_serialization=False)
+    save_as_pytorch(tiny_opt(num_hidden_layers=4), tmp_path / "bin", 150_000)
     tiny_opt(num_hidden_layers=4).save_pretrained(tmp_path / "single")
     home = tmp_path / "home"
     with HubServer() as hub:
@@ -133,6 +134,7 @@ def test_from_the_hub_file_by_file(source, split, tmp_path):
     assert ids[0] == ids[1]
 
 
+@needs_lfs_uploads
 def test_publishing(hub, split, tmp_path):
     export = export_opt(split, tmp_path / "export", OPTNeuronConfig(sequence_length=64), eager=True)
     (export / ".hidden").write_text("left over")
@@ -160,6 +162,7 @@ def test_publishing(hub, split, tmp_path):
     assert weights_of(tmp_path / "copy") == weights_of(split)
 
 
+@needs_lfs_uploads
 def test_an_upload_that_broke_off_goes_on(hub, split):
     """Files that the hub has are not sent again, and no commit has only a part of them."""
     sizes = {file.name: file.stat().st_size for file in split.glob("*.safetensors")}

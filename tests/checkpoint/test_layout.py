@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import KINDS, tiny_config
+from small_models import KINDS, no_init_weights, tiny_config
 from transformers import OPTConfig, OPTForCausalLM
-from transformers.modeling_utils import no_init_weights
 
 from optimum_opt_trn.checkpoint.layout import (
     INDEX_NAME,

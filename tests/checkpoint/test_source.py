@@ -8,8 +8,8 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import KINDS, tiny_config, tiny_opt
-from transformers import OPTForCausalLM
+from small_models import KINDS, save_as_pytorch, tiny_config, tiny_opt
+from transformers import OPTForCausalLM, OPTModel
 
 from optimum_opt_trn import CheckpointError
 from optimum_opt_trn.checkpoint import source as source_module
@@ -20,10 +20,10 @@ from optimum_opt_trn.dtypes import to_torch
 
 
 FORMS = {
-    "safetensors": {},
-    "sharded safetensors": {"max_shard_size": "60KB"},
-    "pytorch": {"safe_serialization": False},
-    "sharded pytorch": {"safe_serialization": False, "max_shard_size": "60KB"},
+    "safetensors": lambda model, path: model.save_pretrained(path),
+    "sharded safetensors": lambda model, path: model.save_pretrained(path, max_shard_size="60KB"),
+    "pytorch": lambda model, path: save_as_pytorch(model, path),
+    "sharded pytorch": lambda model, path: save_as_pytorch(model, path, 60_000),
 }
 FC1 = "model.decoder.layers.0.fc1.weight"
 
@@ -42,7 +42,7 @@ def assert_same_tensors(source: WeightSource, model: OPTForCausalLM) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_directory_in_every_format(form, kind, tmp_path):
     model = tiny_opt(**KINDS[kind])
-    model.save_pretrained(tmp_path, **FORMS[form])
+    FORMS[form](model, tmp_path)
     weights = [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]
     assert (len(weights) > 1) == ("sharded" in form)
     assert_same_tensors(open_directory(tmp_path, model.config), model)
@@ -121,8 +121,8 @@ def test_every_format_of_the_source_gives_the_same_files(tmp_path):
     """Byte for byte from every source: in each format, with and without the prefix and a tied head."""
     model = tiny_opt(num_hidden_layers=3)
     sources = {form: tmp_path / form for form in (*FORMS, "old split", "without prefix", "tied head")}
-    for form, options in FORMS.items():
-        model.save_pretrained(sources[form], **options)
+    for form, save in FORMS.items():
+        save(model, sources[form])
     save_old_split(model, sources["old split"])
     model.model.save_pretrained(sources["without prefix"])
     sources["tied head"].mkdir()
@@ -141,7 +141,7 @@ def test_every_format_of_the_source_gives_the_same_files(tmp_path):
 def test_names_without_the_prefix(suffix, tmp_path):
     """Checkpoints of OPTModel, such as the first ones on the hub."""
     model = tiny_opt()
-    model.model.save_pretrained(tmp_path, safe_serialization=suffix == "safetensors")
+    (OPTModel.save_pretrained if suffix == "safetensors" else save_as_pytorch)(model.model, tmp_path)
     assert_same_tensors(open_directory(tmp_path, model.config), model)
 
 
@@ -162,9 +162,8 @@ def test_pytorch_files_of_the_time_before_zip(tmp_path):
 
 def test_safetensors_are_preferred(tmp_path):
     model, other = tiny_opt(), tiny_opt(seed=1)
-    other.save_pretrained(tmp_path, safe_serialization=False)
     model.save_pretrained(tmp_path)
-    other.save_pretrained(tmp_path / "other", safe_serialization=False)
+    save_as_pytorch(other, tmp_path / "other")
     shutil.copy(tmp_path / "other" / "pytorch_model.bin", tmp_path)
     assert_same_tensors(open_directory(tmp_path, model.config), model)
 
@@ -239,7 +238,7 @@ def test_files_that_are_no_checkpoints(name, content, tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_files(form, share, tmp_path):
     model = tiny_opt()
-    model.save_pretrained(tmp_path, **FORMS[form])
+    FORMS[form](model, tmp_path)
     last = sorted([*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")])[-1]
     content = last.read_bytes()
     last.write_bytes(content[: int(len(content) * share)])
@@ -280,7 +279,7 @@ def test_tensors_that_are_not_plain(tensor, tmp_path):
 
 def test_an_archive_that_was_compressed(tmp_path):
     """Mapped, it would give other values."""
-    tiny_opt().save_pretrained(tmp_path, safe_serialization=False)
+    save_as_pytorch(tiny_opt(), tmp_path)
     file = tmp_path / "pytorch_model.bin"
     with zipfile.ZipFile(file) as archive:
         records = [(record.filename, archive.read(record)) for record in archive.infolist()]
@@ -294,7 +293,7 @@ def test_an_archive_that_was_compressed(tmp_path):
 @pytest.mark.parametrize(("mark", "offset", "value"), [(b"PK\x01\x02", 0, 0), (b"PK\x06\x07", 4, 1)])
 def test_archives_that_fuzzing_found(mark, offset, value, tmp_path):
     """A signature and a number for which zipfile raises an error of its own type."""
-    tiny_opt().save_pretrained(tmp_path, safe_serialization=False)
+    save_as_pytorch(tiny_opt(), tmp_path)
     file = tmp_path / "pytorch_model.bin"
     content = bytearray(file.read_bytes())
     content[content.index(mark) + offset] = value
@@ -338,7 +337,7 @@ def test_plain_pickle_is_not_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["sharded safetensors", "sharded pytorch"])
 def test_missing_shard(form, tmp_path):
-    tiny_opt().save_pretrained(tmp_path, **FORMS[form])
+    FORMS[form](tiny_opt(), tmp_path)
     shard = sorted([*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")])[1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"lacks {shard.name}, which its .*index.json names"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from small_models import KINDS, SHIPPED_MODEL, rounded, tiny_config, tiny_opt
+from small_models import KINDS, SHIPPED_MODEL, rounded, save_as_pytorch, tiny_config, tiny_opt
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -85,18 +85,18 @@ def test_loaded_model(kind, amp, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form",
+    "save",
     [
-        {},
-        {"max_shard_size": "60KB"},
-        {"safe_serialization": False},
-        {"safe_serialization": False, "max_shard_size": "60KB"},
+        lambda model, path: model.save_pretrained(path),
+        lambda model, path: model.save_pretrained(path, max_shard_size="60KB"),
+        lambda model, path: save_as_pytorch(model, path),
+        lambda model, path: save_as_pytorch(model, path, 60_000),
     ],
-    ids=str,
+    ids=["safetensors", "sharded safetensors", "pytorch", "sharded pytorch"],
 )
-def test_directory_in_every_form(form, tmp_path):
+def test_directory_in_every_form(save, tmp_path):
     model = tiny_opt(**KINDS["post_norm"])
-    model.save_pretrained(tmp_path / "source", **form)
+    save(model, tmp_path / "source")
     assert_is_split_of(save_pretrained_split(str(tmp_path / "source"), tmp_path / "split"), model, "f16")
 
 

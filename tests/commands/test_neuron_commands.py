@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from optimum.commands import optimum_cli
+from requirements import needs_optimum_neuron
 from small_models import tiny_opt
 
 from optimum_opt_trn.checkpoint import verify_checkpoint
@@ -37,6 +38,7 @@ def installed(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@needs_optimum_neuron
 def test_commands_are_added_to_those_of_optimum_neuron():
     result = installed("")
     assert result.returncode == 0, result.stderr

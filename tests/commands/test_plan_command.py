@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from requirements import needs_optimum_neuron
 from small_models import tiny_config
 from transformers import OPTConfig
 
@@ -34,6 +35,7 @@ def plan(monkeypatch, capsys):
     return call
 
 
+@needs_optimum_neuron
 def test_optimum_cli_has_it_among_its_own_subcommands(opt_13b):
     code = (
         "import sys; from optimum.commands.neuron.base import NeuronCommand\n"

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from requirements import needs_optimum_neuron
 from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig, pipeline
 
+
+pytestmark = needs_optimum_neuron
 
 SUPPORT = Path(__file__).parents[1] / "support"
 OURS_FIRST = "import optimum_opt_trn\nfrom optimum.neuron import NeuronModelForCausalLM\n"

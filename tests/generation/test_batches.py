@@ -10,6 +10,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from optimum_opt_trn.generation.batches import Batches
+from optimum_opt_trn.generation.transformers_versions import CACHE
 
 
 def batches(prompts: int, batch_size: int, arguments: dict | None = None, **options) -> Batches:
@@ -47,7 +48,7 @@ def test_rows_of_a_prompt_must_fit(options, message):
         batches(1, 4, **options)
 
 
-@pytest.mark.parametrize("name", ["streamer", "past_key_values"])
+@pytest.mark.parametrize("name", ["streamer", CACHE])
 def test_what_cannot_be_cut(name):
     batches(4, 4, {name: TextStreamer})
     with pytest.raises(ValueError, match=f"{name} is for one batch, and 5 rows.*batch_size=4"):

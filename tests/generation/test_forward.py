@@ -87,8 +87,8 @@ def test_a_conversation_as_transformers_has_it():
         past, theirs_past = out.past_key_values, theirs.past_key_values
         close(out.logits[:, -1], theirs.logits[:, -1])
         assert past.get_seq_length() == theirs_past.get_seq_length()
-    past.crop(4)
-    theirs_past.crop(4)
+    past.crop(4 - past.get_seq_length())
+    theirs_past.crop(4 - theirs_past.get_seq_length())
     again = torch.full((3, 2), 9)
     with torch.no_grad():
         theirs = reference(again, attention_mask=mask[:, :6], past_key_values=theirs_past).logits
@@ -132,7 +132,7 @@ def test_a_refused_call_forgets_nothing(case):
     close(logits[0], alone(reference, [5, 6, 7, 9, 10])[3:])
     close(logits[1], alone(reference, [11, 12, 13, 14, 9, 10])[4:])
     # And the call as it should have been.
-    past.crop(4)
+    past.crop(-2)
     logits = ours(**new, attention_mask=shrunk, position_ids=torch.tensor([[2, 3], [3, 4]])).logits
     close(logits[0], alone(reference, [5, 6, 9, 10])[2:])
     close(logits[1], alone(reference, [11, 12, 13, 9, 10])[3:])

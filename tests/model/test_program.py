@@ -14,6 +14,7 @@ from transformers import DynamicCache, OPTForCausalLM
 
 from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import ModelWeights, load_weights
+from optimum_opt_trn.generation.transformers_versions import CACHE
 from optimum_opt_trn.model.attention import LayerCache, StaticAttention, allocate_cache
 from optimum_opt_trn.model.parallel import RankGroup
 from optimum_opt_trn.model.program import OPTRankProgram, last_token
@@ -98,7 +99,8 @@ def reference_layer(model: OPTForCausalLM, hidden: Tensor, past: DynamicCache | 
     n = hidden.shape[1]
     mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]
     with torch.no_grad():
-        return model.model.decoder.layers[0](hidden, attention_mask=mask, past_key_values=past)[0]
+        result = model.model.decoder.layers[0](hidden, attention_mask=mask, **{CACHE: past})
+    return result if isinstance(result, Tensor) else result[0]  # a tuple in transformers 4.57
 
 
 def test_embed(ours):

@@ -103,6 +103,8 @@ def assert_possible(reference: GenerationMixin, sequences: Tensor, options: dict
         **kwargs: Any,
     ) -> Tensor:
         attention_mask = kwargs["attention_mask"]
+        if attention_mask is None:  # transformers 5 leaves out a mask of ones
+            attention_mask = torch.ones_like(input_ids)
         assert torch.equal(sequences[:, : input_ids.shape[1]], input_ids)
         unfinished = torch.ones(len(sequences), dtype=torch.bool)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)

@@ -2,6 +2,9 @@
 
 python tests/support/generation_table.py          # prints them
 python tests/support/generation_table.py --write  # puts them into docs/generation.md
+
+The table of options has a column for each version of transformers. Only the installed one is run; what the page says
+of the others stays.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from against_transformers import assert_possible, assert_same, generate, pair, ragged
 from small_models import SHIPPED_MODEL, rounded, tiny_opt
 from torch import Tensor
@@ -25,6 +29,10 @@ from transformers.generation import CompileConfig, WatermarkingConfig
 from optimum_opt_trn import NeuronOPTForCausalLM
 from optimum_opt_trn.generation.generate import REFUSED_ARGUMENTS, REFUSED_OPTIONS
 
+
+# The versions that the table has, and the one that is run.
+VERSIONS = ("4.57", "5.24")
+VERSION = ".".join(transformers.__version__.split(".")[:2])
 
 PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
 BEGIN, END = "<!-- {} of tests/support/generation_table.py -->\n", "<!-- end -->\n"
@@ -50,15 +58,18 @@ ASKED: dict[str, dict[str, Any]] = {
     "stop_strings": {"stop_strings": ["e"], **TEXT},
     "do_sample": SAMPLE,
     "num_beams": BEAMS,
+    "use_mtp": {"use_mtp": True},
     "use_cache": {"use_cache": False},
     "cache_implementation": {"cache_implementation": "static"},
     "cache_config": {"cache_config": {"max_cache_len": 30}},
+    "max_cache_len": {"max_cache_len": 30},
     "return_legacy_cache": {"return_legacy_cache": True},
     "prefill_chunk_size": {"prefill_chunk_size": 2, "prompts": [6]},
     "temperature": {"temperature": 0.5, **SAMPLE},
     "top_k": {"top_k": 4, **SAMPLE},
     "top_p": {"top_p": 0.6, **SAMPLE},
     "min_p": {"min_p": 0.2, **SAMPLE},
+    "top_h": {"top_h": 0.4, **SAMPLE},
     "typical_p": {"typical_p": 0.4, **SAMPLE},
     "epsilon_cutoff": {"epsilon_cutoff": 0.03, **SAMPLE},
     "eta_cutoff": {"eta_cutoff": 0.05, **SAMPLE},
@@ -98,9 +109,18 @@ ASKED: dict[str, dict[str, Any]] = {
     "assistant_early_exit": {"assistant_early_exit": 1},
     "assistant_lookbehind": {"assistant_lookbehind": 4, **OTHER_WORDS},
     "target_lookbehind": {"target_lookbehind": 4, **OTHER_WORDS},
+    # The tokens depend on how many are drafted at once.
+    "assistant_ensemble_weight": {
+        "assistant_ensemble_weight": 0.5,
+        "num_assistant_tokens": 3,
+        "num_assistant_tokens_schedule": "constant",
+        **ASSISTED,
+    },
+    "speculation_type": {"speculation_type": "dflash", **ASSISTED},
     "compile_config": {"compile_config": CompileConfig()},
     "disable_compile": {"disable_compile": True},
     "low_memory": {"low_memory": True},
+    "continuous_batching_config": {"continuous_batching_config": {"block_size": 8}},
     "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
     "dola_layers": {"dola_layers": "high"},
     "diversity_penalty": {"diversity_penalty": 0.5, "num_beams": 2, "num_beam_groups": 2},
@@ -108,6 +128,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "constraints": {"constraints": ["anything"], **BEAMS},
     "force_words_ids": {"force_words_ids": [[5]], **BEAMS},
 }
+
+
+# Not an option of this version.
+ABSENT = "—"
 
 
 def options() -> list[str]:
@@ -126,6 +150,8 @@ def _shipped() -> tuple[NeuronOPTForCausalLM, OPTForCausalLM, PreTrainedTokenize
 
 def compare(name: str) -> str:
     """`same` or `refused`; AssertionError, or whatever else was raised, for anything else."""
+    if name not in options():
+        return ABSENT
     asked = dict(ASKED[name])
     ours, reference = pair("pre_norm", 1, 9)
     call: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": ENDS, "pad_token_id": 1}
@@ -163,11 +189,15 @@ def compare(name: str) -> str:
 
 def table() -> str:
     """The table, in Markdown."""
-    lines = ["| option | result |", "|---|---|"]
-    for name in options():
+    rows = committed("table").splitlines()[2:]
+    before = dict(row.strip("| ").split(" | ", 1) for row in rows)
+    lines = [f"| option | {' | '.join(VERSIONS)} |", f"|---|{'---|' * len(VERSIONS)}"]
+    for name in ASKED:
+        results = dict(zip(VERSIONS, before.get(f"`{name}`", "").split(" | "), strict=False))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lines.append(f"| `{name}` | {compare(name)} |")
+            results[VERSION] = compare(name)
+        lines.append(f"| `{name}` | {' | '.join(results.get(version) or ABSENT for version in VERSIONS)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -107,6 +107,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if repo and commit:
                 names = [{"rfilename": name} for name in repo.commits[commit]]
                 self._json({"id": match[1], "modelId": match[1], "sha": commit, "siblings": names, "tags": []})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
+            repo, commit = self._find(match[1], match[2])
+            if repo and commit:
+                self._json([_tree_entry(name, content) for name, content in repo.commits[commit].items()])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*match.groups())
         elif match := re.fullmatch(r"/cdn/(\w+)", path):
@@ -260,7 +264,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._json({"error": "Repository or revision not found"}, 404, {"X-Error-Code": code})
         return repo, commit
 
-    def _json(self, content: dict, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def _json(self, content: dict | list, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
         self._head(status, len(body), {"Content-Type": "application/json", **(headers or {})})
         if self.command != "HEAD":
@@ -271,6 +275,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(size), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
+
+
+def _tree_entry(name: str, content: bytes) -> dict:
+    return {"type": "file", "path": name, "size": len(content), "oid": _git_oid(content)}
 
 
 def _git_oid(content: bytes) -> str:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import OPTConfig, OPTForCausalLM
-from transformers.modeling_utils import no_init_weights
+
+
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4.57
+    from transformers.modeling_utils import no_init_weights
 
 
 SHIPPED_MODEL = Path(__file__).parents[2] / "examples" / "models" / "opt-austen"
@@ -57,3 +64,25 @@ def rounded(model: OPTForCausalLM, dtype: torch.dtype = torch.float16) -> OPTFor
             if "layer_norm" not in name and "embed_positions" not in name:
                 parameter.copy_(parameter.to(dtype).float())
     return reference
+
+
+def save_as_pytorch(model: OPTForCausalLM, directory: Path, shard_size: int | None = None) -> None:
+    """Saves an ordinary checkpoint as pytorch_model.bin, which transformers 5 reads and does not write any more.
+
+    Args:
+        shard_size: bytes of a shard at most; None for one file.
+    """
+    model.save_pretrained(directory)
+    for file in directory.glob("model*.safetensors*"):
+        file.unlink()
+    state = model.state_dict()
+    if shard_size is None:
+        torch.save(state, directory / "pytorch_model.bin")
+        return
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
+    )
+    for name, tensors in plan.filename_to_tensors.items():
+        torch.save({tensor: state[tensor].clone() for tensor in tensors}, directory / name)
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))

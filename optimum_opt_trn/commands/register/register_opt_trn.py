@@ -3,8 +3,9 @@
 optimum-cli loads this file at every start, so it imports nothing heavy.
 """
 
+from contextlib import suppress
+
 from optimum.commands.export.base import ExportCommand
-from optimum.commands.register import register_export
 
 import optimum_opt_trn  # noqa: F401  so that other commands can read our configurations
 from optimum_opt_trn.commands.doctor import DoctorCommand
@@ -18,7 +19,11 @@ from optimum_opt_trn.commands.verify import VerifyCommand
 
 # optimum-neuron registers its own `export neuron` where the Neuron SDK is installed. argparse refuses a second command
 # of that name, so that command is extended for OPT in place. Without the SDK, ours is the only one.
-_existing = [command for command, _ in register_export.REGISTER_COMMANDS if command.COMMAND.name == "neuron"]
+_existing = []
+with suppress(ImportError):  # without optimum-neuron
+    from optimum.commands.register import register_export
+
+    _existing = [command for command, _ in register_export.REGISTER_COMMANDS if command.COMMAND.name == "neuron"]
 if _existing:
     extend(_existing[0])
 _export = [] if _existing else [(OPTExportCommand, ExportCommand)]

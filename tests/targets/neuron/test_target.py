@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from requirements import needs_optimum_neuron
 
 
 HERE = Path(__file__).parent
 
 
+@needs_optimum_neuron
 @pytest.mark.parametrize("cases", ["double_cases.py", "graph_version_cases.py"])
 def test_on_the_double(cases):
     result = subprocess.run(
