@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..dtypes import normalize_dtype
+from ..hardware import in_units
 from .config import check_opt, load_config, save_config, save_small_files
 from .hub import open_checkpoint
 from .layout import INDEX_NAME, CheckpointError, FileSpecs, checkpoint_files
@@ -241,8 +242,8 @@ def _check_space(directory: Path, sizes: Mapping[str, int]) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{directory} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: free some, or "
-            "choose another directory",
+            f"{directory} needs {in_units(needed)}, and its disk has {in_units(free)} free: free some, or choose "
+            "another directory",
         )
 
 
