@@ -13,7 +13,7 @@ from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
 from ...model.parallel import RankGroup
 from ..base import COMPILED_DIR, Runtime, Target, TargetError
-from ..cpu.runtime import CPURuntime
+from ..eager import EagerRuntime
 from .artifacts import MODEL_NAME, check_artifacts, write_manifest
 from .builder import compile_model, compiler_arguments, load_model, versions
 from .host import check_degree, check_host
@@ -58,7 +58,7 @@ class NeuronTarget(Target):
             check_host(neuron_config)
         weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
         if eager:
-            return CPURuntime(config, neuron_config, group, weights)
+            return EagerRuntime(config, neuron_config, group, weights)
         try:
             return NeuronRuntime(neuron_config, load_model(file, parameters_of(weights, degree), degree))
         except (RuntimeError, torch.jit.Error) as error:
