@@ -50,7 +50,7 @@ def check(directory: Path) -> None:
     if config.model_type != "opt":
         raise ValueError(f"{directory} is a model of type {config.model_type!r}, not an OPT.")
     # Opens every file (a safetensors file that was cut off is found out so) and compares names with the config.
-    open_directory(directory).check(config)
+    open_directory(directory, config)
     size = sum(file.stat().st_size for suffix in ("safetensors", "bin") for file in directory.glob(f"*.{suffix}"))
     print(
         f"{directory} is whole: OPT, {config.num_hidden_layers} layers of width {config.hidden_size}, "

@@ -157,6 +157,11 @@ class OPTNeuronConfig(NeuronConfig):
         return True
 
     @property
+    def continuous_batching(self) -> bool:
+        """What optimum-neuron's callers ask: whether each call says which slots it is for (`seq_ids`)."""
+        return True
+
+    @property
     def cache_dtype(self) -> torch.dtype:
         return to_torch(self.kv_cache_dtype or self.amp)
 

@@ -17,11 +17,13 @@ from transformers.utils import cached_file
 from .checkpoint.config import check_opt, load_config, save_companions, save_config
 from .checkpoint.hub import open_checkpoint
 from .checkpoint.layout import CHECKPOINT_DIR
+from .checkpoint.source import CheckpointError
 from .checkpoint.write import one_writer, write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
 from .planning.fit import check_fit
 from .targets import get_target
+from .targets.base import COMPILED_DIR
 
 
 def export_opt(
@@ -85,7 +87,7 @@ def export_opt(
             compiler.submit(target.prepare, eager)
             write_split(checkpoint.weights, staging / CHECKPOINT_DIR, neuron_config.amp)
         save_config(opt_config, staging, neuron_config.amp)
-        save_companions(checkpoint.directory, opt_config, staging)
+        save_companions(checkpoint.directory, opt_config, staging, neuron_config.sequence_length)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)
     return output
@@ -95,9 +97,17 @@ def find_export(model_id: str | os.PathLike, hub: dict[str, Any]) -> Path | None
     """The local directory of the export `model_id`, downloaded if necessary; None if it is not an export.
 
     `hub` has the options of an id on the hub: revision, token, cache_dir, force_download, local_files_only.
+
+    Raises:
+        CheckpointError: for an export without its neuron_config.json.
     """
     path = Path(model_id)
     if path.is_dir():
+        if not _is_export(path) and (path / CHECKPOINT_DIR).is_dir() and (path / COMPILED_DIR).is_dir():
+            raise CheckpointError(
+                f"{path} is an export whose {NEURON_CONFIG_NAME} is missing: export the model again, from "
+                f"{path / CHECKPOINT_DIR} for example."
+            )
         return path if _is_export(path) else None
     if cached_file(str(model_id), NEURON_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is None:
         return None

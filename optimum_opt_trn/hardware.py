@@ -19,6 +19,17 @@ from dataclasses import dataclass
 GiB = 2**30
 
 
+def unit_of(size: int) -> tuple[int, str]:
+    """The largest unit, in bytes, of which `size` is at least one, and its name."""
+    return next((unit for unit in ((GiB, "GiB"), (2**20, "MiB")) if abs(size) >= unit[0]), (2**10, "KiB"))
+
+
+def in_units(size: int) -> str:
+    """Bytes as text in the unit that suits them: `15.00 GiB`, `2.50 MiB`."""
+    unit, name = unit_of(size)
+    return f"{size / unit:.2f} {name}"
+
+
 @dataclass(frozen=True)
 class Family:
     """An instance family: what an export's `instance_type` names.

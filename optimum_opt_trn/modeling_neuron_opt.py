@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, OPTConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from .checkpoint import push_to_hub, verify_checkpoint
+from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
 from .checkpoint.config import check_opt, load_config, load_tokenizer
 from .configuration_opt import OPTNeuronConfig, reject_unknown
 from .dtypes import normalize_dtype
@@ -26,9 +27,12 @@ from .host_framework import (
     get_instance_name,
     get_neuron_major,
 )
+from .module_methods import ModuleMethodsMixin
 from .planning.fit import check_fit
 from .targets import Runtime, get_target
 
+
+logger = logging.get_logger(__name__)
 
 # transformers' pipelines log an error for a class that is not in this table; under a private key it changes nothing
 # else, since Auto classes look up model types.
@@ -40,10 +44,10 @@ LONGEST_DEFAULT_SEQUENCE = 4096
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # Accepted and without effect: an OPT has no code of its own, and pipelines pass them to every model.
 _IGNORED_OPTIONS = ("trust_remote_code", "_commit_hash")
-_ALIASES = {"tp_degree": "tensor_parallel_size"}
+_ALIASES = {"tp_degree": "tensor_parallel_size", "dtype": "amp", "torch_dtype": "amp"}
 
 
-class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
+class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelForCausalLM):
     """An exported OPT, with `generate()` as in transformers.
 
     Made by `from_pretrained` or `export`.
@@ -64,7 +68,9 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
     ):
         self.config = config
         self.neuron_config = neuron_config
-        self.generation_config = GenerationConfig.from_pretrained(directory)
+        # Evaluation harnesses read here how long a text may be; max_position_embeddings is what the weights have.
+        config.n_positions = neuron_config.sequence_length
+        self.generation_config = _generation_config(directory, config)
         self.directory = directory
         self._loaded = runtime
         # Keeps an export that was made on the fly for as long as it is used.
@@ -85,11 +91,6 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         return self._loaded
 
     @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the weights of attention, MLP and embeddings."""
-        return self.neuron_config.amp_dtype
-
-    @property
     def name_or_path(self) -> str:
         return str(self.directory)
 
@@ -100,14 +101,6 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             return [load_tokenizer(self.directory)]
         except ValueError:
             return []
-
-    def eval(self) -> NeuronOPTForCausalLM:
-        return self
-
-    def to(self, device: str | torch.device) -> NeuronOPTForCausalLM:
-        """The model; ValueError for any device but the host's, from where calls go to the NeuronCores."""
-        super().to(device)
-        return self
 
     @classmethod
     def get_neuron_config(
@@ -223,15 +216,17 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
                 `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice;
                 `verify=True` to compare the weights with the hashes that they were written with, which reads all of
-                them; `tp_processes=N` if N processes, started by `torchrun` or alike, share this model (by default
+                them; `export=True` to export anew what is an export already, `export=False` to load exports only;
+                `tp_processes=N` if N processes, started by `torchrun` or alike, share this model (by default
                 each process has a model of its own); and for a checkpoint that is not exported yet, what
-                `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`).
+                `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`; `dtype` and
+                `torch_dtype` are other names of `amp`).
 
         Raises:
             TypeError: for an unknown option, naming the nearest.
-            ValueError: if the model is not an OPT; if an option does not suit it, or differs from what the export was
-                made with; DoesNotFitError if there is too little memory; CheckpointError if files are missing or
-                broken.
+            ValueError: if the model is not an OPT, or with `export=False` not an export; if an option does not suit
+                it, or differs from what the export was made with; DoesNotFitError if there is too little memory;
+                CheckpointError if files are missing or broken.
             OSError: if there is no such model.
         """
         cls._check_options(options)
@@ -247,7 +242,12 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
         how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force")}
         how["tp_processes"] = options.get("tp_processes") or 1
         directory = find_export(model_id, hub)
-        if directory is not None:
+        if directory is None and options.get("export") is False:
+            raise ValueError(
+                f"{model_id} is a checkpoint, not an export, and export=False was given: leave that out to export it "
+                f"on the fly, or run `optimum-cli export neuron -m {model_id} OUTPUT` and load OUTPUT."
+            )
+        if directory is not None and not options.get("export"):
             if options.get("verify"):
                 verify_checkpoint(directory)
             return cls._open(directory, load=True, **how, expected=chosen)
@@ -257,11 +257,23 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
 
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> None:
-        known = (*_HUB_OPTIONS, *_IGNORED_OPTIONS, "eager", "force", "verify", "tp_processes", *export_options())
+        known = (
+            *_HUB_OPTIONS,
+            *_IGNORED_OPTIONS,
+            "eager",
+            "force",
+            "verify",
+            "export",
+            "tp_processes",
+            *export_options(),
+        )
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
-        for alias, name in _ALIASES.items():
-            if {alias, name} <= options.keys() and options[alias] != options[name]:
-                raise ValueError(f"{alias}={options[alias]!r} and {name}={options[name]!r} disagree: give one.")
+        for name in sorted(set(_ALIASES.values())):
+            given = {key: v for key, v in options.items() if name == _ALIASES.get(key, key) and v is not None}
+            values = {normalize_dtype(value, key) if name == "amp" else value for key, value in given.items()}
+            if len(values) > 1:
+                listed = " and ".join(f"{key}={value!r}" for key, value in given.items())
+                raise ValueError(f"{listed} disagree: give one.")
 
     @classmethod
     def _open(
@@ -361,6 +373,19 @@ class NeuronOPTForCausalLM(OPTGenerationMixin, NeuronModelForCausalLM):
             checkpoint_id=checkpoint_id,
             checkpoint_revision=checkpoint_revision,
         )
+
+
+def _generation_config(directory: Path, config: OPTConfig) -> GenerationConfig:
+    file = directory / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        logger.warning(f"{directory} has no {GENERATION_CONFIG_NAME}: generate() has the defaults of config.json.")
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}): correct it, or remove it for the defaults of config.json."
+        ) from error
 
 
 def export_options() -> tuple[str, ...]:

@@ -159,12 +159,14 @@ def _load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBa
 
 
 def _batching(tokenizer: PreTrainedTokenizerBase, model: NeuronOPTForCausalLM) -> PreTrainedTokenizerBase:
-    """`tokenizer`, or a copy that can batch: with a pad token, and padding on the left."""
-    if tokenizer.pad_token is not None and tokenizer.padding_side == "left":
+    """`tokenizer`, or a copy that can batch (with a pad token, padding on the left) and knows the longest prompt."""
+    limit = model.neuron_config.sequence_length
+    if tokenizer.pad_token is not None and tokenizer.padding_side == "left" and tokenizer.model_max_length <= limit:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     # Our model gives each row the same result on either side; transformers warns about the right one.
     tokenizer.padding_side = "left"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)  # which handle_long_generation="hole" reads
     if tokenizer.pad_token is None:
         pad = model.config.pad_token_id
         if pad is None or pad >= len(tokenizer):

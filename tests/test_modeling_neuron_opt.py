@@ -118,10 +118,33 @@ def test_options_of_an_export_cannot_be_changed_on_loading(export):
         NeuronOPTForCausalLM.from_pretrained(export, tp_degree=2)
     with pytest.raises(ValueError, match="disagree"):
         NeuronOPTForCausalLM.from_pretrained(export, tp_degree=2, tensor_parallel_size=1)
+    with pytest.raises(ValueError, match="dtype=torch.bfloat16 and torch_dtype='f16' disagree"):
+        NeuronOPTForCausalLM.from_pretrained(export, dtype=torch.bfloat16, torch_dtype="f16")
+    NeuronOPTForCausalLM.from_pretrained(export, dtype=torch.float16, amp="half", eager=True)
     NeuronOPTForCausalLM.from_pretrained(export, batch_size=2, amp="fp16", tensor_parallel_size=1, eager=True)
 
 
+def test_export_may_be_asked_for_or_forbidden(export, save_opt):
+    again = NeuronOPTForCausalLM.from_pretrained(export, export=True, eager=True, batch_size=3, sequence_length=32)
+    assert (again.neuron_config.batch_size, again.neuron_config.sequence_length) == (3, 32)
+    assert again.generate(IDS, max_new_tokens=3).shape == (1, 6)
+    assert NeuronOPTForCausalLM.from_pretrained(export, export=False, eager=True).neuron_config.batch_size == 2
+    source = save_opt()
+    made = NeuronOPTForCausalLM.from_pretrained(source, export=True, torch_dtype=torch.bfloat16, eager=True)
+    assert made.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="is a checkpoint, not an export.*optimum-cli export neuron -m"):
+        NeuronOPTForCausalLM.from_pretrained(source, export=False)
+
+
+def test_harnesses_find_the_length_of_the_export(export):
+    model = NeuronOPTForCausalLM.from_pretrained(export, eager=True)
+    assert model.config.n_positions == 64 and model.config.max_position_embeddings == 224
+    assert json.loads((export / "config.json").read_text()).get("n_positions") is None
+    assert model.neuron_config.continuous_batching is True
+
+
 BAD_OPTIONS = {
+    "a dtype": ({"torch_dtype": "int4"}, "torch_dtype='int4' is not a dtype.*f16, bf16 or f32"),
     "amp": ({"amp": "int8"}, "amp='int8'.*f16, bf16 or f32"),
     "cache": ({"kv_cache_dtype": "f64"}, "kv_cache_dtype='f64'"),
     "degree": ({"tp_degree": 3}, "tp_degree=3 cannot split 4 attention heads.*1, 2, 4"),
@@ -153,8 +176,23 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="model_type 'gpt2'"):
         NeuronOPTForCausalLM.from_pretrained(tmp_path)
+    for nothing in (None, "", 7):
+        with pytest.raises(TypeError, match="must be a directory or an id on the hub"):
+            NeuronOPTForCausalLM.from_pretrained(nothing)
+    with pytest.raises(OSError, match="config.json is a file: give the directory that holds the model"):
+        NeuronOPTForCausalLM.from_pretrained(tmp_path / "config.json")
     with pytest.raises(OSError, match="no-such-model"):
         NeuronOPTForCausalLM.from_pretrained("no-such-model", local_files_only=True)
+
+
+def test_without_a_generation_config_it_has_the_defaults_of_the_model(export, caplog):
+    (export / "generation_config.json").unlink()
+    model = NeuronOPTForCausalLM.from_pretrained(export, eager=True)
+    assert "has no generation_config.json" in caplog.text
+    assert torch.equal(model.generate(IDS, **GREEDY), rounded(tiny_opt()).generate(IDS, **GREEDY))
+    (export / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="generation_config.json cannot be read.*correct it, or remove it"):
+        NeuronOPTForCausalLM.from_pretrained(export)
 
 
 def _remove(name):
@@ -179,6 +217,7 @@ DAMAGES = {
     "a layer is truncated": (_truncate("checkpoint/layer_000.safetensors"), "layer_000.safetensors is truncated"),
     "config.json is missing": (_remove("config.json"), "no config.json"),
     "the manifest is missing": (_remove("compiled/manifest.json"), "manifest.json is missing"),
+    "the options are missing": (_remove("neuron_config.json"), "is an export whose neuron_config.json is missing"),
     "another width": (_edit("config.json", ffn_dim=192), r"fc1.weight is .*\(96, 64\).*\(192, 64\)"),
     "another depth": (_edit("config.json", num_hidden_layers=3), "layer_002.safetensors"),
     "another dtype": (_edit("neuron_config.json", amp="bf16"), "torch.float16.*torch.bfloat16"),

@@ -116,6 +116,36 @@ def test_without_a_length_it_ends_where_the_export_does(export, tokenizer):
         assert new == [40 - longest] * len(batch)
 
 
+def test_transformers_own_pipeline_ends_there_too(export, tokenizer):
+    model = NeuronOPTForCausalLM.from_pretrained(export)
+    options = {"model": model, "tokenizer": tokenizer, "do_sample": False, "return_full_text": False}
+    pipe = transformers.pipeline("text-generation", eos_token_id=None, **options)
+    (record,) = pipe(PROMPTS[1], return_tensors=True)
+    assert len(record["generated_token_ids"]) == 40
+    (record,) = pipe(PROMPTS[1], return_tensors=True, max_new_tokens=3)
+    assert len(record["generated_token_ids"]) == len(tokenizer(PROMPTS[1]).input_ids) + 3
+    for asked in ({"max_new_tokens": 100}, {"max_length": 100}):
+        with pytest.raises(ValueError, match="sequence_length=40"):
+            pipe(PROMPTS[0], **asked)
+        with pytest.raises(ValueError, match="sequence_length=40"):
+            transformers.pipeline("text-generation", **options, **asked)(PROMPTS[0])
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_long_prompts_are_cut_where_that_was_asked_for(export, theirs):
+    """`handle_long_generation="hole"` reads the tokenizer's model_max_length: that of an export is the export's."""
+    make = transformers.pipeline if theirs else pipeline
+    model, tokenizer = NeuronOPTForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    assert tokenizer.model_max_length == 40
+    pipe = make("text-generation", model=model, tokenizer=tokenizer, return_full_text=False)
+    asked = {"max_new_tokens": 8, "do_sample": False}
+    words = " ".join(["She was very happy and"] * 12)
+    kept = tokenizer(words).input_ids[-32:]
+    expected = model.generate(torch.tensor([kept]), **asked)[0, 32:]
+    cut = pipe(words, handle_long_generation="hole", **asked)
+    assert text(cut) == tokenizer.decode(expected, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("given", [{"max_new_tokens": 100}, {"max_length": 100}])
 def test_a_length_that_was_asked_for_is_not_cut(export, given):
     with pytest.raises(ValueError, match="sequence_length=40"):

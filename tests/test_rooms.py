@@ -20,7 +20,8 @@ FLOORS = (
     ("checkpoint",),
     ("model",),
     ("configuration_opt",),
-    ("dtypes", "hardware", "buckets", "version"),
+    ("without_optimum_neuron",),
+    ("host_framework", "dtypes", "hardware", "buckets", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Pairs (importer, imported) that break the order, and are to be removed. One that does not any more fails.

@@ -9,6 +9,8 @@ from .records import Records
 
 
 OURS, PEER, FLOOR = "#0072b2", "#bbbbbb", "#d55e00"
+# A page of documentation shows two panels next to each other.
+COLUMNS, DPI = 2, 110
 
 
 def draw(records: Records, file: Path) -> None:
@@ -27,22 +29,28 @@ def draw(records: Records, file: Path) -> None:
     batches = sorted({record.batch for record in found})
     if not found:
         return
+    shown = [(shape, batch) for shape in shapes for batch in batches]
+    columns = min(COLUMNS, len(batches))
+    rows = -(-len(batches) // columns) * len(shapes)
     tallest = max(len(records.select(shape=shape, figure="load", batch=1)) for shape in shapes)
-    size = (4.2 * len(batches) + 1.5, (0.28 * max(tallest, 6) + 1.0) * len(shapes))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(shapes), len(batches), squeeze=False)
-    for row, shape in zip(panels, shapes, strict=True):
-        for panel, batch in zip(row, batches, strict=True):
-            _panel(panel, records, shape, batch)
+    figure = Figure(figsize=(4.6 * columns + 0.8, (0.28 * max(tallest, 6) + 1.1) * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    # The legend has this name, so that it is not repeated for every pair.
+    ours = next((record.contender for record in found if record.contender.startswith("ours")), "ours")
+    for panel, (shape, batch) in zip(panels, shown, strict=False):
+        _panel(panel, records, shape, batch, ours)
+    for panel in panels[len(shown) :]:
+        panel.set_axis_off()
     handles = [Patch(color=OURS), Patch(color=PEER), Line2D([], [], color=FLOOR)]
-    labels = ["ours, beside the peer below it", "peer", "bytes to read / bandwidth of the probe"]
-    columns = 1 if len(batches) == 1 else 3
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    labels = [f"{ours}, in turns with the peer below it", "peer", "bytes to read / bandwidth of the probe"]
+    where = {"loc": "outside lower center", "ncols": 1 if columns == 1 else 3}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **where)
     figure.suptitle("Decode, ms a step (medians; each pair measured in turns)")
-    figure.savefig(file, format=file.suffix[1:], dpi=150)
+    figure.savefig(file, format=file.suffix[1:], dpi=DPI)
 
 
-def _panel(panel, records: Records, shape: str, batch: int) -> None:
+def _panel(panel, records: Records, shape: str, batch: int, in_legend: str) -> None:
+    """Draws one shape and batch size; bars of the contender `in_legend` have no name of their own."""
     found = records.select(shape=shape, figure="decode", batch=batch)
     shortest = min((record.length for record in found), default=0)
     found = [record for record in found if record.length == shortest]
@@ -58,7 +66,8 @@ def _panel(panel, records: Records, shape: str, batch: int) -> None:
             panel.barh(y, record.median * 1e3, height, color=OURS if ours else PEER, **spread)
             floor = statistics.median(record.floors) * 1e3
             panel.plot([floor, floor], [y - height / 2, y + height / 2], color=FLOOR)
-            names.append(record.contender)
+            names.append("" if record.contender == in_legend else record.contender)
     panel.set_yticks(range(len(names)), names, fontsize=7)
+    panel.set_xlabel("ms a step", fontsize=8)
     panel.invert_yaxis()
     panel.spines[["top", "right"]].set_visible(False)

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, logging
 
 from ..dtypes import to_torch
+from .config_values import check_values
 
 
 logger = logging.get_logger(__name__)
@@ -31,8 +32,12 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
 
     Raises:
         OSError: if there is no config.json. (transformers would guess the model type from the directory's name.)
-        ValueError: if it is of another model_type.
+        ValueError: if it is of another model_type, or has a value that no OPT has; TypeError if `source` is no name.
     """
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise TypeError(f"The model must be a directory or an id on the hub, not {source!r}.")
+    if Path(source).is_file():
+        raise OSError(f"{source} is a file: give the directory that holds the model, {Path(source).parent}.")
     if not Path(source).is_dir():
         try:
             return check_opt(AutoConfig.from_pretrained(source, **hub), source)
@@ -60,12 +65,13 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
 
 
 def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
-    """`config`; raises ValueError if it is not an OPT's."""
+    """`config`; raises ValueError if it is not an OPT's, or has a value that no OPT has."""
     if config.model_type != "opt":
         raise ValueError(
             f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
             "models see optimum-neuron."
         )
+    check_values(config, source)
     return config
 
 
@@ -76,10 +82,16 @@ def save_config(config: OPTConfig, directory: Path, amp: str) -> None:
     saved.save_pretrained(directory)
 
 
-def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
+def save_companions(source: Path, config: OPTConfig, directory: Path, longest: int | None = None) -> None:
     """Writes the generation config and the tokenizer of the checkpoint `source` to `directory`.
 
     Without a tokenizer there is a warning.
+
+    Args:
+        source: a local directory.
+        config: of the model.
+        directory: where to write.
+        longest: tokens that the model takes at most, for the tokenizer to know; None leaves that as it is.
     """
     try:
         generation_config = GenerationConfig.from_pretrained(source)
@@ -87,6 +99,9 @@ def save_companions(source: Path, config: OPTConfig, directory: Path) -> None:
         generation_config = GenerationConfig.from_model_config(config)
     generation_config.save_pretrained(directory)
     try:
-        load_tokenizer(source).save_pretrained(directory)
+        tokenizer = load_tokenizer(source)
+        if longest is not None:
+            tokenizer.model_max_length = longest
+        tokenizer.save_pretrained(directory)
     except ValueError as error:
         logger.warning(f"{error}, so the copy has none.")

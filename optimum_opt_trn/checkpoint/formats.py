@@ -97,7 +97,11 @@ def _load(file: Path) -> object:
     except Exception as error:  # an archive or pickle that was tampered with can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
-            reason = f"it holds more than tensors: {reason}"
+            # torch's own words advise to load it all the same.
+            reason = (
+                "it holds more than tensors, which may be code and is not loaded: if you trust it, save the tensors "
+                "as safetensors"
+            )
         raise ValueError(reason) from error
 
 

@@ -28,6 +28,7 @@ from transformers import OPTConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..dtypes import normalize_dtype
+from ..hardware import in_units
 from .config import check_opt, load_config, save_companions, save_config
 from .hub import open_checkpoint
 from .layout import INDEX_NAME, TensorSpec, checkpoint_files
@@ -324,8 +325,8 @@ def _check_space(directory: Path, sizes: Mapping[str, int]) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{directory} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: free some, or "
-            "choose another directory",
+            f"{directory} needs {in_units(needed)}, and its disk has {in_units(free)} free: free some, or choose "
+            "another directory",
         )
 
 

@@ -100,7 +100,7 @@ def run(options: Namespace) -> None:
         if options.plot:
             from .plan_chart import draw
 
-            draw(plan, options.plot)
+            draw(plan, options.model, options.plot)
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
         return

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hardware import GiB
+from ..hardware import unit_of
 from ..planning.memory import plan_memory
 from ..planning.roofline import REALISTIC_SHARE, decode_curve
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg")
 
 
-def draw(plan: Plan, file: str) -> None:
-    """Writes the chart of `plan` to `file`.
+def draw(plan: Plan, model: str, file: str) -> None:
+    """Writes the chart of the `plan` of `model` to `file`.
 
     Raises:
         ImportError: without matplotlib.
@@ -39,21 +39,23 @@ def draw(plan: Plan, file: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     figure.suptitle(
-        f"{setup.amp} weights, {setup.sequence_length} positions, {setup.tp_degree} ranks, {memory.instance.name}"
+        f"{_name(model)}: {setup.amp} weights, {setup.sequence_length} positions, "
+        f"{setup.tp_degree} rank{'' if setup.tp_degree == 1 else 's'}, {memory.instance.name}"
     )
 
     # The requested batch size, and the sizes on both sides of the limit.
     shown = sorted({1, setup.batch_size, plan.max_batch_size or 1, plan.max_batch_size + 1})
     plans = [plan_memory(plan.config, replace(setup, batch_size=size), memory.instance) for size in shown]
+    unit, unit_name = unit_of(max(p.total for p in plans))
     bottoms = [0.0] * len(plans)
     for name in (*memory.weights, "keys and values", "workspace", "reserve"):
         own = {"keys and values": "cache"}.get(name, name)
-        heights = [(p.weights[name] if name in p.weights else getattr(p, own)) / GiB for p in plans]
+        heights = [(p.weights[name] if name in p.weights else getattr(p, own)) / unit for p in plans]
         left.bar([str(size) for size in shown], heights, bottom=bottoms, width=0.6, label=name)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    limit = memory.instance.core_bytes / GiB
-    left.axhline(limit, color="black", linestyle="--", label=f"limit, {limit:.3g} GiB")
-    left.set(xlabel="batch size", ylabel="GiB of a core" if memory.instance.on_neuron else "GiB of the process")
+    limit = memory.instance.core_bytes / unit
+    left.axhline(limit, color="black", linestyle="--", label=f"limit, {limit:.3g} {unit_name}")
+    left.set(xlabel="batch size", ylabel=f"{unit_name} of {'a core' if memory.instance.on_neuron else 'the process'}")
     handles, labels = left.get_legend_handles_labels()  # in the order of the bars, from the top
     left.legend(handles[::-1], labels[::-1], fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -73,6 +75,15 @@ def draw(plan: Plan, file: str) -> None:
         right.set_axis_off()
         right.text(0.5, 0.5, "no roofline for this host", ha="center")
     figure.savefig(file)
+
+
+def _name(model: str) -> str:
+    """What a picture calls a model: its id on the Hub, or the last part of a path that has a name."""
+    path = Path(model)
+    if not path.exists():
+        return model
+    path = path.resolve()
+    return (path.parent if path.is_file() else path).name
 
 
 def _sizes(largest: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..hardware import GiB
+from ..hardware import in_units
 from ..planning.roofline import REALISTIC_SHARE
 
 
@@ -22,7 +22,8 @@ def describe_plan(plan: Plan, model: str) -> Iterator[str]:
     setup, instance = memory.setup, memory.instance
     chips = "this host" if not instance.on_neuron else f"{_count(instance.chips, 'chip')}, {instance.cores} cores"
     yield model
-    yield f"{plan.parameters / 1e9:.3g} billion parameters in {config.num_hidden_layers} layers"
+    size, word = (plan.parameters / 1e9, "billion") if plan.parameters >= 1e9 else (plan.parameters / 1e6, "million")
+    yield f"{size:.3g} {word} parameters in {config.num_hidden_layers} layers"
     yield (
         f"batch size {setup.batch_size}, {setup.sequence_length} positions, weights {setup.amp}, "
         f"cache {setup.kv_cache_dtype}"
@@ -42,7 +43,7 @@ def describe_plan(plan: Plan, model: str) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     memory, instance = plan.memory, plan.memory.instance
-    yield f"{'on each core' if instance.on_neuron else 'in the process':<32}{'GiB':>8}"
+    yield f"{'on each core' if instance.on_neuron else 'in the process'}:"
     for group, size in memory.weights.items():
         yield _row(f"weights: {group}", size)
     yield _row("keys and values", memory.cache)
@@ -55,18 +56,18 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield _bar(plan)
     yield " w weights, k keys and values, s workspace, r reserve"
     if memory.fits and memory.free < memory.scores:
-        scores = memory.scores / GiB
-        yield f"Close: a prompt's scores ({scores:.2f} GiB) are not counted, the compiler works on them in tiles."
+        scores = in_units(memory.scores)
+        yield f"Close: a prompt's scores ({scores}) are not counted, the compiler works on them in tiles."
     if not memory.fits and memory.runs:
         yield "It runs in spite of this, but slowly: weights that do not fit are read from the disk again."
 
 
 def _host(plan: Plan) -> Iterator[str]:
     host = plan.host
-    disk, split, load = (host[name] / GiB for name in ("disk", "split", "load"))
-    yield f"disk                           {disk:.1f} GiB for the split checkpoint, in addition to the source"
-    total = f"of {plan.memory.instance.host_bytes / GiB:.0f} GiB"
-    yield f"host memory                    {split:.1f} GiB to split, {load:.1f} GiB to load, {total}"
+    disk, split, load = (in_units(host[name]) for name in ("disk", "split", "load"))
+    yield f"disk                           {disk} for the split checkpoint, in addition to the source"
+    total = f"of {in_units(plan.memory.instance.host_bytes)}"
+    yield f"host memory                    {split} to split, {load} to load, {total}"
 
 
 def _speed(plan: Plan) -> Iterator[str]:
@@ -88,14 +89,14 @@ def compare(plans: list[Plan]) -> Iterator[str]:
     setup = plans[0].memory.setup
     yield (
         f"{f'batch size {setup.batch_size}, {setup.sequence_length} positions':<32}{'cores':>6}{'ranks':>6}"
-        f"{'free GiB a core':>17}{'largest batch':>15}{f'tokens/s at {100 * REALISTIC_SHARE:.0f} %':>18}"
+        f"{'free on a core':>17}{'largest batch':>15}{f'tokens/s at {100 * REALISTIC_SHARE:.0f} %':>18}"
     )
     for plan in plans:
         memory, speed = plan.memory, plan.speed
         rate = f"{speed.decode_tokens_per_second * REALISTIC_SHARE:.0f}" if speed and memory.fits else "-"
         yield (
             f"  {memory.instance.name:<30}{memory.instance.cores:>6}{memory.setup.tp_degree:>6}"
-            f"{memory.free / GiB:>17.2f}{plan.max_batch_size or '-':>15}{rate:>18}"
+            f"{in_units(memory.free):>17}{plan.max_batch_size or '-':>15}{rate:>18}"
         )
 
 
@@ -112,7 +113,7 @@ def _bar(plan: Plan) -> str:
 
 
 def _row(name: str, size: int) -> str:
-    return f"  {name:<30}{size / GiB:>8.2f}"
+    return f"  {name:<30}{in_units(size):>12}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -184,7 +184,10 @@ class SlotCache(Cache):
         raise NotImplementedError("The keys and values of a SlotCache are on the device, and cannot be read.")
 
     def __len__(self) -> int:
-        raise NotImplementedError("A SlotCache has no layers to count: len(cache) means nothing here.")
+        raise NotImplementedError(
+            "A SlotCache has no layers on the host to count: past_key_values.get_seq_length() counts its columns, "
+            "config.num_hidden_layers the layers."
+        )
 
     def __bool__(self) -> bool:
         return True

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..configuration_opt import OPTNeuronConfig
 from ..model.sampling import GREEDY, SamplingInputs
 from ..targets import Runtime
-from .cache import own_cache
+from .cache import SlotCache, own_cache
 from .engine import Engine
 from .inputs import check_inputs, check_labels, check_positions, pack, unpack
 from .transformers_versions import CACHE
@@ -60,12 +60,13 @@ class OPTForwardMixin:
         With `sampling_params`, the form that optimum-neuron's own callers use, see `forward_slots`.
 
         Args:
-            input_ids: the new tokens, integers `(rows, width)`; rows as many as the export's `batch_size` or fewer.
+            input_ids: the new tokens, integers `(rows, width)`. Rows beyond the export's `batch_size` run in batches,
+                one after the other, if neither `past_key_values` nor `use_cache=True` is passed.
             attention_mask: 1 for tokens that count, `(rows, past width + width)`; None for all.
             past_key_values: what an earlier call returned, for the columns before; None for none.
             labels: `(rows, width)`, ids or -100, as transformers': `loss` is the mean cross entropy of each column's
                 label, given the columns before.
-            use_cache: whether to return the cache; by default yes.
+            use_cache: whether to return the cache; by default yes, where all rows fit the export's `batch_size`.
             position_ids: `(rows, width)`; only checked, since the mask determines positions.
             cache_position: `(width,)`; only checked.
             logits_to_keep: 0 for the logits of every column; n for those of each row's last n tokens.
@@ -74,7 +75,8 @@ class OPTForwardMixin:
 
         Returns:
             `logits`, float32 `(rows, width or logits_to_keep, vocabulary)`, 0 where masked; `past_key_values`, a
-            `SlotCache` (the one that was passed, grown), unless `use_cache` is False; `loss` with labels.
+            `SlotCache` (the one that was passed, grown), None if `use_cache` is False or rows ran in batches, since
+            later batches take the slots of earlier ones; `loss` with labels.
 
         Raises:
             ValueError: for inputs that do not fit the export or each other; `past_key_values` is then as it was.
@@ -95,8 +97,16 @@ class OPTForwardMixin:
             raise ValueError("seq_ids goes with sampling_params: pass both, or neither.")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
+        size = self.neuron_config.batch_size
+        past = past_key_values if cache is None else cache
+        in_batches = len(input_ids) > size and past is None
+        if in_batches and use_cache:
+            raise ValueError(
+                f"{len(input_ids)} rows do not fit the batch_size={size} that the model was exported for, and no more "
+                f"are cached at once: pass at most {size} rows, or leave use_cache=True out to run all in batches."
+            )
         with self.engine.lock:
-            cache = own_cache(past_key_values if cache is None else cache, self.engine, len(input_ids))
+            cache = own_cache(past, self.engine, len(input_ids))
             columns = cache.columns
             mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
             if attention_mask is not None:
@@ -107,13 +117,21 @@ class OPTForwardMixin:
             # After all checks, since bad inputs take no tokens from a cache; and before the device runs, since what is
             # forgotten may be overwritten when that is interrupted.
             cache.keep(columns)
-            result = self.engine.step(cache, input_ids, mask, logits_to_keep)
-        logits = unpack(result.logits, mask, logits_to_keep)
+            if in_batches:
+                packed = torch.cat(
+                    [
+                        self.engine.step(SlotCache(self.engine, len(rows)), rows, part, logits_to_keep).logits
+                        for rows, part in zip(input_ids.split(size), mask.split(size), strict=True)
+                    ]
+                )
+            else:
+                packed = self.engine.step(cache, input_ids, mask, logits_to_keep).logits
+        logits = unpack(packed, mask, logits_to_keep)
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size)
-        past = None if use_cache is False else cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past})
+        returned = None if use_cache is False or in_batches else cache
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: returned})
         return output.to_tuple() if return_dict is False else output
 
     def forward_slots(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import CandidateGenerator, GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
 from ..model.sampling import SamplingInputs
 from ..targets import StepResult
+from .arguments import (
+    check_options,
+    inferred_mask,
+    keep_in_room,
+    unpack_prompts,
+)
 from .batches import Batches
 from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
@@ -23,7 +30,9 @@ from .transformers_versions import (
     ARGUMENTS,
     CACHE,
     VersionedGenerationMixin,
+    is_default_length,
     length_is_default,
+    mark_default_length,
     prepare_options,
     restore_mask,
     settle_arguments,
@@ -70,6 +79,9 @@ REFUSED_ARGUMENTS = {
     "sampling_params": "they follow from the options",
 }
 
+# What transformers' loops take out of the arguments that go to forward().
+_FORWARDED = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
+
 
 class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
     """`generate()` on an engine; the result of a row does not depend on the other rows.
@@ -88,12 +100,14 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
 
     def generate(
         self,
-        inputs: Tensor | None = None,
+        inputs: Any = None,
         generation_config: GenerationConfig | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """transformers' `generate()`; see there. Prompts and options are checked before anything else happens.
+
+        `inputs` may also be tokens in lists or arrays, or what a tokenizer returned.
 
         More prompts than the export has slots run in batches, one after the other. Calls of several threads are served
         in turn. Where processes share the model, all of them make this call; the random numbers of the first count.
@@ -102,14 +116,17 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
             ValueError: for a prompt that is empty, too long, or holds ids outside of the vocabulary; for more tokens
                 than the export was made for; for more beams; for options and a cache that do not fit. A cache that
                 was passed is then as it was.
+            TypeError: for an unknown option, naming the nearest; for text instead of token ids.
             NotImplementedError: for what no export serves, by its name; see `REFUSED_OPTIONS`.
         """
-        kwargs.update(zip(ARGUMENTS, args, strict=False))
+        inputs, kwargs = unpack_prompts(inputs, {**kwargs, **dict(zip(ARGUMENTS, args, strict=False))})
         settle_arguments(generation_config, kwargs)
         for name, reason in REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
         asked, others = prepare_options(self, generation_config, kwargs)
+        if kwargs.get("custom_generate") is None:  # which has arguments of its own
+            check_options(asked, others, {*ARGUMENTS, *_FORWARDED, *inspect.signature(self.forward).parameters})
         _refuse(asked)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:  # then it begins with bos_token_id
@@ -118,8 +135,12 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         with self.engine.generating(assists_itself=kwargs.get("assistant_model") is self):
             # Before anything that may raise in only one of several processes.
             self.runtime.begin(input_ids, *([] if mask is None else [mask]))
-            inferred = _inferred_mask(input_ids, asked) if mask is None else mask
-            check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+            inferred = inferred_mask(input_ids, asked) if mask is None else mask
+            mask_of_all = check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+            if is_default_length(generation_config, kwargs):
+                room = self.neuron_config.sequence_length - int(mask_of_all.sum(-1).max())
+                # At least 1, so that a prompt that leaves no room is refused by its own error.
+                kwargs["max_new_tokens"] = max(1, min(asked.max_new_tokens, room))
             batches = Batches(input_ids, asked, kwargs, self.neuron_config.batch_size)
             if len(batches) > 1:
                 return batches.run(super().generate, generation_config)
@@ -193,8 +214,25 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
             else:
                 cache.append(mask[:, part])
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        mask = kwargs["model_kwargs"].get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())  # of the one row that it has
+        assistant, assistant_columns = kwargs.get("assistant_model"), None
+        if isinstance(assistant, OPTGenerationMixin) and kwargs.get("assistant_tokenizer") is None:
+            assistant_columns = assistant.neuron_config.sequence_length + padding
+        return keep_in_room(generator, self.neuron_config.sequence_length + padding, assistant_columns)
+
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         return _SharedCriteria(super()._get_stopping_criteria(*args, **kwargs), self.runtime.decide)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        prepared, others = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        if self.generation_config.max_new_tokens is None:
+            mark_default_length(prepared, generation_config, kwargs)
+        return prepared, others
 
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs: Any) -> GenerationConfig:
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""
@@ -255,13 +293,3 @@ def _refuse(asked: GenerationConfig) -> None:
         value = getattr(asked, name, None)
         if value and value not in _HARMLESS.get(name, ()):
             raise NotImplementedError(f"generate() was asked for {name}={value!r}, which is not served: {reason}.")
-    if asked.prefill_chunk_size is not None and asked.prefill_chunk_size < 1:
-        raise ValueError(f"prefill_chunk_size={asked.prefill_chunk_size}: columns of a chunk, at least 1; or None.")
-
-
-def _inferred_mask(input_ids: Tensor, asked: GenerationConfig) -> Tensor | None:
-    """The mask that transformers will assume where none is given: padding does not count, unless it also ends."""
-    pad, ends = asked.pad_token_id, asked.eos_token_id
-    if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
-        return None
-    return input_ids != pad

@@ -6,6 +6,8 @@ padded at the left, at the right, or with holes become the same step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,30 @@ from ..targets import Step
 
 
 IGNORED_LABEL = -100  # of torch.nn.functional.cross_entropy, and of transformers
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """`values`, a tensor or numbers in (nested) lists or arrays, as a tensor.
+
+    Raises:
+        TypeError: for text.
+        ValueError: for rows of different lengths, and for what are no numbers.
+    """
+    if isinstance(values, Tensor):
+        return values
+    text = values[0] if isinstance(values, (list, tuple)) and values else values
+    if isinstance(text, (str, bytes)):
+        raise TypeError(
+            f"{name} is text, {text!r}, and a model takes token ids: pass "
+            "tokenizer(text, return_tensors='pt').input_ids, or use optimum_opt_trn.pipeline."
+        )
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} is no tensor, and cannot be made one ({error}): rows must be numbers and equally long, as "
+            "tokenizer(texts, padding=True, return_tensors='pt') returns them."
+        ) from error
 
 
 def check_inputs(
@@ -40,7 +66,9 @@ def check_inputs(
     """
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids must be whole numbers of shape (rows, tokens), not {input_ids.dtype} {tuple(input_ids.shape)}."
+            f"input_ids must be whole numbers of shape (rows, tokens), not {input_ids.dtype} "
+            f"{tuple(input_ids.shape)}: "
+            "pass input_ids[None] for one row of tokens, input_ids.long() for whole numbers in another dtype."
         )
     past = torch.zeros(len(input_ids), 0, dtype=torch.bool) if past is None else past
     width = past.shape[1]

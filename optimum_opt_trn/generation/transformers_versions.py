@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
@@ -37,6 +38,9 @@ ARGUMENTS = tuple(
 
 # New tokens where no length was given.
 _DEFAULT_LENGTH = GenerationConfig().max_length or GenerationConfig._get_default_generation_params()["max_length"]
+
+_LENGTHS = {"max_new_tokens", "max_length"}
+_BY_DEFAULT = "_length_by_default"  # an attribute of a GenerationConfig
 
 _CROP_REMOVES = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
 
@@ -105,6 +109,28 @@ def default_new_tokens(pipeline: TextGenerationPipeline) -> int | None:
             options = pipeline._default_generation_config
     new_tokens: int | None = options.max_new_tokens
     return new_tokens
+
+
+def mark_default_length(prepared: GenerationConfig, given: GenerationConfig | None, kwargs: Mapping[str, Any]) -> None:
+    """Notes in `prepared` that its `max_new_tokens` is the default of transformers' pipelines, which asks for nothing.
+
+    Only transformers 4.57 lets a model know: its pipelines prepare their default options with it.
+
+    Args:
+        prepared: the options, for a pipeline that is being made or for a call.
+        given: the options that `prepared` was made from.
+        kwargs: the options that a user gave.
+    """
+    if given is None or _LENGTHS & kwargs.keys():
+        return
+    if given is TextGenerationPipeline._default_generation_config:
+        setattr(prepared, _BY_DEFAULT, True)
+
+
+def is_default_length(given: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has no other length than the default of transformers' pipelines. Arguments: those of the call."""
+    by_default = getattr(given, _BY_DEFAULT, False) and given is not None and given.max_new_tokens is not None
+    return by_default and not _LENGTHS & kwargs.keys()
 
 
 class VersionedGenerationMixin(GenerationMixin):

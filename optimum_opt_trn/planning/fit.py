@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging
 
 from ..buckets import SHORTEST_SEQUENCE
-from ..hardware import GiB, Instance
+from ..hardware import Instance, in_units
 from ..model.shapes import ModelShape
 from .host import largest_of_family
 from .memory import MemoryPlan, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
@@ -61,12 +61,12 @@ def _shortage(plan: MemoryPlan) -> str:
         "workspace": plan.workspace,
         "reserve": plan.reserve,
     }
-    listed = ", ".join(f"{name} {size / GiB:.2f}" for name, size in parts.items() if size)
+    listed = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items() if size)
     where = f"a core of {instance.family.name} has" if instance.on_neuron else "are available on this host"
     return (
         f"batch_size={setup.batch_size}, sequence_length={setup.sequence_length}, tp_degree={setup.tp_degree} needs "
-        f"{plan.total / GiB:.2f} GiB ({listed}), {-plan.free / GiB:.2f} more than the {instance.core_bytes / GiB:.2f} "
-        f"GiB that {where}"
+        f"{in_units(plan.total)} ({listed}), {in_units(-plan.free)} more than the {in_units(instance.core_bytes)} "
+        f"that {where}"
     )
 
 

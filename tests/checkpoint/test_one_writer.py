@@ -54,7 +54,7 @@ def test_another_process_until_it_is_killed(tmp_path):
         with pytest.raises(BlockingIOError, match="out is being written by another"), one_writer(tmp_path / "out"):
             pass
         holder.kill()
-    assert names(tmp_path) == {".out.lock"}, "a stale lock, which keeps nobody off"
+    assert names(tmp_path) == {".out.lock"}, "a stale lock, which stops nobody"
     with one_writer(tmp_path / "out"):
         pass
     assert names(tmp_path) == set()

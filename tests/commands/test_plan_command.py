@@ -70,7 +70,14 @@ def test_the_table_says_what_goes_where_in_100_columns(opt_13b, plan):
         assert next(line for line in lines if line.strip().startswith("free ")).endswith(verdict)
         assert all(part in text for part in (*shown, "inf2.48xlarge", "trn2.48xlarge"))
     assert "longest sequence that fits     1941 positions at batch size 3" in text
-    assert "host memory                    0.5 GiB to split, 0.6 GiB to load, of 32 GiB" in text
+    assert "host memory                    512.00 MiB to split, 600.17 MiB to load, of 32.00 GiB" in text
+
+
+@pytest.mark.parametrize("instance", ["cpu", "trn1.2xlarge"])
+def test_a_small_model_is_told_in_units_that_suit_it(instance, tmp_path, plan):
+    tiny_config().save_pretrained(tmp_path)
+    text = plan("-m", str(tmp_path), "--instance", instance)
+    assert " 0.00 " not in text and "KiB" in text and "0.0815 million parameters" in text
 
 
 def test_the_dtypes_change_the_bytes(opt_13b, plan):

@@ -234,7 +234,7 @@ def test_caches_of_others():
     with pytest.raises(ValueError, match="holds 2 rows, and input_ids has 1"):
         ours(ids, past_key_values=past)
     with pytest.raises(ValueError, match="4 more rows do not fit the batch_size=3"):
-        ours(ids.repeat(4, 1))
+        ours(ids.repeat(4, 1), past_key_values=DynamicCache())
 
 
 def test_an_interrupted_call_leaves_its_cache_as_it_was(monkeypatch):
@@ -371,3 +371,34 @@ def test_slots_that_do_not_fit(case):
     ours(**good)
     with pytest.raises(ValueError, match="lost its slots"):
         held.check(ours.engine)
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4])
+@pytest.mark.parametrize("keep", [0, 2])
+@pytest.mark.parametrize("rows", [4, 7])
+def test_more_rows_than_slots_run_in_batches(rows, keep, tp_degree):
+    ours, reference = pair("pre_norm", tp_degree, 3)
+    inputs = ragged([2 + row for row in range(rows)])
+    labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
+    # The first label that counts would be predicted by padding.
+    labels[torch.arange(rows), inputs["attention_mask"].argmax(-1)] = -100
+    with torch.no_grad():
+        expected = reference(**inputs, labels=labels)
+    real = inputs["attention_mask"].bool()
+    got = ours(**inputs, labels=labels) if keep == 0 else ours(**inputs, logits_to_keep=keep)
+    wanted, real = (expected.logits, real) if keep == 0 else (expected.logits[:, -keep:], real[:, -keep:])
+    torch.testing.assert_close(got.logits[real], wanted[real], atol=1e-3, rtol=1e-4)
+    assert got.past_key_values is None
+    if keep == 0:
+        torch.testing.assert_close(got.loss, expected.loss, atol=1e-4, rtol=1e-4)
+
+
+def test_more_rows_than_slots_have_no_cache():
+    ours, _ = pair("pre_norm", 1, 3)
+    ids = torch.full((4, 5), 9)
+    with pytest.raises(ValueError, match="4 rows do not fit the batch_size=3.*at most 3 rows.*in batches"):
+        ours(ids, use_cache=True)
+    past = ours(ids[:3]).past_key_values
+    with pytest.raises(ValueError, match="past_key_values holds 3 rows, and input_ids has 4"):
+        ours(ids, past_key_values=past)
+    assert ours(ids[:3], past_key_values=past).past_key_values.get_seq_length() == 10

@@ -236,7 +236,6 @@ REFUSED = {
     "inputs_embeds": {"inputs_embeds": torch.zeros(1, 3, 32)},
     "position_ids": {"position_ids": torch.tensor([[0, 1, 2]])},
     "past_key_values": {"past_key_values": object()},
-    "nonsense": {"nonsense": 1},
 }
 
 

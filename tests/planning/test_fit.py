@@ -32,7 +32,14 @@ def test_on_trn1_it_is_refused_with_the_sums_and_what_would_fit():
     with pytest.raises(DoesNotFitError) as raised:
         check_fit(OPT_13B, too_large)
     message = str(raised.value)
-    for part in ("batch_size=3", "weights 12.00", "cache 2.34", "workspace 1.00", "reserve 1.25", "16.00 GiB"):
+    for part in (
+        "batch_size=3",
+        "weights 12.00 GiB",
+        "cache 2.34 GiB",
+        "workspace 1.00 GiB",
+        "reserve 1.25 GiB",
+        "16.00 GiB",
+    ):
         assert part in message
     assert "Choose batch_size=2, or sequence_length=1941, or tp_degree=8, or force=True" in message
     check_fit(OPT_13B, too_large, force=True)

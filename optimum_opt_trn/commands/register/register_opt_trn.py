@@ -8,7 +8,9 @@ from contextlib import suppress
 from optimum.commands.export.base import ExportCommand
 
 import optimum_opt_trn  # noqa: F401  so that other commands can read our configurations
+from optimum_opt_trn.commands.doctor import DoctorCommand
 from optimum_opt_trn.commands.export import OPTExportCommand, extend
+from optimum_opt_trn.commands.generate import GenerateCommand
 from optimum_opt_trn.commands.neuron import add_commands
 from optimum_opt_trn.commands.plan import PlanCommand
 from optimum_opt_trn.commands.split import SplitCommand
@@ -25,4 +27,7 @@ with suppress(ImportError):  # without optimum-neuron
 if _existing:
     extend(_existing[0])
 _export = [] if _existing else [(OPTExportCommand, ExportCommand)]
-REGISTER_COMMANDS = [*_export, *add_commands([PlanCommand, SplitCommand, VerifyCommand])]
+REGISTER_COMMANDS = [
+    *_export,
+    *add_commands([DoctorCommand, GenerateCommand, PlanCommand, SplitCommand, VerifyCommand]),
+]

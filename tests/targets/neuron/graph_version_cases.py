@@ -28,6 +28,7 @@ from small_models import KINDS, tiny_config  # noqa: E402
 
 from optimum_opt_trn import OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs  # noqa: E402
+from optimum_opt_trn.dtypes import to_torch  # noqa: E402
 from optimum_opt_trn.model.shapes import shard_dim  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import GRAPH_VERSION  # noqa: E402
 from optimum_opt_trn.targets.neuron.rank_module import RANKS, RankModule, example_inputs  # noqa: E402
@@ -54,10 +55,10 @@ class Operations(TorchDispatchMode):
 
 def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """One rank's weights by the names that graphs give them, from the layout of the checkpoint."""
-    amp = neuron_config.amp_dtype
+    amp = neuron_config.amp
     shapes = {RANKS: (torch.Size([1]), torch.int32)}
-    parts = [(f"layer_{i}", layer_specs(config)) for i in range(config.num_hidden_layers)]
-    for part, specs in [("outer", outer_specs(config)), *parts]:
+    parts = [(f"layer_{i}", layer_specs(config, amp)) for i in range(config.num_hidden_layers)]
+    for part, specs in [("outer", outer_specs(config, amp)), *parts]:
         for name, spec in specs.items():
             shape, dim = list(spec.shape), shard_dim(name)
             if dim is not None:
@@ -66,7 +67,7 @@ def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]
             outer = "embed" if name.startswith(("embed", "project_in")) else "head"
             shapes[f"{outer if part == 'outer' else part}__{name.replace('.', '__')}"] = (
                 torch.Size(shape),
-                spec.dtype(amp),
+                to_torch(spec.dtype),
             )
     return shapes
 

@@ -1,0 +1,65 @@
+"""What the values of an OPT's config.json must be, checked in one place before anything reads them.
+
+transformers loads a config.json with any values, and fails later, or gives a model that is not the one meant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import OPTConfig
+from transformers.activations import ACT2FN
+
+
+_COUNTS = (
+    *("vocab_size", "hidden_size", "word_embed_proj_dim", "num_hidden_layers", "num_attention_heads", "ffn_dim"),
+    "max_position_embeddings",
+)
+_SWITCHES = (
+    *("do_layer_norm_before", "_remove_final_layer_norm", "layer_norm_elementwise_affine"),
+    *("enable_bias", "tie_word_embeddings"),
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_values(config: OPTConfig, source: Any) -> None:
+    """Checks the values that this package, or transformers, computes with.
+
+    Args:
+        config: of the model.
+        source: what messages call it.
+
+    Raises:
+        ValueError: for the first wrong value, naming it, the limit and the way out.
+    """
+    for name in _COUNTS:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            _refuse(source, name, value, "it must be a positive whole number")
+    for name in _SWITCHES:
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            _refuse(source, name, value, "it must be true or false")
+    for name in _TOKENS:
+        value = getattr(config, name)
+        several = name == "eos_token_id" and isinstance(value, list) and value
+        if value is not None and not all(type(i) is int for i in (value if several else [value])):
+            _refuse(source, name, value, "it must be the number of a token, or null")
+    if not isinstance(config.activation_function, str) or config.activation_function not in ACT2FN:
+        _refuse(source, "activation_function", config.activation_function, "OPT has 'relu', Galactica 'gelu'")
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if hidden % heads:
+        _refuse(source, "num_attention_heads", heads, f"it must divide hidden_size={hidden}")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"{source}: its config.json has a quantization_config ({method!r}), and exports are made from weights in "
+            "float16, bfloat16 or float32: choose the model that it was quantized from."
+        )
+
+
+def _refuse(source: Any, name: str, value: Any, limit: str) -> None:
+    raise ValueError(
+        f"{source}: its config.json has {name}={value!r}, and {limit}. Correct the file, or fetch it again."
+    )

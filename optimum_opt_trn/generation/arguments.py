@@ -1,0 +1,117 @@
+"""What users pass to `generate()`, before transformers sees it: prompts in any form, and options that mean something.
+
+transformers' own messages for these come late, or name neither the value nor the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..configuration_opt import reject_unknown
+from .inputs import as_tensor
+
+
+# Arguments with ids of tokens, or a mask of them.
+_OF_TOKENS = ("input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
+# Counts that are at least 1.
+_COUNTS = ("num_beams", "num_return_sequences", "prefill_chunk_size")
+
+
+def unpack_prompts(inputs: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """The prompts and the other arguments of a call, lists and arrays among them as tensors.
+
+    Args:
+        inputs: tokens as a tensor, lists or an array, `(rows, tokens)`; what a tokenizer returned; or None.
+        kwargs: the other arguments.
+
+    Raises:
+        TypeError: for text, and for what is given twice.
+        ValueError: for rows of different lengths.
+    """
+    if isinstance(inputs, Mapping):  # as a tokenizer returns it
+        if twice := sorted(inputs.keys() & kwargs.keys()):
+            raise TypeError(f"generate() got {twice[0]} twice: in the first argument, and by name.")
+        inputs, kwargs = None, {**kwargs, **inputs}
+    for name in _OF_TOKENS:
+        if kwargs.get(name) is not None:
+            kwargs[name] = as_tensor(kwargs[name], name)
+    return None if inputs is None else as_tensor(inputs, "input_ids"), kwargs
+
+
+def check_options(asked: GenerationConfig, others: Iterable[str], arguments: Collection[str]) -> None:
+    """Checks what transformers would refuse late or not at all.
+
+    Args:
+        asked: the options, prepared.
+        others: names of arguments that are no options of it.
+        arguments: names that mean something, beside those of options.
+
+    Raises:
+        TypeError: for a name that means nothing, naming the nearest that does.
+        ValueError: for a count below 1, and for an empty list of bad words.
+    """
+    options = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    reject_unknown(others, options.union(arguments), "generate()")
+    for name in _COUNTS:
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive whole number.")
+    if asked.bad_words_ids is not None and not all(asked.bad_words_ids):
+        raise ValueError(
+            f"bad_words_ids={asked.bad_words_ids!r} has a word without tokens: each word is a list of at least one "
+            "token id. Leave it out, or leave bad_words_ids out."
+        )
+
+
+def inferred_mask(input_ids: Tensor, asked: GenerationConfig) -> Tensor | None:
+    """The mask that transformers will assume where none is given: padding does not count, unless it also ends.
+
+    Raises:
+        ValueError: for a row that is padding only.
+    """
+    pad, ends = asked.pad_token_id, asked.eos_token_id
+    if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        return None
+    mask = input_ids != pad
+    if mask.ndim == 2 and mask.numel() and not input_ids.is_floating_point() and not bool(mask.any(-1).all()):
+        raise ValueError(
+            f"Every token of row {int(mask.any(-1).int().argmin())} is the pad token (pad_token_id={pad}), which does "
+            "not count where no attention_mask is passed: pass attention_mask=torch.ones_like(input_ids) if these "
+            "tokens are the prompt."
+        )
+    return mask
+
+
+def keep_in_room(generator: Any, columns: int, assistant_columns: int | None) -> Any:
+    """Cuts the candidates of assisted generation and prompt lookup to the room that the export has left.
+
+    transformers ends such a call after the step in which candidates went beyond the length; a cache of fixed size has
+    no room for that step.
+
+    Args:
+        generator: transformers' `CandidateGenerator`; it is changed.
+        columns: columns of `input_ids` that the model has room for.
+        assistant_columns: the same of an assistant with the same tokenizer; None where there is none of ours.
+
+    Returns:
+        The generator.
+    """
+    get: Callable[[Tensor], tuple[Tensor, Tensor | None]] = generator.get_candidates
+    if assistant_columns is not None:
+        # One more than it may generate: transformers keeps a token for the model itself.
+        config = generator.generation_config
+        config.max_length = min(config.max_length, assistant_columns + 1)
+
+    def get_candidates(input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        width = input_ids.shape[1]
+        if assistant_columns is not None and width >= assistant_columns:
+            return input_ids, None
+        candidates, logits = get(input_ids)
+        return candidates[:, :columns], None if logits is None else logits[:, : max(columns - width, 0)]
+
+    generator.get_candidates = get_candidates
+    return generator
