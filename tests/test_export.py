@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, OPTConfig,
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
+from optimum_opt_trn.checkpoint.lock import one_writer
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import WeightSource
-from optimum_opt_trn.checkpoint.write import one_writer
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.host_framework import INSTALLED
 from optimum_opt_trn.targets.cpu import CPUTarget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,19 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         raise OSError(f"{source} is a file: give the directory that holds the model, {Path(source).parent}.")
     if not Path(source).is_dir():
         try:
-            return check_opt(AutoConfig.from_pretrained(source, **hub), source)
+            return _load_config(source, **hub)
         except OSError as error:
             raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
     if not (Path(source) / CONFIG_NAME).is_file():
         raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or incomplete.")
-    return check_opt(AutoConfig.from_pretrained(source), source)
+    return _load_config(source)
+
+
+def _load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
+    given, _ = PretrainedConfig.get_config_dict(source, **hub)
+    if given.get("model_type") == "opt":
+        check_values(given, source)
+    return check_opt(AutoConfig.from_pretrained(source, **hub), source)
 
 
 def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
@@ -71,28 +79,30 @@ def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
             f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
             "models see optimum-neuron."
         )
-    check_values(config, source)
+    check_values(config.to_dict(), source)
     return config
 
 
-def save_config(config: OPTConfig, directory: Path, amp: str) -> None:
+def save_config(config: OPTConfig, amp: str, directory: Path) -> None:
     """Writes config.json for weights in `amp`; `config` is not changed."""
-    saved = OPTConfig.from_dict(config.to_dict())
+    saved = copy.deepcopy(config)
     saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     saved.save_pretrained(directory)
 
 
-def save_companions(source: Path, config: OPTConfig, directory: Path, longest: int | None = None) -> None:
-    """Writes the generation config and the tokenizer of the checkpoint `source` to `directory`.
+def save_small_files(source: Path, config: OPTConfig, amp: str, directory: Path, longest: int | None = None) -> None:
+    """Writes config.json, and the generation config and the tokenizer of the checkpoint `source`, to `directory`.
 
     Without a tokenizer there is a warning.
 
     Args:
         source: a local directory.
         config: of the model.
+        amp: dtype of the weights.
         directory: where to write.
         longest: tokens that the model takes at most, for the tokenizer to know; None leaves that as it is.
     """
+    save_config(config, amp, directory)
     try:
         generation_config = GenerationConfig.from_pretrained(source)
     except OSError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from ..buckets import SHORTEST_SEQUENCE
 from ..checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
 from ..hardware import INSTANCES, GiB, Instance, equal_degrees
 from ..model.shapes import ModelShape, cache_shape, shard_dim, shard_range
@@ -191,3 +192,17 @@ def cheapest(config: ModelShape, setup: Setup) -> tuple[Instance, int] | None:
         if degree is not None:
             return instance, degree
     return None
+
+
+def settings_that_fit(config: ModelShape, setup: Setup, instance: Instance) -> Iterator[str]:
+    """The nearest settings that fit, each a change of one option."""
+    if size := max_batch_size(config, setup, instance):
+        yield f"batch_size={size}"
+    if (length := max_sequence_length(config, setup, instance)) >= SHORTEST_SEQUENCE:
+        yield f"sequence_length={length}"
+    if not instance.on_neuron:
+        return
+    if degree := smallest_degree(config, setup, instance):
+        yield f"tp_degree={degree}"
+    elif other := cheapest(config, setup):
+        yield f"{other[0].name} with tp_degree={other[1]}"
