@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_opt_trn.buckets import LONG_RUN
-from optimum_opt_trn.model.attention import LayerCache, StaticAttention
+from optimum_opt_trn.model.attention import LayerCache, StaticAttention, write_tokens
 from optimum_opt_trn.model.sampling import SamplingInputs
 from optimum_opt_trn.targets import Step
 from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
@@ -49,10 +49,12 @@ def test_as_in_static_shapes(data, with_kernels, dtype):
     for slot, start, count in zip(slots, starts, counts, strict=True):
         rows = slice(begin, begin := begin + count)
         positions += range(start, start + count)
-        one = [[cache[0][slot : slot + 1]] for cache in (row_by_row.keys, row_by_row.values)]
+        one = tuple(cache[0][slot : slot + 1] for cache in (row_by_row.keys, row_by_row.values))
         places = torch.arange(start, start + count, dtype=torch.int32)[None]
-        attend = StaticAttention(*one, places, prompt=start == 0, scale=0.5)
+        attend = StaticAttention([one] if start else None, places, SIZE, 0.5, dtype)
         expected[rows] = attend(0, *(x[None, rows] for x in (query, key, value)))[0]
+        for cache, new in zip(one, attend.new[0], strict=True):
+            cache.copy_(write_tokens(cache, new, places))
     owners = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
     attention = attention_of(step(owners, torch.tensor(positions)), with_kernels)
     mixed = attention.over(packed)(0, query, key, value)
