@@ -363,7 +363,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
         tensor_parallel_size: int,
         dtype: torch.dtype,
     ) -> OPTNeuronConfig:
-        """What the auto class calls, which knows Neuron devices alone."""
+        """What the auto class calls, which knows only Neuron devices."""
         return OPTNeuronConfig(
             batch_size=batch_size,
             sequence_length=sequence_length,
