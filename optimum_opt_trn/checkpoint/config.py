@@ -41,12 +41,19 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         raise OSError(f"{source} is a file: give the directory that holds the model, {Path(source).parent}.")
     if not Path(source).is_dir():
         try:
-            return check_opt(AutoConfig.from_pretrained(source, **hub), source)
+            return _load_config(source, **hub)
         except OSError as error:
             raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
     if not (Path(source) / CONFIG_NAME).is_file():
         raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or incomplete.")
-    return check_opt(AutoConfig.from_pretrained(source), source)
+    return _load_config(source)
+
+
+def _load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
+    given, _ = PretrainedConfig.get_config_dict(source, **hub)
+    if given.get("model_type") == "opt":
+        check_values(given, source)
+    return check_opt(AutoConfig.from_pretrained(source, **hub), source)
 
 
 def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
@@ -72,7 +79,7 @@ def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
             f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
             "models see optimum-neuron."
         )
-    check_values(config, source)
+    check_values(config.to_dict(), source)
     return config
 
 

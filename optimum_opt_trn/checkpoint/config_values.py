@@ -1,10 +1,12 @@
 """What the values of an OPT's config.json must be, checked in one place before anything reads them.
 
-transformers loads a config.json with any values, and fails later, or gives a model that is not the one meant.
+transformers 4.57 loads a config.json with any values, and fails later, or gives a model that is not the one meant;
+transformers 5 refuses some, in many lines.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import OPTConfig
@@ -22,35 +24,37 @@ _SWITCHES = (
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def check_values(config: OPTConfig, source: Any) -> None:
+def check_values(given: Mapping[str, Any], source: Any) -> None:
     """Checks the values that this package, or transformers, computes with.
 
     Args:
-        config: of the model.
+        given: what config.json holds; the rest has the defaults of an OPT.
         source: what messages call it.
 
     Raises:
         ValueError: for the first wrong value, naming it, the limit and the way out.
     """
+    values = {**OPTConfig().to_dict(), **given}
     for name in _COUNTS:
-        value = getattr(config, name)
+        value = values[name]
         if type(value) is not int or value < 1:
             _refuse(source, name, value, "it must be a positive whole number")
     for name in _SWITCHES:
-        value = getattr(config, name)
+        value = values[name]
         if not isinstance(value, bool):
             _refuse(source, name, value, "it must be true or false")
     for name in _TOKENS:
-        value = getattr(config, name)
+        value = values[name]
         several = name == "eos_token_id" and isinstance(value, list) and value
         if value is not None and not all(type(i) is int for i in (value if several else [value])):
             _refuse(source, name, value, "it must be the number of a token, or null")
-    if not isinstance(config.activation_function, str) or config.activation_function not in ACT2FN:
-        _refuse(source, "activation_function", config.activation_function, "OPT has 'relu', Galactica 'gelu'")
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    activation = values["activation_function"]
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        _refuse(source, "activation_function", activation, "OPT has 'relu', Galactica 'gelu'")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if hidden % heads:
         _refuse(source, "num_attention_heads", heads, f"it must divide hidden_size={hidden}")
-    quantization = getattr(config, "quantization_config", None)
+    quantization = values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(

@@ -100,17 +100,21 @@ def keep_in_room(generator: Any, columns: int, assistant_columns: int | None) ->
     Returns:
         The generator.
     """
-    get: Callable[[Tensor], tuple[Tensor, Tensor | None]] = generator.get_candidates
-    if assistant_columns is not None:
-        # One more than it may generate: transformers keeps a token for the model itself.
-        config = generator.generation_config
-        config.max_length = min(config.max_length, assistant_columns + 1)
+    get: Callable[..., tuple[Tensor, Tensor | None]] = generator.get_candidates
 
-    def get_candidates(input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def get_candidates(input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         width = input_ids.shape[1]
-        if assistant_columns is not None and width >= assistant_columns:
+        if assistant_columns is None:
+            candidates, logits = get(input_ids, **kwargs)
+        elif width >= assistant_columns:
             return input_ids, None
-        candidates, logits = get(input_ids)
+        else:
+            asked = generator.num_assistant_tokens
+            generator.num_assistant_tokens = min(asked, assistant_columns - width)
+            try:
+                candidates, logits = get(input_ids, **kwargs)
+            finally:
+                generator.num_assistant_tokens = asked
         return candidates[:, :columns], None if logits is None else logits[:, : max(columns - width, 0)]
 
     generator.get_candidates = get_candidates

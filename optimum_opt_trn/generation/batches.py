@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 
 from .transformers_versions import CACHE
@@ -84,6 +85,9 @@ class Batches:
                 arguments["prefix_allowed_tokens_fn"] = _shifted(allowed, start)
             if self.asked.max_time is not None:
                 arguments["max_time"] = max(self.asked.max_time - (time.monotonic() - began), 0.0)
+            if (criteria := arguments.get("stopping_criteria")) is not None:
+                total, here = len(rows), len(rows[batch])
+                arguments["stopping_criteria"] = StoppingCriteriaList(_OfAllRows(one, total, here) for one in criteria)
             results.append(generate(rows[batch], generation_config, **arguments))
         if isinstance(results[0], Tensor):
             return self._joined(results)
@@ -116,6 +120,35 @@ class Batches:
             # What transformers' beam search fills up with.
             return _padded(sequences, -1 if end is None else pad or end)
         return _padded(sequences, next((i for i in (pad, end) if i is not None), 0))
+
+
+class _OfAllRows(StoppingCriteria):
+    """A user's criterion in one of several batches.
+
+    Some keep state for each row that they were made for, so each batch has a copy of its own, which is called with as
+    many rows as the user passed: those of the batch, repeated.
+
+    Args:
+        criterion: the user's.
+        total: how many rows the user passed.
+        here: how many of them are in this batch.
+    """
+
+    def __init__(self, criterion: StoppingCriteria, total: int, here: int):
+        try:
+            self._criterion = copy.deepcopy(criterion)
+        except TypeError:  # it holds what cannot be copied, and is used as it is
+            self._criterion = criterion
+        self._total, self._here = total, here
+
+    def __getattr__(self, name: str) -> Any:  # transformers asks whether it has `eos_token_id`
+        return getattr(self.__dict__["_criterion"], name)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        rows = len(input_ids)
+        repeated = torch.arange(rows // self._here * self._total) % rows
+        done = self._criterion(input_ids[repeated], scores, **kwargs)
+        return done[:rows] if isinstance(done, Tensor) and done.ndim else done
 
 
 def _padded(parts: Sequence[Tensor], fill: int) -> Tensor:

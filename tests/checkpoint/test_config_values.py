@@ -45,8 +45,9 @@ def test_a_wrong_value_is_named_with_its_limit(case, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_the_family_passes(kind):
-    check_values(tiny_config(**KINDS[kind]), "a model")
-    check_values(tiny_config(**KINDS[kind], eos_token_id=[2, 3], pad_token_id=None), "a model")
+    check_values(tiny_config(**KINDS[kind]).to_dict(), "a model")
+    check_values(tiny_config(**KINDS[kind], eos_token_id=[2, 3], pad_token_id=None).to_dict(), "a model")
+    check_values({}, "a model")
 
 
 NAMES = sorted(name for name in tiny_config().to_dict() if name not in ("model_type", "transformers_version"))
@@ -55,12 +56,7 @@ NAMES = sorted(name for name in tiny_config().to_dict() if name not in ("model_t
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(NAMES), st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3) | st.just([]))
 def test_any_value_passes_or_is_a_value_error(name, value):
-    config = tiny_config()
     try:
-        setattr(config, name, value)
-    except (AttributeError, TypeError, ValueError):
-        return  # transformers refuses it
-    try:
-        check_values(config, "a model")
+        check_values({**tiny_config().to_dict(), name: value}, "a model")
     except ValueError as error:
         assert str(error).startswith("a model")

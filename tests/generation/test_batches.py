@@ -6,7 +6,7 @@ import pytest
 import torch
 from against_transformers import generate, pair, ragged
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from optimum_opt_trn.generation.batches import Batches
@@ -149,3 +149,34 @@ def test_results_are_those_of_the_prompts_alone():
         assert out.sequences[i, : 9 + steps].tolist() == expected.sequences[0].tolist()
         for mine, theirs in zip(out.scores, expected.scores, strict=False):
             torch.testing.assert_close(mine[i], theirs[0], atol=1e-3, rtol=1e-4)
+
+
+class StopsEachRow(StoppingCriteria):
+    """As lm-evaluation-harness's: has a place for each row that it was made for, and keeps what it saw."""
+
+    def __init__(self, rows: int, end: int):
+        self.done, self.end = [False] * rows, end
+
+    def __call__(self, input_ids, scores, **kwargs):
+        for row in range(len(self.done)):
+            self.done[row] = self.done[row] or int(input_ids[row, -1]) == self.end
+        return torch.tensor(self.done)
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_a_criterion_with_state_for_each_row(rows):
+    ours, reference = pair("pre_norm", 1, 3)
+    prompts = ragged([4, 2, 5, 3, 6][-rows:])
+    width = prompts["input_ids"].shape[1]
+    asked = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 1}
+    plain = reference.generate(**prompts, **asked)
+    end = int(plain[-1, width + 5])  # what the last row says in the middle
+    criteria = StoppingCriteriaList([StopsEachRow(rows, end)])
+    expected = reference.generate(
+        **prompts, **asked, stopping_criteria=StoppingCriteriaList([StopsEachRow(rows, end)])
+    )
+    got = ours.generate(**prompts, **asked, stopping_criteria=criteria)
+    for mine, theirs in zip(got[:, width:].tolist(), expected[:, width:].tolist(), strict=True):
+        length = theirs.index(end) + 1 if end in theirs else len(theirs)
+        assert mine[:length] == theirs[:length]
+    assert criteria[0].done == [False] * rows, "the caller's own is not changed by a batch"
