@@ -8,8 +8,8 @@
 Each model is exported, loaded and compared with transformers on the CPU; its steps are timed and set against the
 roofline, and the memory that the driver counts against the plan. A part that fails is reported, and the rest goes on.
 --output gets report.json and report.md; attach both to a bug report. Exports are kept in the same directory, and the
-next run uses them again. On a trn1.2xlarge, opt-13b takes 55 GB of disk, and its compilation more host memory than there is: see
-docs/neuron.md for exporting elsewhere.
+next run uses them again. On a trn1.2xlarge, opt-13b takes 55 GB of disk, and its compilation more host memory than
+there is: see docs/neuron.md for exporting elsewhere.
 """
 
 from __future__ import annotations
