@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -84,11 +83,8 @@ def export_opt(
     target = get_target(neuron_config)
 
     with _staged(output) as staging:
-        # Checks the weights before a compiler starts, for which an error would have to wait.
         checkpoint = open_checkpoint(source, checkpoint_files(opt_config, amp), **hub)
-        with ThreadPoolExecutor(1) as compiler:
-            compiler.submit(target.prepare, eager)
-            write_split(checkpoint.weights, staging / CHECKPOINT_DIR, amp, partial(save_config, opt_config, amp))
+        write_split(checkpoint.weights, staging / CHECKPOINT_DIR, amp, partial(save_config, opt_config, amp))
         save_small_files(checkpoint.directory, opt_config, amp, staging, neuron_config.sequence_length)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)

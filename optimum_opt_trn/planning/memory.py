@@ -17,7 +17,7 @@ from ..hardware import INSTANCES, GiB, Instance, equal_degrees
 from ..model.shapes import ModelShape, cache_shape, shard_dim, shard_range
 from .host import host_threads
 from .setup import Setup
-from .workspace import CPU_THREAD_BYTES, graph_workspace, prompt_scores
+from .workspace import cpu_buffers, graph_workspace, prompt_scores
 
 
 # Memory for a core's runtime, code and DMA rings. Calibrated: OPT-13B in float16 at 2048 positions runs on the two
@@ -143,7 +143,7 @@ def plan_memory(config: ModelShape, setup: Setup, instance: Instance) -> MemoryP
     graphs = graph_workspace(config, setup, instance.on_neuron)
     workspace = max(graphs.values())
     if not instance.on_neuron:
-        return MemoryPlan(instance, setup, weights, cache, graphs, workspace, host_threads() * CPU_THREAD_BYTES)
+        return MemoryPlan(instance, setup, weights, cache, graphs, workspace, cpu_buffers(config, host_threads()))
     pages = -(-workspace // SCRATCHPAD_PAGE)
     scores = prompt_scores(config, setup)
     return MemoryPlan(instance, setup, weights, cache, graphs, pages * SCRATCHPAD_PAGE, NEURON_RESERVE, scores)
