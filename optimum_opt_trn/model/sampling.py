@@ -138,8 +138,8 @@ def draw_tokens(best: Tensor, words: Tensor, first: Tensor, params: Tensor, unif
     best_place = place == torch.zeros_like(place)
     # Tokens are kept until the ones before them reach top_p; the best always is.
     kept = kept & torch.where(best_place, best_place, before < top_p * weights.sum(-1, keepdim=True))
-    # The best token's weight is 1, so that weights are probabilities relative to it. Those of excluded tokens are 0,
-    # and rounding must not have one drawn.
+    # The best token's weight is 1, so that weights are probabilities relative to it. Excluded tokens have weight 0,
+    # and rounding must not let one be drawn.
     kept = kept & (weights >= min_p.clamp(min=NEVER_DRAWN))
     weights = torch.where(kept, weights, torch.zeros_like(weights))
 
