@@ -49,7 +49,14 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
 
 
 def _load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
-    given, _ = PretrainedConfig.get_config_dict(source, **hub)
+    try:
+        given, _ = PretrainedConfig.get_config_dict(source, **hub)
+    except OSError as error:
+        if Path(source).is_dir():
+            raise OSError(
+                f"{source}: its {CONFIG_NAME} is not valid JSON. Correct the file, or fetch it again."
+            ) from error
+        raise
     if given.get("model_type") == "opt":
         check_values(given, source)
     return check_opt(AutoConfig.from_pretrained(source, **hub), source)
