@@ -29,6 +29,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ import torch
 from transformers import OPTConfig
 
 from optimum_opt_trn import OPTNeuronConfig
+from optimum_opt_trn.checkpoint.config import save_config
+from optimum_opt_trn.checkpoint.formats import Piece
 from optimum_opt_trn.checkpoint.layout import CHECKPOINT_DIR, checkpoint_files
-from optimum_opt_trn.checkpoint.source import Piece, WeightSource
+from optimum_opt_trn.checkpoint.source import WeightSource
 from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.generation.inputs import pack
 from optimum_opt_trn.model.sampling import SamplingInputs
@@ -67,11 +70,12 @@ def shape(hidden: int) -> OPTConfig:
 
 
 def write_export(config: OPTConfig, amp: str, directory: Path, eager: bool) -> None:
-    specs = {name: spec for file in checkpoint_files(config, amp).values() for name, spec in file.items()}
+    files = checkpoint_files(config, amp)
+    specs = {name: spec for file in files.values() for name, spec in file.items()}
     readers = {name: (lambda spec=spec: torch.full(spec.shape, 0.01)) for name, spec in specs.items()}
     neuron_config = OPTNeuronConfig(amp=amp)
-    source = WeightSource([Piece(lambda: readers, lambda names: "constant")], "constant weights", config)
-    write_split(source, directory / CHECKPOINT_DIR, amp)
+    source = WeightSource([Piece(lambda: readers, lambda names: "constant")], "constant weights", files)
+    write_split(source, directory / CHECKPOINT_DIR, amp, partial(save_config, config, amp))
     get_target(neuron_config).compile(config, neuron_config, directory, eager)
 
 

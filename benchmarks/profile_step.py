@@ -4,9 +4,9 @@
     python benchmarks/profile_step.py opt-1.3b-export                    # an export, as from_pretrained loads it
     python benchmarks/profile_step.py opt-1.3b-export --context 1536
 
-Steps are timed as they are, then run again under torch's profiler; of each kind of work the share of the profiled time
-is printed: matrix products, attention, layernorms, and the rest (embedding, token sampling, Python between calls,
-and what the profiler itself takes). `generate()` around the steps is not in it: benchmarks/decode_cpu.py times that.
+Steps are timed as they are, then run again with a clock around the calls of the kernels. The share of each kind of work
+is printed: matrix products with the layernorms before them, attention, finding the best tokens, and the rest
+(embedding, Python between calls). `generate()` around the steps is not included: benchmarks/decode_cpu.py times it.
 """
 
 from __future__ import annotations
@@ -15,37 +15,47 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from optimum_opt_trn import NeuronOPTForCausalLM
 from optimum_opt_trn.generation.inputs import pack
 from optimum_opt_trn.model.sampling import SamplingInputs
+from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
 
 
+# The calls of the kernels that a step consists of.
 PARTS = {
-    "optimum_opt_trn::linears": "matrix products",
-    "optimum_opt_trn::linear_sum": "matrix products",
-    "optimum_opt_trn::attend": "attention",
-    "aten::layer_norm": "layernorms",
+    "linears": "matrix products",
+    "linear_sum": "matrix products",
+    "attend": "attention",
+    "best": "token sampling",
 }
 
 
 def shares(step: Callable[[], object], steps: int) -> dict[str, float]:
-    """Of each part, its share of the time that `steps` steps take under the profiler; their sum is 1."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    """Of each part, its share of the time that `steps` steps take while the clock is read around calls; sums to 1."""
+    seconds = dict.fromkeys(PARTS.values(), 0.0)
+
+    def timed(name: str, method: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            start = time.perf_counter()
+            result = method(*arguments, **options)
+            seconds[PARTS[name]] += time.perf_counter() - start
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for name in PARTS:
+            method = timed(name, getattr(KernelArithmetic, name))
+            patches.enter_context(patch.object(KernelArithmetic, name, method))
         start = time.perf_counter()
         for _ in range(steps):
             step()
         total = time.perf_counter() - start
-    seconds = dict.fromkeys(PARTS.values(), 0.0)
-    for event in profiled.events():
-        if event.name in PARTS:
-            seconds[PARTS[event.name]] += event.cpu_time_total / 1e6
-            around = event.cpu_parent
-            if around is not None and around.name in PARTS:  # as layernorms in products
-                seconds[PARTS[around.name]] -= event.cpu_time_total / 1e6
     seconds["everything else"] = total - sum(seconds.values())
     return {part: spent / total for part, spent in seconds.items()}
 

@@ -175,7 +175,6 @@ def main() -> None:
 
     from optimum_opt_trn import OPTNeuronConfig
     from optimum_opt_trn.checkpoint.layout import checkpoint_files
-    from optimum_opt_trn.checkpoint.stream import file_size
     from optimum_opt_trn.dtypes import to_torch
     from optimum_opt_trn.export import export_opt
 
@@ -192,7 +191,7 @@ def main() -> None:
     )
     bound = largest + 400e6
     files = checkpoint_files(config, arguments.amp)
-    written = sum(file_size(specs) for specs in files.values())
+    written = sum(spec.bytes for specs in files.values() for spec in specs.values())
     base = measured(NOTHING)[1]
     print(
         f"{arguments.layers} layers of width {arguments.hidden_size}, {arguments.dtype} to {arguments.amp}, "

@@ -44,13 +44,14 @@ def check(directory: Path) -> None:
     """Prints what `directory` holds; raises ValueError or OSError if weights are missing, cut off or not an OPT's."""
     from transformers import AutoTokenizer, OPTConfig
 
-    from optimum_opt_trn.checkpoint.source import open_directory
+    from optimum_opt_trn.checkpoint.hub import open_checkpoint
+    from optimum_opt_trn.checkpoint.layout import checkpoint_files
 
     config = OPTConfig.from_pretrained(directory)
     if config.model_type != "opt":
         raise ValueError(f"{directory} is a model of type {config.model_type!r}, not an OPT.")
     # Opens every file (a safetensors file that was cut off is found out so) and compares names with the config.
-    open_directory(directory, config)
+    open_checkpoint(directory, checkpoint_files(config, "f32"))
     size = sum(file.stat().st_size for suffix in ("safetensors", "bin") for file in directory.glob(f"*.{suffix}"))
     print(
         f"{directory} is whole: OPT, {config.num_hidden_layers} layers of width {config.hidden_size}, "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from .checkpoint.config import check_opt, load_config, save_companions, save_config
+from .checkpoint.config import check_opt, load_config, save_config, save_small_files
 from .checkpoint.hub import open_checkpoint
-from .checkpoint.layout import CHECKPOINT_DIR
-from .checkpoint.source import CheckpointError
-from .checkpoint.write import one_writer, write_split
+from .checkpoint.layout import CHECKPOINT_DIR, CheckpointError, checkpoint_files
+from .checkpoint.lock import one_writer
+from .checkpoint.write import write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
 from .planning.fit import check_fit
@@ -74,20 +74,17 @@ def export_opt(
         "force_download": force_download,
         "local_files_only": local_files_only,
     }
+    amp = neuron_config.amp
+    _check_output(output, source)
     opt_config = load_config(source, **hub) if config is None else check_opt(config, source)
     neuron_config.check_model(opt_config)
     check_fit(opt_config, neuron_config, force)
     target = get_target(neuron_config)
-    _check_output(output, source)
 
     with _staged(output) as staging:
-        # Checks the weights before a compiler starts, for which an error would have to wait.
-        checkpoint = open_checkpoint(source, opt_config, **hub)
-        with ThreadPoolExecutor(1) as compiler:
-            compiler.submit(target.prepare, eager)
-            write_split(checkpoint.weights, staging / CHECKPOINT_DIR, neuron_config.amp)
-        save_config(opt_config, staging, neuron_config.amp)
-        save_companions(checkpoint.directory, opt_config, staging, neuron_config.sequence_length)
+        checkpoint = open_checkpoint(source, checkpoint_files(opt_config, amp), **hub)
+        write_split(checkpoint.weights, staging / CHECKPOINT_DIR, amp, partial(save_config, opt_config, amp))
+        save_small_files(checkpoint.directory, opt_config, amp, staging, neuron_config.sequence_length)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)
     return output

@@ -1,19 +1,9 @@
-"""Fixtures, and what tests compile."""
+"""Fixtures."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-
-# What tests compile is cached for this run alone, pytest-xdist's workers included, which inherit the variable.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="optimum_opt_trn-tests-")
-    atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch
@@ -46,11 +36,3 @@ def load_opt(save_opt: Callable[..., Path]) -> Callable[..., NeuronOPTForCausalL
         return NeuronOPTForCausalLM.from_pretrained(save_opt(model), **{"eager": True, **options})
 
     return load
-
-
-@pytest.fixture(scope="session")
-def kernels() -> None:
-    """The CPU target's kernels, compiled and known to torch."""
-    from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
-
-    load_kernels(compile_kernels())

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, OPTConfig,
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME
+from optimum_opt_trn.checkpoint.lock import one_writer
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
 from optimum_opt_trn.checkpoint.source import WeightSource
-from optimum_opt_trn.checkpoint.write import one_writer
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.host_framework import INSTALLED
 from optimum_opt_trn.targets.cpu import CPUTarget
@@ -221,11 +221,12 @@ def test_a_broken_source_leaves_nothing(source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_weights_that_do_not_fit_are_refused_before_a_compiler_starts(source, tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(source, tmp_path, monkeypatch):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
     started = []
-    monkeypatch.setattr(CPUTarget, "prepare", lambda self, eager: started.append(eager))
+    monkeypatch.setattr(CPUTarget, "compile", lambda self, *_: started.append(True))
+    monkeypatch.setattr("optimum_opt_trn.export.write_split", lambda *_: started.append(True))
     with pytest.raises(CheckpointError, match="lacks 16 tensors"):
         export_opt(source, tmp_path / "out", neuron_config())
     assert not started and [path.name for path in tmp_path.iterdir()] == ["source"]

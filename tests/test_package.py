@@ -60,9 +60,9 @@ def test_version_is_that_of_the_distribution():
 
 
 def test_wheel(tmp_path):
-    """It holds every module, the typing marker, the licence; and the register file is where optimum-cli looks."""
+    """It holds every module, the kernels, the typing marker, the licence; the register file is in optimum's folder."""
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "*.so")
     shutil.copytree(ROOT / "optimum_opt_trn", source / "optimum_opt_trn", ignore=ignored)
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -74,7 +74,10 @@ def test_wheel(tmp_path):
     code = {str(path.relative_to(source)) for path in (source / "optimum_opt_trn").rglob("*") if path.is_file()}
     register = "optimum_opt_trn/commands/register/register_opt_trn.py"
     assert register in code
-    expected = code - {register} | {"optimum/commands/register/register_opt_trn.py"}
+    sources = {name for name in code if "/csrc/" in name}
+    expected = code - sources - {register} | {"optimum/commands/register/register_opt_trn.py"}
+    expected |= {"optimum_opt_trn/targets/cpu/_kernels.abi3.so"}
+    assert "-cp310-abi3-" in wheel.name  # any Python and any torch
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert "optimum_opt_trn/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hub import push_to_hub
+    from .layout import CheckpointError
     from .read import ModelWeights, load_weights
-    from .source import CheckpointError
     from .verify import verify_checkpoint
     from .write import save_pretrained_split
 
 # Public name -> the module that has it, which is imported at first use.
 _EXPORTS = {
-    "CheckpointError": "source",
+    "CheckpointError": "layout",
     "ModelWeights": "read",
     "load_weights": "read",
     "push_to_hub": "hub",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -89,24 +90,26 @@ def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
     return config
 
 
-def save_config(config: OPTConfig, directory: Path, amp: str) -> None:
+def save_config(config: OPTConfig, amp: str, directory: Path) -> None:
     """Writes config.json for weights in `amp`; `config` is not changed."""
-    saved = OPTConfig.from_dict(config.to_dict())
+    saved = copy.deepcopy(config)
     saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     saved.save_pretrained(directory)
 
 
-def save_companions(source: Path, config: OPTConfig, directory: Path, longest: int | None = None) -> None:
-    """Writes the generation config and the tokenizer of the checkpoint `source` to `directory`.
+def save_small_files(source: Path, config: OPTConfig, amp: str, directory: Path, longest: int | None = None) -> None:
+    """Writes config.json, and the generation config and the tokenizer of the checkpoint `source`, to `directory`.
 
     Without a tokenizer there is a warning.
 
     Args:
         source: a local directory.
         config: of the model.
+        amp: dtype of the weights.
         directory: where to write.
         longest: tokens that the model takes at most, for the tokenizer to know; None leaves that as it is.
     """
+    save_config(config, amp, directory)
     try:
         generation_config = GenerationConfig.from_pretrained(source)
     except OSError:

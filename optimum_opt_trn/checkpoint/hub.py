@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from transformers import OPTConfig
 
 from ..host_framework import NEURON_CONFIG_NAME
-from .layout import CHECKPOINT_DIR
-from .source import CheckpointError, WeightSource, open_directory, open_files
+from .formats import Files, LocalFiles, find_pieces
+from .layout import CHECKPOINT_DIR, CheckpointError, FileSpecs
+from .source import WeightSource
 from .verify import find_problems
 
 
@@ -27,7 +27,7 @@ class Checkpoint:
 
     Args:
         directory: a local directory with its small files: the source itself, or its snapshot in the cache.
-        weights: its weights, checked against the model's configuration.
+        weights: its weights, checked against what the model consists of.
     """
 
     directory: Path
@@ -36,7 +36,7 @@ class Checkpoint:
 
 def open_checkpoint(
     source: str | os.PathLike,
-    config: OPTConfig,
+    specs: FileSpecs,
     *,
     scratch: Path | None = None,
     revision: str | None = None,
@@ -49,13 +49,13 @@ def open_checkpoint(
 
     Args:
         source: a local directory or an id on the hub. The weights of an export are those in its `checkpoint/`.
-        config: the model's configuration.
+        specs: what the model consists of (`layout.checkpoint_files`), in the dtypes to read it in.
         scratch: where to put files of weights that are not in the cache. They are deleted as soon as they are not
             needed any more. None keeps them in the cache.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
 
     Raises:
-        CheckpointError: if there are no weights, or they are not those of a model of `config`.
+        CheckpointError: if there are no weights, or they are not those of the model, or a file is broken.
         OSError: if there is no such directory and no such id, or a file cannot be fetched.
     """
     hub: dict[str, Any] = {
@@ -67,9 +67,15 @@ def open_checkpoint(
     local = Path(source).is_dir()
     directory = Path(source) if local else _fetch_small_files(str(source), revision, hub)
     subfolder = CHECKPOINT_DIR if (directory / NEURON_CONFIG_NAME).is_file() else ""
-    if local:
-        return Checkpoint(directory, open_directory(directory / subfolder, config))
-    return Checkpoint(directory, open_files(_HubFiles(str(source), directory, subfolder, scratch, hub), config))
+    files: Files = LocalFiles(directory / subfolder)
+    if not local:
+        files = _HubFiles(str(source), directory, subfolder, scratch, hub)
+    return Checkpoint(directory, open_files(files, specs))
+
+
+def open_files(files: Files, specs: FileSpecs) -> WeightSource:
+    """The weights in the files of a checkpoint; see `open_checkpoint`."""
+    return WeightSource(find_pieces(files), files.origin, specs, files.directory)
 
 
 def _fetch_small_files(source: str, revision: str | None, hub: dict[str, Any]) -> Path:
@@ -85,6 +91,7 @@ class _HubFiles:
 
     def __init__(self, repository: str, snapshot: Path, subfolder: str, scratch: Path | None, hub: dict[str, Any]):
         self.origin = repository
+        self.directory: Path | None = None
         self._snapshot, self._subfolder, self._scratch, self._hub = snapshot, subfolder, scratch, hub
         self._found: dict[str, Path] = {}
 

@@ -22,6 +22,10 @@ OUTER_FILE = "embeddings_and_head.safetensors"
 _DECODER = "model.decoder."
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, broken, or not of the model that its config.json describes."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor of the checkpoint: its full shape, and its dtype, a name in `dtypes.DTYPES`."""
@@ -32,6 +36,10 @@ class TensorSpec:
     @property
     def bytes(self) -> int:
         return prod(self.shape) * DTYPES[self.dtype].bytes
+
+
+# The name of a file of the split format -> its tensors by their full names.
+FileSpecs = dict[str, dict[str, TensorSpec]]
 
 
 def layer_prefix(index: int) -> str:
@@ -80,7 +88,7 @@ def _layer_norm(name: str, config: ModelShape) -> dict[str, TensorSpec]:
     return {f"{name}.{part}": TensorSpec((config.hidden_size,), "f32") for part in ("weight", "bias")}
 
 
-def checkpoint_files(config: ModelShape, amp: str) -> dict[str, dict[str, TensorSpec]]:
+def checkpoint_files(config: ModelShape, amp: str) -> FileSpecs:
     """Every file of the split format, and its tensors by their full names, in the order of writing."""
     files = {OUTER_FILE: outer_specs(config, amp)}
     layer = layer_specs(config, amp)

@@ -18,8 +18,15 @@ from transformers import OPTConfig
 from ..configuration_opt import OPTNeuronConfig
 from ..dtypes import to_torch
 from ..model.parallel import RankGroup, Weights, shard_dim, shard_range
-from .layout import INDEX_NAME, OUTER_FILE, TensorSpec, checkpoint_files, layer_file, layer_prefix
-from .source import CheckpointError
+from .layout import (
+    INDEX_NAME,
+    OUTER_FILE,
+    CheckpointError,
+    TensorSpec,
+    checkpoint_files,
+    layer_file,
+    layer_prefix,
+)
 
 
 EMBED_WEIGHTS = ("embed_tokens.weight", "embed_positions.weight", "project_in.weight")

@@ -95,11 +95,6 @@ def sha256_file(file: Path, progress: Progress = lambda _: None) -> str:
     return digest.hexdigest()
 
 
-def file_size(specs: Mapping[str, TensorSpec]) -> int:
-    """Bytes of the tensors in a file of `specs`, without the header of a few kilobytes."""
-    return sum(spec.bytes for spec in specs.values())
-
-
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     # The metadata is what transformers reads to know that the tensors are PyTorch's.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

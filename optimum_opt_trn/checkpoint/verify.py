@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import OPTConfig
 
-from ..dtypes import normalize_dtype, to_torch
+from ..dtypes import normalize_dtype
 from .config import load_config
-from .layout import CHECKPOINT_DIR, INDEX_NAME, TensorSpec, checkpoint_files
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
-from .source import CheckpointError
+from .layout import CHECKPOINT_DIR, INDEX_NAME, CheckpointError, FileSpecs, TensorSpec, checkpoint_files
+from .manifest import MANIFEST_NAME, FileEntry, Manifest, header_problems, read_manifest
 from .stream import Progress
 
 
@@ -71,7 +70,7 @@ def _problems(
             yield from _file_problems(directory / file, specs, entry, contents, progress.update)
 
 
-def _index_problems(index: Path, files: Mapping[str, Mapping[str, TensorSpec]]) -> Iterator[str]:
+def _index_problems(index: Path, files: FileSpecs) -> Iterator[str]:
     try:
         found = json.loads(index.read_text())["weight_map"]
     except FileNotFoundError:
@@ -112,27 +111,3 @@ def _file_problems(
             for name in specs:
                 if not torch.isfinite(torch.stack(torch.aminmax(opened.get_tensor(name)))).all():
                     yield f"{file}: {name} has values that are not finite."
-
-
-def header_problems(file: Path, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """What is wrong in the header of a safetensors file: names, shapes and dtypes of its tensors.
-
-    Raises:
-        OSError, SafetensorError: if the file cannot be read.
-    """
-    with safe_open(file, framework="pt") as opened:
-        found = set(opened.keys())
-        for name in sorted(set(specs) - found):
-            yield f"{file} lacks {name}: it is not of the model that config.json describes."
-        for name in sorted(found - set(specs)):
-            yield f"{file} also holds {name}: it is not of the model that config.json describes."
-        for name in specs:
-            if name not in found:
-                continue
-            tensor = opened.get_tensor(name)  # a view of the mapped file: nothing is read
-            dtype = to_torch(specs[name].dtype)
-            if tuple(tensor.shape) != specs[name].shape or tensor.dtype != dtype:
-                yield (
-                    f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration makes it "
-                    f"{dtype} {specs[name].shape}."
-                )

@@ -179,13 +179,14 @@ def _cpu(report: Report) -> None:
 
 def find_kernels() -> tuple[str | None, str]:
     """Which kernels models run with on `cpu` here, None if with none; and why not."""
-    from ..targets.cpu.kernels import CompileError, compile_kernels, host
+    from ..targets.base import TargetError
+    from ..targets.cpu.kernels import chosen_variant, why_missing
 
     try:
-        compile_kernels()
-    except CompileError as error:
-        return None, str(error)
-    return host()["cpu_capability"], ""
+        variant = chosen_variant()
+    except TargetError as error:
+        return None, str(error).rstrip(".")
+    return variant, "" if variant else f"they {why_missing()}"
 
 
 def _try_small_model() -> None:
@@ -210,7 +211,6 @@ def _caches(report: Report) -> None:
 
     caches = {
         "models": constants.HF_HUB_CACHE,
-        "kernels": constants.HF_ASSETS_CACHE,
         # neuronx-cc's own variable and default (awsdocs-neuron, "Neuron Persistent Cache").
         "neuron graphs": os.environ.get("NEURON_COMPILE_CACHE_URL", "/var/tmp/neuron-compile-cache"),
     }

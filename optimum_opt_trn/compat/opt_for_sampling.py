@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.config import load_config
 from ..checkpoint.hub import open_checkpoint
-from ..checkpoint.layout import layer_prefix, layer_specs
+from ..checkpoint.layout import checkpoint_files, layer_file
 from ..configuration_opt import reject_unknown
 from ..dtypes import normalize_dtype
 from ..modeling_neuron_opt import NeuronOPTForCausalLM
@@ -298,13 +298,10 @@ def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) 
 
 def _same_weights(left: str, right: str, config: transformers.OPTConfig, amp: str) -> bool:
     """Whether two checkpoints have the same last layer once it is cast to `amp`."""
-    prefix = layer_prefix(config.num_hidden_layers - 1)
-    sources = [open_checkpoint(checkpoint, config).weights for checkpoint in (left, right)]
-    for name, spec in layer_specs(config, amp).items():
-        one, other = (source.read(prefix + name, spec) for source in sources)
-        if not torch.equal(one, other):
-            return False
-    return True
+    files = checkpoint_files(config, amp)
+    one, other = (open_checkpoint(checkpoint, files).weights for checkpoint in (left, right))
+    names = files[layer_file(config.num_hidden_layers - 1)]
+    return all(torch.equal(one.read(name), other.read(name)) for name in names)
 
 
 def _attention_mask(input_ids: Tensor, start_ids: Tensor | None) -> Tensor:

@@ -71,6 +71,21 @@ def sample_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
 
     few = min(max_topk, logits.shape[1])
     best, tokens = logits.max(-1, keepdim=True) if few == 1 else torch.topk(logits, few, dim=-1)
+    # Of tokens that tie, the first is taken, as by argmax (topk returns them in any order).
+    unequal = torch.full_like(words, logits.shape[1] - 1)
+    first = torch.where(logits == best[:, :1], words, unequal).amin(dim=-1)
+    return draw_tokens(best, tokens, first, params, uniforms)
+
+
+def draw_tokens(best: Tensor, tokens: Tensor, first: Tensor, params: Tensor, uniforms: Tensor) -> Tensor:
+    """Next tokens, int32 `(b,)`, from the best logits of each row.
+
+    Args:
+        best: float32 `(b, few)`, descending.
+        tokens: int `(b, few)`, theirs.
+        first: int32 `(b,)`, the first token that has the best logit.
+        params, uniforms: as in `SamplingInputs`.
+    """
     top_k, top_p, temperature, min_p = params.split(1, dim=1)
     place = torch.arange(best.shape[1], dtype=torch.float32, device=best.device)[None, :]
     last = (torch.minimum(top_k, torch.full_like(top_k, best.shape[1])) - 1).long()
@@ -92,10 +107,7 @@ def sample_tokens(logits: Tensor, params: Tensor, uniforms: Tensor, suppressed: 
     drawn = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True, dtype=torch.int32)
     drawn = torch.minimum(drawn, kept.sum(-1, keepdim=True, dtype=torch.int32) - 1)
     drawn_tokens = tokens.gather(1, drawn.long()).squeeze(1).to(torch.int32)
-    # Without a second choice there is nothing to draw: of tokens that tie, the first is taken, as by argmax (topk
-    # returns them in any order).
-    unequal = torch.full_like(words, logits.shape[1] - 1)
-    first = torch.where(logits == best[:, :1], words, unequal).amin(dim=-1)
+    # Without a second choice there is nothing to draw.
     return torch.where(params[:, 0] > 1, drawn_tokens, first)
 
 

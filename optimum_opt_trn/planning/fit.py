@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from ..buckets import SHORTEST_SEQUENCE
-from ..hardware import Instance, in_units
+from ..hardware import in_units
 from ..model.shapes import ModelShape
 from .host import largest_of_family
-from .memory import MemoryPlan, cheapest, max_batch_size, max_sequence_length, plan_memory, smallest_degree
+from .memory import MemoryPlan, plan_memory, settings_that_fit
 from .setup import Setup
 
 
@@ -49,8 +47,8 @@ def check_fit(config: ModelShape, neuron_config: OPTNeuronConfig, force: bool = 
     if force:
         logger.warning(f"{_shortage(plan)}. Continuing, since force is given.")
         return
-    ways = ", or ".join([*_ways_out(config, setup, instance), "force=True (--force) to continue in spite of this"])
-    raise DoesNotFitError(f"{_shortage(plan)}. Choose {ways}.")
+    ways = [*settings_that_fit(config, setup, instance), "force=True (--force) to continue in spite of this"]
+    raise DoesNotFitError(f"{_shortage(plan)}. Choose {', or '.join(ways)}.")
 
 
 def _shortage(plan: MemoryPlan) -> str:
@@ -68,17 +66,3 @@ def _shortage(plan: MemoryPlan) -> str:
         f"{in_units(plan.total)} ({listed}), {in_units(-plan.free)} more than the {in_units(instance.core_bytes)} "
         f"that {where}"
     )
-
-
-def _ways_out(config: ModelShape, setup: Setup, instance: Instance) -> Iterator[str]:
-    """The nearest settings that fit, each a change of one option."""
-    if size := max_batch_size(config, setup, instance):
-        yield f"batch_size={size}"
-    if (length := max_sequence_length(config, setup, instance)) >= SHORTEST_SEQUENCE:
-        yield f"sequence_length={length}"
-    if not instance.on_neuron:
-        return
-    if degree := smallest_degree(config, setup, instance):
-        yield f"tp_degree={degree}"
-    elif other := cheapest(config, setup):
-        yield f"{other[0].name} with tp_degree={other[1]}"

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from ..buckets import SHORTEST_SEQUENCE
 from ..checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
 from ..hardware import INSTANCES, GiB, Instance, equal_degrees
 from ..model.shapes import ModelShape, cache_shape, shard_dim, shard_range
 from .host import host_threads
 from .setup import Setup
-from .workspace import CPU_THREAD_BYTES, graph_workspace, prompt_scores
+from .workspace import cpu_buffers, graph_workspace, prompt_scores
 
 
 # Memory for a core's runtime, code and DMA rings. Calibrated: OPT-13B in float16 at 2048 positions runs on the two
@@ -142,7 +143,7 @@ def plan_memory(config: ModelShape, setup: Setup, instance: Instance) -> MemoryP
     graphs = graph_workspace(config, setup, instance.on_neuron)
     workspace = max(graphs.values())
     if not instance.on_neuron:
-        return MemoryPlan(instance, setup, weights, cache, graphs, workspace, host_threads() * CPU_THREAD_BYTES)
+        return MemoryPlan(instance, setup, weights, cache, graphs, workspace, cpu_buffers(config, host_threads()))
     pages = -(-workspace // SCRATCHPAD_PAGE)
     scores = prompt_scores(config, setup)
     return MemoryPlan(instance, setup, weights, cache, graphs, pages * SCRATCHPAD_PAGE, NEURON_RESERVE, scores)
@@ -191,3 +192,17 @@ def cheapest(config: ModelShape, setup: Setup) -> tuple[Instance, int] | None:
         if degree is not None:
             return instance, degree
     return None
+
+
+def settings_that_fit(config: ModelShape, setup: Setup, instance: Instance) -> Iterator[str]:
+    """The nearest settings that fit, each a change of one option."""
+    if size := max_batch_size(config, setup, instance):
+        yield f"batch_size={size}"
+    if (length := max_sequence_length(config, setup, instance)) >= SHORTEST_SEQUENCE:
+        yield f"sequence_length={length}"
+    if not instance.on_neuron:
+        return
+    if degree := smallest_degree(config, setup, instance):
+        yield f"tp_degree={degree}"
+    elif other := cheapest(config, setup):
+        yield f"{other[0].name} with tp_degree={other[1]}"

@@ -8,7 +8,7 @@ The largest of these sums is what the graph needs, since its parts use the same 
   works on tiles of them that fit the core's 24 MiB of on-chip memory ("For an inference kernel, scratchpad usage is
   usually determined by the size of hidden states": AWS Neuron documentation, "Neuron Device Memory"). `prompt_scores`
   says how much they would take without tiles.
-- On `cpu` it is what the process that holds all ranks needs, with the compiled kernels. The kernels read 16-bit
+- On `cpu` it is what the process that holds all ranks needs, with the kernels. They read 16-bit
   weights directly, and allocate only their results. Tokens are packed, and the longest prompts fill every slot. Long
   prompts go through PyTorch's flash attention, one slot after the other, which makes no scores. A thread's own buffers
   are `CPU_THREAD_BYTES`. Without the kernels it is more (docs/memory.md).
@@ -27,7 +27,7 @@ TOKEN_GENERATION = "token_generation"
 
 _F32 = DTYPES["f32"].bytes
 
-# Bytes that a thread on `cpu` holds at most: a panel of weights (PANELS * DEPTH * PANEL floats in kernels.cpp, with
+# Bytes that a thread on `cpu` holds at most: a panel of weights (PANELS * DEPTH * PANEL floats in products.h; with
 # AVX-512 4 * 1024 * 48 of them: 0.75 MiB) and the blocks of flash attention (256 queries by 512 keys, for each query
 # two sums and the result: 0.57 MiB with heads of 64). The C library keeps the memory of one while the other is in use.
 CPU_THREAD_BYTES = 3 * 2**19
@@ -91,11 +91,19 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     mlp = held + hidden + inner
     activated = inner if config.activation_function != "relu" else 0
 
-    # Head: the last layer's output of each slot's last token; their logits, four more tensors of that size or nearly
-    # (13 bytes for each logit) and two of the vocabulary's. That is sampling with suppressed ids; greedy search needs
-    # less.
+    # Head: the logits of the last tokens, and once more where the parts of several ranks are joined. Sampling needs
+    # 34 bytes more for each of the best tokens.
     words = -(-config.vocab_size // ranks) * ranks
     last = setup.batch_size * config.hidden_size
-    selected = 13 * setup.batch_size * config.vocab_size + 2 * config.vocab_size * _F32
-    head = indices + (last + setup.batch_size * words) * _F32 + selected
+    head = indices + (last + setup.batch_size * words * min(ranks, 2)) * _F32
     return embedded, attended + slot, attended + hidden, mlp + max(activated, hidden), head
+
+
+def cpu_buffers(config: ModelShape, threads: int) -> int:
+    """Bytes that the kernels and PyTorch hold on `cpu` between steps: those of each thread, and fc2's partial sums.
+
+    Of fc2 there are sums of 8 rows (MOST_UNIT_ROWS) for every 256 units (GROUP in csrc/units.h), and the values of
+    its units.
+    """
+    sums = -(-config.ffn_dim // 256) * 8 * config.hidden_size * _F32
+    return threads * CPU_THREAD_BYTES + sums + config.ffn_dim * (8 + 1) * _F32

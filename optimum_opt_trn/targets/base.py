@@ -120,9 +120,6 @@ class Runtime(ABC):
 class Target(ABC):
     """Compiles and loads exports."""
 
-    def prepare(self, eager: bool) -> None:  # noqa: B027 - most have nothing to do ahead
-        """Does those parts of `compile` that need no checkpoint, while one is written. `compile` repeats errors."""
-
     @abstractmethod
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
         """Compiles what runs the split checkpoint in `directory`, which gets a `compiled/` with a manifest.

@@ -23,7 +23,12 @@ def test_profile_step(save_opt, tmp_path):
     ran = run(str(tmp_path / "out"), "--context", "20", "--steps", "3")
     assert ran.returncode == 0, ran.stderr
     shares = re.findall(r"^ *([a-z ]+) +(-?[\d.]+)%$", ran.stdout, flags=re.MULTILINE)
-    assert [name.strip() for name, _ in shares] == ["matrix products", "attention", "layernorms", "everything else"]
+    assert [name.strip() for name, _ in shares] == [
+        "matrix products",
+        "attention",
+        "token sampling",
+        "everything else",
+    ]
     assert all(float(share) > 0 for _, share in shares)
     assert abs(sum(float(share) for _, share in shares) - 100) < 1
     refused = run(str(tmp_path / "out"), "--context", "32")

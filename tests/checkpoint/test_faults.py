@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from transformers import OPTForCausalLM
 
 from optimum_opt_trn import CheckpointError, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
-from optimum_opt_trn.checkpoint.layout import INDEX_NAME
+from optimum_opt_trn.checkpoint.config import save_config
+from optimum_opt_trn.checkpoint.hub import open_checkpoint
+from optimum_opt_trn.checkpoint.layout import INDEX_NAME, checkpoint_files
+from optimum_opt_trn.checkpoint.lock import one_writer
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME, read_manifest
-from optimum_opt_trn.checkpoint.source import open_directory
-from optimum_opt_trn.checkpoint.write import one_writer, write_split
+from optimum_opt_trn.checkpoint.write import write_split
 
 
 F16 = "f16"
@@ -32,8 +35,9 @@ def source(tmp_path) -> Path:
     return tmp_path / "source"
 
 
-def split(source: Path, output: Path) -> None:
-    write_split(open_directory(source, tiny_config()), output, F16)
+def split(source: Path, output: Path, amp: str = F16) -> None:
+    weights = open_checkpoint(source, checkpoint_files(tiny_config(), amp)).weights
+    write_split(weights, output, amp, partial(save_config, tiny_config(), amp))
 
 
 def weights_of(directory: Path) -> dict[str, bytes]:
@@ -83,7 +87,7 @@ def test_killed_at_any_moment(before, source, tmp_path):
         other = tiny_opt(seed=1 if before == "another model" else 0)
         amp = F16 if before == "another model" else "bf16"
         other.save_pretrained(tmp_path / "other")
-        write_split(open_directory(tmp_path / "other", tiny_config()), tmp_path / "old", amp)
+        split(tmp_path / "other", tmp_path / "old", amp)
     moment, killed = 0, True
     while killed:
         moment += 1

@@ -6,6 +6,7 @@ For longer than a test run: FUZZ_EXAMPLES=20000 pytest tests/checkpoint/test_fuz
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from small_models import save_as_pytorch, tiny_config, tiny_opt
 
 from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import load_weights
-from optimum_opt_trn.checkpoint.layout import INDEX_NAME
+from optimum_opt_trn.checkpoint.config import save_config
+from optimum_opt_trn.checkpoint.hub import open_checkpoint
+from optimum_opt_trn.checkpoint.layout import INDEX_NAME, checkpoint_files
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME
-from optimum_opt_trn.checkpoint.source import open_directory
 from optimum_opt_trn.checkpoint.verify import find_problems
 from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.model.parallel import RankGroup
@@ -125,9 +127,14 @@ def test_damaged_sources(form, sources, tmp_path, data):
     assert_error_or_whole(source, tmp_path / "out")
 
 
+def split(source: Path, output: Path, amp: str) -> None:
+    weights = open_checkpoint(source, checkpoint_files(CONFIG, amp)).weights
+    write_split(weights, output, amp, partial(save_config, CONFIG, amp))
+
+
 def assert_error_or_whole(source: Path, output: Path) -> None:
     try:
-        write_split(open_directory(source, CONFIG), output, "f16")
+        split(source, output, "f16")
     except (ValueError, OSError) as error:
         assert str(error)
         assert not (output / INDEX_NAME).exists()
@@ -152,7 +159,7 @@ def test_damaged_outputs(sources, tmp_path, data):
     except ValueError as error:
         assert str(output) in str(error)
     find_problems(output)
-    write_split(open_directory(sources["safetensors"], CONFIG), output, "f32")
+    split(sources["safetensors"], output, "f32")
     assert find_problems(output) == []
     for file in sources["split"].glob("*.safetensors"):
         assert (output / file.name).read_bytes() == file.read_bytes()

@@ -20,9 +20,10 @@ from transformers import (
 
 from optimum_opt_trn import CheckpointError, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import load_weights
+from optimum_opt_trn.checkpoint.formats import Piece
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, OUTER_FILE, checkpoint_files
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME
-from optimum_opt_trn.checkpoint.source import Piece, WeightSource, open_model
+from optimum_opt_trn.checkpoint.source import WeightSource, open_model
 from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.model.parallel import RankGroup
 
@@ -174,7 +175,7 @@ def test_an_interruption_leaves_no_checkpoint(error, again, tmp_path):
     readers = {name: tensor.detach for name, tensor in model.state_dict().items()}
     readers["model.decoder.layers.1.fc1.weight"] = interrupted
     with pytest.raises(error):
-        write_split(source_of(readers, model.config), tmp_path, "f16")
+        write_split(source_of(readers, model.config, "f16"), tmp_path, "f16", model.config.save_pretrained)
     assert not (tmp_path / INDEX_NAME).exists()
     with pytest.raises(OSError):
         OPTForCausalLM.from_pretrained(tmp_path)
@@ -185,9 +186,10 @@ def test_an_interruption_leaves_no_checkpoint(error, again, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def source_of(readers, config) -> WeightSource:
+def source_of(readers, config, amp) -> WeightSource:
     """A source that opens nothing before it is read."""
-    return WeightSource([Piece(lambda: readers, lambda names: "the test", names=list(readers))], "the test", config)
+    pieces = [Piece(lambda: readers, lambda names: "the test", names=list(readers))]
+    return WeightSource(pieces, "the test", checkpoint_files(config, amp))
 
 
 @pytest.mark.parametrize("amp", ["f16", "f32"])
@@ -206,7 +208,7 @@ def test_one_files_tensors_are_in_memory_at_a_time(amp, tmp_path):
 
     # A source of float32 that needs no cast: what is written is what was read.
     readers = {name: lambda t=tensor: read(t.to(DTYPES[amp])) for name, tensor in model.state_dict().items()}
-    write_split(source_of(readers, config), tmp_path, amp)
+    write_split(source_of(readers, config, amp), tmp_path, amp, config.save_pretrained)
     largest = max(
         sum(torch.Size(spec.shape).numel() * DTYPES[amp].itemsize for spec in specs.values())
         for specs in checkpoint_files(config, amp).values()
@@ -275,10 +277,10 @@ def test_values_beyond_float16(tmp_path):
 def test_open_model_reads_the_present_values(tmp_path):
     """A source is a view of the model, so that nothing is copied before it is written."""
     model = tiny_opt()
-    source = open_model(model)
+    source = open_model(model, checkpoint_files(model.config, "f32"))
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.bias.fill_(0.25)
-    write_split(source, tmp_path, "f32")
+    write_split(source, tmp_path, "f32", model.config.save_pretrained)
     assert split_tensors(tmp_path)["model.decoder.layers.0.fc1.bias"].eq(0.25).all()
 
 

@@ -30,7 +30,7 @@ from optimum_opt_trn.planning.memory import (
     tp_degrees,
 )
 from optimum_opt_trn.planning.setup import Setup
-from optimum_opt_trn.planning.workspace import CPU_THREAD_BYTES
+from optimum_opt_trn.planning.workspace import cpu_buffers
 
 
 def family(hidden: int, layers: int, heads: int) -> OPTConfig:
@@ -150,7 +150,7 @@ def test_workspace_is_in_pages_shared_by_the_graphs_only_on_neuron():
     assert plan.workspace == 2 * SCRATCHPAD_PAGE >= max(plan.graphs.values()) > SCRATCHPAD_PAGE
     host = plan_memory(OPT_13B, setup, this_host())
     assert host.workspace == max(host.graphs.values())
-    assert host.reserve == len(os.sched_getaffinity(0)) * CPU_THREAD_BYTES
+    assert host.reserve == cpu_buffers(OPT_13B, len(os.sched_getaffinity(0)))
 
 
 def test_degrees_are_the_runtimes_that_divide_the_heads():

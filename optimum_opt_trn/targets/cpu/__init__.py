@@ -7,14 +7,14 @@ from pathlib import Path
 
 from transformers import OPTConfig
 
-from ...checkpoint import load_weights
+from ...checkpoint import ModelWeights, load_weights
 from ...checkpoint.layout import CHECKPOINT_DIR
 from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
 from ...model.parallel import RankGroup
-from ..base import COMPILED_DIR, Result, Runtime, Target
-from .artifacts import find_kernels, write_artifacts
-from .kernels import KernelArithmetic, compile_kernels, load_kernels
+from ..base import Result, Runtime, Target
+from .artifacts import use_artifacts, write_artifacts
+from .kernels import KernelArithmetic, chosen_variant
 from .process_runtime import ProcessRuntime
 from .processes import all_processes, local_degree
 from .runtime import CPURuntime
@@ -30,12 +30,8 @@ class CPUTarget(Target):
     def __init__(self, tp_processes: int = 1):
         self.tp_processes = tp_processes
 
-    def prepare(self, eager: bool) -> None:
-        if not eager:
-            compile_kernels()
-
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
-        write_artifacts(directory / COMPILED_DIR, eager)
+        write_artifacts(config, neuron_config, directory, eager)
 
     def load(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> Runtime:
         """See `Target`.
@@ -46,17 +42,15 @@ class CPUTarget(Target):
         """
         degree, local = neuron_config.tp_degree, local_degree(neuron_config.tp_degree, self.tp_processes)
         if self.tp_processes == 1:
-            group = RankGroup(degree, tuple(range(degree)), _arithmetic(directory, eager))
-            return CPURuntime(
-                config, neuron_config, group, load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
-            )
+            group = RankGroup(degree, tuple(range(degree)), _arithmetic(eager))
+            return CPURuntime(config, neuron_config, group, _weights(config, neuron_config, directory, group))
         world = all_processes()
         world.check_same("Loading an export", config.to_json_string(), str(sorted(neuron_config.options().items())))
         ranks = tuple(range(world.rank * local, (world.rank + 1) * local))
 
         def load() -> ProcessRuntime:
-            group = RankGroup(degree, ranks, _arithmetic(directory, eager), world.all_reduce, world.all_gather)
-            weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
+            group = RankGroup(degree, ranks, _arithmetic(eager), world.all_reduce, world.all_gather)
+            weights = _weights(config, neuron_config, directory, group)
             return ProcessRuntime(config, neuron_config, group, weights, world)
 
         return world.together(load)
@@ -71,9 +65,13 @@ class CPUTarget(Target):
         return work() if self.tp_processes == 1 else all_processes().once(work)
 
 
-def _arithmetic(directory: Path, eager: bool) -> Arithmetic:
-    library = None if eager else find_kernels(directory / COMPILED_DIR)
-    if library is None:
-        return Arithmetic()
-    load_kernels(library)
-    return KernelArithmetic()
+def _arithmetic(eager: bool) -> Arithmetic:
+    variant = None if eager else chosen_variant()
+    return Arithmetic() if variant is None else KernelArithmetic(variant=variant)
+
+
+def _weights(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, group: RankGroup) -> ModelWeights:
+    weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
+    if isinstance(group.arithmetic, KernelArithmetic):
+        use_artifacts(weights.layers, config, neuron_config, directory, group)
+    return weights

@@ -1,33 +1,102 @@
-"""The CPU target's C++ kernels: compiled for this host, loaded, and called by the rank program."""
+"""The CPU target's kernels, as the rank program calls them. They are C++ (`csrc/`), built with the package."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
-import subprocess
-import tempfile
-from pathlib import Path
+from collections import deque
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from huggingface_hub import cached_assets_path
 from torch import Tensor
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ...model.arithmetic import LAYER_NORM_EPS, Arithmetic, LayerNorm
+from ...model.attention import MASKED
+from ..base import TargetError
 
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-LIBRARY_NAME = "kernels.so"
+try:
+    from . import _kernels
+except ImportError:  # they were not built
+    _kernels = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
+
+# Names the variant to use instead of the best one, one of `variants()`.
+VARIANT_VARIABLE = "OPTIMUM_OPT_TRN_KERNELS"
+
+# As in csrc/kernels.h.
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_FLOAT32 = 4
+
+# With more rows it pays to convert a panel of weights first, as it does by output from MOST_FEW_ROWS on.
+_MOST_ROWS_BY_UNIT = 32
+
+# Calls whose inputs a late thread may still read (csrc/pool.h), and these inputs.
+_kept: deque[tuple[int, tuple[object, ...]]] = deque()
 
 
-class CompileError(RuntimeError):
-    """The kernels could not be compiled; the message says why."""
+def variants() -> tuple[str, ...]:
+    """The instruction sets (`avx512`, `avx2`, `neon`) that this processor and this build have, the best first."""
+    return () if _kernels is None else _kernels.VARIANTS
 
 
+def why_missing() -> str:
+    """Why `variants()` is empty, and the way out."""
+    if _kernels is None:
+        return "were not built with the package: install g++ and the headers of Python, then install the package again"
+    return "need AVX2, FMA and F16C on x86-64, which this processor does not have"
+
+
+def chosen_variant() -> str | None:
+    """The variant to use: the best, or the one that the environment names; None, with one warning, if there is none.
+
+    Raises:
+        TargetError: if the environment names one that is not there.
+    """
+    available, named = variants(), os.environ.get(VARIANT_VARIABLE, "")
+    if named and named not in available:
+        raise TargetError(
+            f"{VARIANT_VARIABLE}={named}: this processor and build have {', '.join(available) or 'none'}. Unset it."
+        )
+    if not available:
+        logger.warning_once(
+            f"Models run eagerly on this CPU, correct and many times slower: the kernels {why_missing()}."
+        )
+        return None
+    return named or available[0]
+
+
+def _best_variant() -> str:
+    variant = chosen_variant()
+    if variant is None:
+        raise TargetError("There are no kernels for this CPU.")
+    return variant
+
+
+@dataclass(frozen=True)
 class KernelArithmetic(Arithmetic):
-    """Products that read 16-bit weights as they are, once; sums are float32. Needs `load_kernels`."""
+    """Products that read 16-bit weights as they are, once; sums are float32.
+
+    `torch.get_num_threads()` threads of the kernels' own share the work. Calls of several Python threads take turns.
+
+    Args:
+        variant: one of `variants()`; by default what `chosen_variant` returns.
+        skip_zeros: whether weights of units that are 0 in every row are left unread, where they are stored by unit.
+            Results are the same to the bit.
+    """
+
+    variant: str = field(default_factory=_best_variant)
+    skip_zeros: bool = True
+
+    def __post_init__(self) -> None:
+        index = variants().index(self.variant)
+        object.__setattr__(self, "_index", index)
+        object.__setattr__(self, "_most_few_rows", _kernels.MOST_FEW_ROWS[index])
+
+    _index: int = field(init=False, repr=False, compare=False)
+    _most_few_rows: int = field(init=False, repr=False, compare=False)
 
     def linears(
         self,
@@ -37,114 +106,197 @@ class KernelArithmetic(Arithmetic):
         relu: bool = False,
         norm: LayerNorm | None = None,
     ) -> list[Tensor]:
-        """See `Arithmetic.linears`; x contiguous, rows of weights contiguous. Threads meet once for all of them."""
-        eps, parameters = (None, (None, None)) if norm is None else (LAYER_NORM_EPS, norm)
-        results: list[Tensor] = torch.ops.optimum_opt_trn.linears(x, weights, biases or [], relu, eps, *parameters)
-        return results
+        """See `Arithmetic.linears`; x contiguous, rows of weights contiguous. Threads share all of it at once."""
+        if not weights or (biases is not None and len(biases) != len(weights)):
+            raise RuntimeError(f"{len(weights)} weights and {len(biases or ())} biases")
+        k, dtype = _check_x(x), weights[0].dtype
+        m = x.numel() // k
+        if norm is not None and m > self._most_few_rows:
+            x, norm = self.layer_norm(x, norm), None
+        ys: list[Tensor] = []
+        arguments: list[int] = []
+        for i, weight in enumerate(weights):
+            n, ldw = _check_weight(weight, k, dtype)
+            bias = 0 if biases is None else _check_bias(biases[i], dtype, n)
+            y = torch.empty(*x.shape[:-1], n)
+            ys.append(y)
+            arguments += weight.data_ptr(), n, ldw, bias, y.data_ptr()
+        if m:
+            handle = _kernels.linears(
+                *(self._index, torch.get_num_threads(), _DTYPES[dtype], m, k, x.data_ptr(), relu),
+                *(norm is not None, *_norm_arguments(norm)),
+                *arguments,
+            )
+            _keep(handle, x, weights, biases)
+        return ys
 
     def linear_sum(
         self, xs: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """See `Arithmetic.linear_sum`; xs and residual contiguous, rows of weights contiguous."""
-        result: Tensor = torch.ops.optimum_opt_trn.linear_sum(xs, weights, bias, residual)
-        return result
+        """See `Arithmetic.linear_sum`; xs and residual contiguous.
+
+        Either rows of all weights are contiguous, or columns of all are: those are stored by unit, and have to be
+        finite, as units that are 0 in x are not read.
+        """
+        if not weights or len(xs) != len(weights):
+            raise RuntimeError(f"{len(xs)} xs and {len(weights)} weights")
+        dtype, by_unit = weights[0].dtype, weights[0].stride(-1) != 1 and weights[0].stride(0) == 1
+        shape: tuple[int, ...] | None = None
+        ks, strides = [], []
+        for x, weight in zip(xs, weights, strict=True):
+            k = _check_x(x)
+            n, ldw = _check_weight(weight, k, dtype, by_unit)
+            shape = shape or (*x.shape[:-1], n)
+            if (*x.shape[:-1], n) != shape:
+                raise RuntimeError(f"the parts of a sum are not all {shape}")
+            ks.append(k)
+            strides.append(ldw)
+        assert shape is not None
+        biased = 0 if bias is None else _check_bias(bias, dtype, n)
+        if residual is not None and not (
+            residual.dtype == torch.float32 and residual.is_contiguous() and residual.shape == shape
+        ):
+            raise RuntimeError(f"residual is not contiguous float32 {shape}")
+        y = torch.empty(shape)
+        m = y.numel() // n
+        # By unit, some rows at a time: they are limited by arithmetic, so that reading weights again costs nothing.
+        at_once = -(-m // -(-m // _kernels.MOST_UNIT_ROWS)) if by_unit and 0 < m <= _MOST_ROWS_BY_UNIT else m
+        for row in range(0, m, at_once or 1):
+            arguments: list[int] = []
+            for x, weight, k, ldw in zip(xs, weights, ks, strides, strict=True):
+                arguments += x.data_ptr() + row * k * _FLOAT32, weight.data_ptr(), k, ldw
+            rows = row * n * _FLOAT32
+            handle = _kernels.linear_sum(
+                *(self._index, torch.get_num_threads(), _DTYPES[dtype], min(at_once, m - row), n, by_unit),
+                *(self.skip_zeros, biased, 0 if residual is None else residual.data_ptr() + rows),
+                *(y.data_ptr() + rows, *arguments),
+            )
+            _keep(handle, xs, weights, bias, residual)
+        return y
 
     def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
-        """See `Arithmetic.layer_norm`."""
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, LAYER_NORM_EPS)
+        """See `Arithmetic.layer_norm`; x contiguous."""
+        n, y = _check_x(x), torch.empty(x.shape)
+        if m := x.numel() // n:
+            _kernels.layer_norm(
+                *(self._index, torch.get_num_threads(), m, n, x.data_ptr(), y.data_ptr(), *_norm_arguments(norm))
+            )
+        return y
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Writes each token's key and value to its place in the cache, and attends to its slot up to there.
+
+        Args:
+            query, key, value: float32 `(tokens, heads * d)`, contiguous.
+            keys, values: `(slots, heads, length, d)`, rows contiguous, with the same strides.
+            slots, positions: int64 `(tokens,)`, contiguous; the tokens of a slot are adjacent.
+            scale: what scores are multiplied with.
+
+        Returns:
+            float32 `(tokens, heads * d)`.
+
+        Raises:
+            RuntimeError: if a token is outside the cache.
+        """
+        held, heads, length, d = keys.shape
+        strides, tokens = keys.stride(), len(query)
+        if values.shape != keys.shape or values.stride() != strides or values.dtype != keys.dtype or strides[3] != 1:
+            raise RuntimeError("keys and values are not alike, or rows of them are not contiguous")
+        for x in (query, key, value):
+            if x.shape != (tokens, heads * d) or x.dtype != torch.float32 or not x.is_contiguous():
+                raise RuntimeError(f"query, key and value are not contiguous float32 {(tokens, heads * d)}")
+        for x in (slots, positions):
+            if x.shape != (tokens,) or x.dtype != torch.int64 or not x.is_contiguous():
+                raise RuntimeError(f"slots and positions are not contiguous int64 {(tokens,)}")
+        if length + d > _kernels.SCRATCH:
+            raise RuntimeError(f"the cache has {length} positions, of which the kernel takes {_kernels.SCRATCH - d}")
+        mixed = torch.empty(query.shape)
+        handle = _kernels.attend(
+            *(self._index, torch.get_num_threads(), _DTYPES[keys.dtype], tokens, heads, d),
+            *(query.data_ptr(), key.data_ptr(), value.data_ptr(), keys.data_ptr(), values.data_ptr()),
+            *(slots.data_ptr(), positions.data_ptr(), mixed.data_ptr(), scale, held, length, *strides[:3]),
+        )
+        _keep(handle, query, keys, values)
+        return mixed
+
+    def best(self, logits: Tensor, k: int, suppressed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k highest logits of each row, and their tokens; of equal ones the first tokens come first.
+
+        Args:
+            logits: float32 `(b, vocabulary)`, rows contiguous. NaN counts as the highest.
+            k: how many, at most the vocabulary.
+            suppressed: int32 `(b, n)`, tokens whose logits count as `MASKED`; -1 stands for none.
+
+        Returns:
+            float32 and int32 `(b, k)`.
+        """
+        b, n = logits.shape
+        if logits.dtype != torch.float32 or logits.stride(1) != 1 or not 0 < k <= min(n, _kernels.SCRATCH // 2):
+            raise RuntimeError(f"logits {tuple(logits.shape)} {logits.dtype} and {k} best of them")
+        masks = 0 if suppressed is None else suppressed.shape[1]
+        if suppressed is not None:
+            suppressed = suppressed.contiguous()
+            if suppressed.dtype != torch.int32 or len(suppressed) != b:
+                raise RuntimeError(f"suppressed tokens are not int32 ({b}, n)")
+        values, tokens = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
+        _kernels.best(
+            *(self._index, torch.get_num_threads(), b, n, logits.stride(0), logits.data_ptr(), masks),
+            *(0 if suppressed is None else suppressed.data_ptr(), k, values.data_ptr(), tokens.data_ptr(), MASKED),
+        )
+        return values, tokens
 
 
-def host() -> dict[str, str]:
-    """What compiled kernels depend on: they run on an equal host alone."""
-    return {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        # They are compiled for the very processor (-march=native), of which the capability is but a part.
-        "cpu_flags": hashlib.sha256(_cpu_flags().encode()).hexdigest()[:16],
-    }
+def _check_x(x: Tensor) -> int:
+    if x.dtype != torch.float32 or not x.is_contiguous() or x.dim() == 0:
+        raise RuntimeError("x is not contiguous float32 (…, k)")
+    return x.shape[-1]
 
 
-def source_hash() -> str:
-    """A hash of the kernels' source."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+def _check_weight(weight: Tensor, k: int, dtype: torch.dtype, by_unit: bool = False) -> tuple[int, int]:
+    """Its outputs, and how far rows (by unit: columns) are apart."""
+    if dtype not in _DTYPES:
+        raise RuntimeError(f"weight is {dtype}, not float16, bfloat16 or float32")
+    if weight.dim() == 2 and weight.dtype == dtype and weight.shape[1] == k:
+        n, (row, column) = weight.shape[0], weight.stride()
+        if by_unit and (row == 1 or n == 1):
+            return n, column
+        if not by_unit and (column == 1 or k == 1):
+            return n, row
+    lines = f"contiguous {'columns' if by_unit else 'rows'}"
+    raise RuntimeError(f"weight is not a matrix of {lines} with {k} inputs, {dtype}")
 
 
-def compile_kernels() -> Path:
-    """The kernels, compiled for this host, in a cache: what was compiled before is there already.
-
-    The cache is a folder of huggingface_hub's assets (`HF_ASSETS_CACHE`, else within `HF_HOME`); it may be deleted at
-    any time.
-
-    Raises:
-        CompileError: if there is no C++ compiler, it fails, or the cache cannot be written.
-    """
-    flags = _flags()
-    described = repr((source_hash(), sorted(host().items()), flags))
-    try:
-        cached = cached_assets_path("optimum_opt_trn", "compiled", hashlib.sha256(described.encode()).hexdigest())
-        library = cached / LIBRARY_NAME
-        if not library.is_file():
-            # Compiled beside and renamed, for other processes that want the same.
-            with tempfile.TemporaryDirectory(dir=cached) as scratch:
-                made = Path(scratch) / LIBRARY_NAME
-                with tqdm(total=1, desc="Compiling kernels", unit="file", leave=False) as progress:
-                    _compile([_compiler(), *flags, str(SOURCE), *_libraries(), "-o", str(made)])
-                    progress.update()
-                os.replace(made, library)
-    except OSError as error:
-        raise CompileError(
-            f"their cache cannot be written ({error}): set HF_ASSETS_CACHE to another folder"
-        ) from error
-    return library
+def _check_bias(bias: Tensor, dtype: torch.dtype, n: int) -> int:
+    """Its address."""
+    if bias.dtype != dtype or not bias.is_contiguous() or bias.numel() != n:
+        raise RuntimeError(f"bias is not contiguous {dtype} ({n},)")
+    return bias.data_ptr()
 
 
-def load_kernels(file: Path) -> None:
-    """Makes the operators of `file` known to torch, once a process: all files of one source define the same."""
-    if not hasattr(torch.ops.optimum_opt_trn, "linears"):
-        torch.ops.load_library(str(file))
+def _norm_arguments(norm: LayerNorm | None) -> tuple[int, int, float]:
+    if norm is None or norm.weight is None or norm.bias is None:
+        return 0, 0, LAYER_NORM_EPS
+    return norm.weight.data_ptr(), norm.bias.data_ptr(), LAYER_NORM_EPS
 
 
-def _compile(command: list[str]) -> None:
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        cause = next((line for line in said if "error" in line), said[-1] if said else "no message")
-        raise CompileError(f"{command[0]} failed: {cause}") from error
-
-
-def _compiler() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return str(get_cpp_compiler())
-    except (InvalidCxxCompiler, OSError) as error:
-        raise CompileError("no C++ compiler was found: install g++, or set CXX") from error
-
-
-def _flags() -> list[str]:
-    capability = torch.backends.cpu.get_cpu_capability()
-    # ATen's vector headers know these two by name, and all else by what the compiler says of the machine.
-    vectors = capability if capability in ("AVX2", "AVX512") else "DEFAULT"
-    include = Path(torch.__file__).parent / "include"
-    return [
-        *("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC", "-shared"),
-        *(f"-DCPU_CAPABILITY={vectors}", f"-DCPU_CAPABILITY_{vectors}"),
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
-    ]
-
-
-def _libraries() -> list[str]:
-    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu"]
-
-
-def _cpu_flags() -> str:
-    """The processor's features as the system lists them; empty where it does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+def _keep(handle: int, *inputs: object) -> None:
+    """Keeps the inputs of a call until all threads have left it; `handle` is 0 if they have."""
+    if handle:
+        _kept.append((handle, inputs))
+    for _ in range(len(_kept)):
+        try:
+            entry = _kept.popleft()
+        except IndexError:  # another Python thread was here
+            return
+        if not _kernels.left(entry[0]):
+            _kept.append(entry)

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...buckets import LONG_RUN
+from ...model.arithmetic import Arithmetic
 from ...model.attention import Attend, LayerCache
 from ..base import Step
+from .kernels import KernelArithmetic
 
 
 @dataclass(frozen=True)
@@ -20,25 +22,21 @@ class PackedAttention:
     Args:
         step: the tokens' slots and positions.
         scale: what queries are multiplied with.
-        kernels: whether `load_kernels` was called.
-        compute_dtype: dtype of both factors of a product, without the kernels; sums are float32.
+        arithmetic: how products are computed; the kernels attend, too.
     """
 
     step: Step
     scale: float
-    kernels: bool
-    compute_dtype: torch.dtype
+    arithmetic: Arithmetic
 
     def over(self, cache: LayerCache) -> Attend:
         """For the layer of `cache`."""
 
         def attend(rank: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.keys[rank], cache.values[rank]
-            if self.kernels and self.step.longest < LONG_RUN:
-                mixed: Tensor = torch.ops.optimum_opt_trn.attend(
-                    query, key, value, keys, values, self.step.slots, self.step.positions, self.scale
-                )
-                return mixed
+            arithmetic, step = self.arithmetic, self.step
+            if isinstance(arithmetic, KernelArithmetic) and step.longest < LONG_RUN:
+                return arithmetic.attend(query, key, value, keys, values, step.slots, step.positions, self.scale)
             return self._slot_by_slot(query, key, value, keys, values)
 
         return attend
@@ -51,7 +49,9 @@ class PackedAttention:
             keys[slot, :, places], values[slot, :, places] = k.to(keys.dtype), v.to(values.dtype)
             used = int(places[-1]) + 1
             # What later steps will read: keys and values as the cache rounds them.
-            q, k, v = (x[None].to(self.compute_dtype) for x in (q, keys[slot, :, :used], values[slot, :, :used]))
+            q, k, v = (
+                x[None].to(self.arithmetic.compute_dtype) for x in (q, keys[slot, :, :used], values[slot, :, :used])
+            )
             prompt = int(places[0]) == 0 and len(places) == used
             seen = None if prompt else torch.arange(used) <= places[:, None]
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=prompt, scale=self.scale)

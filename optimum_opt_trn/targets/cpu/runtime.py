@@ -11,7 +11,7 @@ from ...configuration_opt import OPTNeuronConfig
 from ...model.attention import allocate_cache
 from ...model.parallel import RankGroup
 from ...model.program import OPTRankProgram
-from ...model.sampling import SamplingInputs, sample_tokens
+from ...model.sampling import SamplingInputs, draw_tokens, sample_tokens
 from ..base import Runtime, Step, StepResult
 from .kernels import KernelArithmetic
 from .packed_attention import PackedAttention
@@ -43,9 +43,7 @@ class CPURuntime(Runtime):
     def _layers(self, step: Step) -> Tensor:
         """float32 `(t, hidden)`, after the last layer."""
         program = self.program
-        arithmetic = program.arithmetic
-        kernels = isinstance(arithmetic, KernelArithmetic)
-        attention = PackedAttention(step, program.scale, kernels, arithmetic.compute_dtype)
+        attention = PackedAttention(step, program.scale, program.arithmetic)
         hidden = program.embed(self.weights.embed, step.tokens, step.positions, self.weights.ranks)
         for weights, cache in zip(self.weights.layers, self.cache, strict=True):
             hidden = program.layer(weights, hidden, attention.over(cache))
@@ -65,7 +63,15 @@ class CPURuntime(Runtime):
             return torch.empty(0, dtype=torch.int32)
         # Skip what nobody asked for: empty suppression lists, and all but the best token.
         suppressed = sampling.suppressed[:, : int((sampling.suppressed >= 0).sum(1).max())]
-        if bool((sampling.params[:, 0] > 1).any()):
+        drawn = bool((sampling.params[:, 0] > 1).any())
+        arithmetic = self.program.arithmetic
+        if isinstance(arithmetic, KernelArithmetic):
+            most = min(self.neuron_config.max_topk if drawn else 1, logits.shape[1])
+            best, tokens = arithmetic.best(logits, most, suppressed)
+            if not drawn:
+                return tokens[:, 0]
+            return draw_tokens(best, tokens, tokens[:, 0], sampling.params, sampling.uniforms)
+        if drawn:
             most = self.neuron_config.max_topk
         elif suppressed.shape[1]:
             most = 1

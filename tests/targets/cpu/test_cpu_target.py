@@ -84,16 +84,6 @@ def test_loads_and_runs_without_a_compiler(save_opt, tmp_path):
     assert done.stdout.strip() == str(expected[0])
 
 
-def test_one_compiled_file_serves_every_model(save_opt):
-    """Of any depth, shape and export option: nothing is compiled twice on a host."""
-    kernels = []
-    for index, kind in enumerate(KINDS):
-        path = save_opt(tiny_opt(**KINDS[kind]), name=kind)
-        model = NeuronOPTForCausalLM.from_pretrained(path, **OPTIONS | {"batch_size": 1 + index})
-        kernels.append({file.name: file.read_bytes() for file in (model.directory / "compiled").glob("*.so")})
-    assert list(kernels[0]) == ["kernels.so"] and all(each == kernels[0] for each in kernels)
-
-
 def test_what_overflowed_in_a_slot_does_not_reach_its_next_user(save_opt):
     source = tiny_opt()
     decoder = source.model.decoder

@@ -1,10 +1,12 @@
-"""The kernels against float64: any shape, every dtype, as views, and for every kind of vectors this host has."""
+"""The kernels against float64: every variant that this processor can run, any shape, every dtype, as views."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -12,27 +14,40 @@ from against_transformers import assert_rounded, check_linear_sum, check_linears
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.targets.cpu.kernels import CompileError, KernelArithmetic, compile_kernels
+from optimum_opt_trn.model.attention import MASKED
+from optimum_opt_trn.targets.base import TargetError
+from optimum_opt_trn.targets.cpu import kernels
+from optimum_opt_trn.targets.cpu.kernels import VARIANT_VARIABLE, KernelArithmetic, chosen_variant, variants
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Below, at and beyond what a thread, a tile and a panel take at once; many_rows starts at 49.
+# Below, at and beyond what a piece, a tile and a panel take at once; many rows start at 49, and by unit at 9.
 ROWS = [1, 2, 3, 4, 7, 8, 9, 17, 48, 49, 56, 61]
 OUTPUTS = [1, 3, 4, 15, 16, 17, 47, 48, 49, 100, 257]
-DEPTHS = [1, 5, 15, 16, 17, 64, 100, 1023, 1025, 2100]
+DEPTHS = [1, 5, 15, 16, 17, 64, 100, 256, 257, 1023, 1025, 2100]
 
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+@pytest.fixture(params=[1, 2, 3], ids=["1 thread", "2 threads", "3 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 rows = st.sampled_from(ROWS) | st.integers(1, 70)
 outputs = st.sampled_from(OUTPUTS) | st.integers(1, 300)
 depths = st.sampled_from(DEPTHS) | st.integers(1, 300)
 views = st.sampled_from([0, 3, 32])
+arithmetics = st.sampled_from(variants()).map(lambda variant: KernelArithmetic(variant=variant))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
+    arithmetics,
     rows,
     depths,
     st.lists(outputs, min_size=1, max_size=3),
@@ -41,14 +56,117 @@ views = st.sampled_from([0, 3, 32])
     norms,
     views,
 )
-def test_linears(m, k, ns, dtype, with_biases, relu, norm, view):
-    check_linears(KernelArithmetic(), (m,), k, ns, dtype, with_biases, relu, norm, view)
+def test_linears(arithmetic, m, k, ns, dtype, with_biases, relu, norm, view):
+    check_linears(arithmetic, (m,), k, ns, dtype, with_biases, relu, norm, view)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    arithmetics,
+    rows,
+    st.lists(depths, min_size=1, max_size=4),
+    outputs,
+    st.sampled_from(DTYPES),
+    *[st.booleans()] * 2,
+    views,
+)
+def test_linear_sum(arithmetic, m, ks, n, dtype, with_bias, with_residual, view):
+    check_linear_sum(arithmetic, (m,), ks, n, dtype, with_bias, with_residual, view)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    arithmetics,
+    st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 50]),
+    st.lists(depths, min_size=1, max_size=4),
+    outputs,
+    st.sampled_from(DTYPES),
+    *[st.booleans()] * 2,
+    views,
+    st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+def test_by_unit(arithmetic, m, ks, n, dtype, with_bias, with_residual, view, zeros):
+    """Weights stored as (k, n), in rows that may be parts of longer ones; inputs of which a share is 0."""
+    xs = [random(1 + i, m, k) / k**0.5 for i, k in enumerate(ks)]
+    xs = [torch.where(torch.rand(x.shape) < zeros, torch.zeros(()), x) for x in xs]
+    weights = [random(5 + i, k, n + view, dtype=dtype)[:, view:].T for i, k in enumerate(ks)]
+    bias = random(9, n, dtype=dtype) if with_bias else None
+    residual = random(10, m, n) if with_residual else None
+    exact = sum(x.double() @ weight.double().T for x, weight in zip(xs, weights, strict=True))
+    exact = exact + (0 if bias is None else bias.double()) + (0 if residual is None else residual.double())
+    skipping = arithmetic.linear_sum(xs, weights, bias, residual)
+    assert_rounded(skipping, exact)
+    whole = KernelArithmetic(variant=arithmetic.variant, skip_zeros=False).linear_sum(xs, weights, bias, residual)
+    assert torch.equal(skipping.view(torch.int32), whole.view(torch.int32))  # signs of zeros, too
+
+
+def test_skipped_weights_are_not_read():
+    """NaN would show it; where any row needs the unit, it does."""
+    x, weight = random(1, 3, 40), random(2, 40, 24, dtype=torch.float16)
+    x[:, 7] = 0
+    x[1:, 30] = 0
+    weight[7] = float("nan")
+    for variant in variants():
+        arithmetic = KernelArithmetic(variant=variant)
+        assert arithmetic.linear_sum([x], [weight.T]).isfinite().all()
+        weight[30] = float("inf")
+        assert not arithmetic.linear_sum([x], [weight.T])[0].isfinite().any()
+        weight[30] = 1
+
+
+def test_results_do_not_depend_on_threads():
+    x, weight = random(1, 2, 3000).relu(), random(2, 3000, 500, dtype=torch.float16)
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2, 3, 8, 1):
+        torch.set_num_threads(count)
+        for _ in range(20):
+            results.append(KernelArithmetic().linear_sum([x], [weight.T]))
+            results.append(KernelArithmetic().linear_sum([x], [weight.T.contiguous()]))
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[i % 2]) for i, result in enumerate(results))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    arithmetics,
+    st.integers(1, 20),
+    st.sampled_from([1, 3, 15, 16, 17, 100, 2001]),
+    norms.filter(lambda norm: norm is not None),
+)
+def test_layer_norm(arithmetic, m, n, norm):
+    x = random(1, 2, m, n)
+    parameters = (random(7, n), random(8, n)) if norm == "affine" else (None, None)
+    exact = torch.nn.functional.layer_norm(x.double(), (n,), *(p if p is None else p.double() for p in parameters))
+    assert_rounded(arithmetic.layer_norm(x, kernels.LayerNorm(*parameters)), exact, 1e-4)
 
 
 @settings(deadline=None, max_examples=100)
-@given(rows, st.lists(depths, min_size=1, max_size=4), outputs, st.sampled_from(DTYPES), *[st.booleans()] * 2, views)
-def test_linear_sum(m, ks, n, dtype, with_bias, with_residual, view):
-    check_linear_sum(KernelArithmetic(), (m,), ks, n, dtype, with_bias, with_residual, view)
+@given(st.data(), arithmetics, st.integers(1, 5), st.sampled_from([1, 7, 16, 17, 100, 5000]), st.booleans())
+def test_best(data, arithmetic, b, n, ties):
+    logits = random(data.draw(st.integers(0, 99)), b, n + 3)[:, :n]
+    if ties:
+        logits = logits.round()
+    suppressed = torch.tensor(data.draw(st.lists(st.integers(-1, n - 1), min_size=2 * b, max_size=2 * b)))
+    suppressed = suppressed.int().reshape(b, 2)
+    k = data.draw(st.sampled_from([k for k in (1, 2, 5, 256) if k <= n]))
+    masked = logits.clone()
+    for row, ids in zip(masked, suppressed.tolist(), strict=True):
+        row[[token for token in ids if token >= 0]] = MASKED
+    expected, tokens = masked.sort(dim=-1, descending=True, stable=True)
+    found, places = arithmetic.best(logits, k, suppressed)
+    assert torch.equal(found, expected[:, :k]) and torch.equal(places.long(), tokens[:, :k])
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_best_of_what_is_not_finite(k):
+    """As argmax has it: the first NaN."""
+    for variant in variants():
+        logits = random(1, 3, 100)
+        logits[0, 60] = logits[0, 70] = float("nan")
+        logits[1, 30] = float("inf")
+        logits[2] = -float("inf")
+        tokens = KernelArithmetic(variant=variant).best(logits, k)[1][:, 0].tolist()
+        assert tokens == [60, 30, 0] == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 60])
@@ -79,16 +197,19 @@ def test_linear_takes_any_number_of_leading_dimensions():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"xs": [random(1, 2, 9)]}, "weight is not a matrix of contiguous rows of 9, Half"),
+        ({"xs": [random(1, 2, 9)]}, "weight is not a matrix of contiguous rows with 9 inputs, torch.float16"),
         ({"xs": [random(1, 8, 2).T]}, "x is not contiguous float32"),
         ({"xs": [random(1, 2, 8).half()]}, "x is not contiguous float32"),
         ({"xs": []}, "0 xs and 1 weights"),
-        ({"weights": [random(2, 8, 4).half().T]}, "weight is not a matrix of contiguous rows of 8, Half"),
-        ({"weights": [torch.ones(4, 8, dtype=torch.int32)]}, "weight is Int, not float16"),
-        ({"xs": [random(1, 2, 8)] * 2, "weights": [torch.ones(4, 8).half(), torch.ones(4, 8)]}, "rows of 8, Half"),
+        ({"weights": [random(2, 8, 9).half()[:, :8:2].T]}, "contiguous rows with 8 inputs, torch.float16"),
+        ({"weights": [torch.ones(4, 8, dtype=torch.int32)]}, "weight is torch.int32, not float16"),
+        (
+            {"xs": [random(1, 2, 8)] * 2, "weights": [torch.ones(4, 8).half(), torch.ones(4, 8)]},
+            "rows with 8 inputs, torch.float16",
+        ),
         (
             {"xs": [random(1, 2, 8)] * 2, "weights": [torch.ones(4, 8).half(), torch.ones(5, 8).half()]},
-            "not all 2 4",
+            "not all .2, 4.",
         ),
         ({"bias": random(3, 4)}, "bias is not contiguous"),
         ({"bias": random(3, 5).half()}, "bias is not contiguous"),
@@ -107,9 +228,9 @@ def test_linear_sum_refuses(change, message):
     ("change", "message"),
     [
         ({"biases": [random(3, 4).half()] * 2}, "1 weights and 2 biases"),
-        ({"biases": [random(3, 5).half()]}, "bias is not contiguous Half .4."),
+        ({"biases": [random(3, 5).half()]}, "bias is not contiguous torch.float16 .4"),
         ({"weights": []}, "0 weights and 0 biases"),
-        ({"weights": [torch.ones(4, 8).half(), torch.ones(4, 8)]}, "rows of 8, Half"),
+        ({"weights": [torch.ones(4, 8).half(), torch.ones(4, 8)]}, "rows with 8 inputs, torch.float16"),
     ],
 )
 def test_linears_refuses(change, message):
@@ -119,7 +240,13 @@ def test_linears_refuses(change, message):
 
 
 def check_attend(
-    slots: list[int], starts: list[int], counts: list[int], heads: int, d: int, dtype: torch.dtype
+    arithmetic: KernelArithmetic,
+    slots: list[int],
+    starts: list[int],
+    counts: list[int],
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
 ) -> None:
     """`counts[i]` new tokens in `slots[i]`, behind `starts[i]` that it holds."""
     length = max(start + count for start, count in zip(starts, counts, strict=True)) + 2
@@ -137,20 +264,22 @@ def check_attend(
         weights = torch.softmax(torch.einsum("hd,hcd->hc", rows[0][token], k) * 0.3, -1)
         exact[token] = torch.einsum("hc,hcd->hd", weights, v)
     indices = [torch.tensor(column) for column in zip(*places, strict=True)]
-    mixed = torch.ops.optimum_opt_trn.attend(query, key, value, keys, values, *indices, 0.3)
+    mixed = arithmetic.attend(query, key, value, keys, values, *indices, 0.3)
     assert_rounded(mixed, exact.flatten(1))
     assert torch.equal(keys, after[0]) and torch.equal(values, after[1])
     assert not torch.equal(keys, before[0])
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_attend(data):
+@given(st.data(), arithmetics)
+def test_attend(data, arithmetic):
     slots = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=4, unique=True))
     starts = [data.draw(st.sampled_from([0, 1, 14, 15, 16, 40])) for _ in slots]
     counts = [data.draw(st.integers(1, 5)) for _ in slots]
     d = data.draw(st.sampled_from([1, 7, 16, 20, 64, 80, 128, 130]))
-    check_attend(slots, starts, counts, data.draw(st.integers(1, 5)), d, data.draw(st.sampled_from(DTYPES)))
+    check_attend(
+        arithmetic, slots, starts, counts, data.draw(st.integers(1, 5)), d, data.draw(st.sampled_from(DTYPES))
+    )
 
 
 def test_attend_reads_nothing_behind_a_token():
@@ -158,7 +287,7 @@ def test_attend_reads_nothing_behind_a_token():
     keys, values = (torch.full((1, 2, 9, 8), float("inf"), dtype=torch.float16) for _ in "kv")
     query = key = value = random(1, 4, 16)
     places = (torch.zeros(4, dtype=torch.long), torch.arange(4))
-    assert torch.ops.optimum_opt_trn.attend(query, key, value, keys, values, *places, 1.0).isfinite().all()
+    assert KernelArithmetic().attend(query, key, value, keys, values, *places, 1.0).isfinite().all()
     assert keys[:, :, 4:].isinf().all() and keys[:, :, :4].isfinite().all()
 
 
@@ -169,46 +298,110 @@ def test_attend_refuses_what_is_outside_the_cache(slot, position):
     keys, values = (torch.zeros(2, 2, 9, 8) for _ in "kv")
     x = random(1, 1, 16)
     with pytest.raises(RuntimeError, match=f"token 0 is at slot {slot}, position {position}, outside the cache"):
-        torch.ops.optimum_opt_trn.attend(x, x, x, keys, values, torch.tensor([slot]), torch.tensor([position]), 1.0)
+        KernelArithmetic().attend(x, x, x, keys, values, torch.tensor([slot]), torch.tensor([position]), 1.0)
     assert not keys.any() and not values.any()
 
 
-CHECK = """
-import sys, itertools, torch
-sys.path[:0] = sys.argv[1:]
-from test_kernels import *
-from optimum_opt_trn.targets.cpu.kernels import compile_kernels, load_kernels
-load_kernels(compile_kernels())
-for m, k, dtype in itertools.product([1, 3, 5, 8, 50], [15, 17, 1030], DTYPES):
-    check_linears(KernelArithmetic(), (m,), k, [3, 49], dtype, True, True, "affine", 3)
-    check_linear_sum(KernelArithmetic(), (m,), [k, 20], 49, dtype, True, True, 3)
-for d, dtype in itertools.product([7, 20, 64], DTYPES):
-    check_attend([1, 0], [17, 0], [2, 3], 3, d, dtype)
-print("all of", torch.backends.cpu.get_cpu_capability())
+def test_many_python_threads_at_once():
+    """Each gets its own results, whatever the others do; the number of threads changes in between."""
+    x, weights = random(1, 2, 300).relu(), [random(2 + i, 300, 200, dtype=torch.float16) for i in range(4)]
+    expected = [KernelArithmetic().linear_sum([x], [weight.T]) for weight in weights]
+    wrong: list[int] = []
+
+    def call(index: int) -> None:
+        arithmetic = KernelArithmetic(variant=variants()[index % len(variants())])
+        mine = arithmetic.linear_sum([x], [weights[index].T])
+        for turn in range(300):
+            if index == 0:
+                torch.set_num_threads(1 + turn % 4)
+            result = arithmetic.linear_sum([x.clone()], [weights[index].T])
+            if not torch.equal(result, mine):
+                wrong.append(index)
+
+    before = torch.get_num_threads()
+    callers = [threading.Thread(target=call, args=(index,)) for index in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    torch.set_num_threads(before)
+    assert not wrong
+    for weight, result in zip(weights, expected, strict=True):
+        assert torch.equal(KernelArithmetic().linear_sum([x], [weight.T]), result)
+
+
+def test_inputs_that_go_while_threads_are_late():
+    """Tensors are freed after each call, on cores that are too few; late threads must not need them."""
+    torch.set_num_threads(8)
+    for turn in range(300):
+        x, weight = random(turn, 1, 2000), random(turn % 7, 64, 2000, dtype=torch.float16)
+        assert_rounded(KernelArithmetic().linears(x, [weight])[0], x.double() @ weight.double().T, 1e-4)
+        del x, weight
+    deadline = time.monotonic() + 30
+    while kernels._kept and time.monotonic() < deadline:
+        KernelArithmetic().linears(random(0, 1, 8), [random(1, 4, 8)])
+    assert not kernels._kept
+
+
+FORK = """
+import os, sys, threading, torch
+from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
+torch.set_num_threads(3)
+x, weight = torch.randn(2, 500), torch.randn(400, 500).half()
+run = lambda: KernelArithmetic().linears(x, [weight])[0]
+expected, stop = run(), threading.Event()
+def calls():
+    while not stop.is_set():
+        run()
+others = [threading.Thread(target=calls) for _ in range(2)]  # they may be in a call when the process is forked
+for other in others:
+    other.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(torch.equal(run(), expected) for _ in range(20)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(run(), expected)
+stop.set()
 """
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_lesser_vectors(capability):
-    """ATen's own variable has torch run as if the processor had no more."""
-    here = os.path.dirname(__file__)
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", CHECK, here, os.path.join(os.path.dirname(os.path.dirname(here)), "support")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_a_forked_process_computes_too():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("all of ")
 
 
-def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels.cached_assets_path", lambda *_: tmp_path / "file")
-    with pytest.raises(CompileError, match="their cache cannot be written .*set HF_ASSETS_CACHE"):
-        compile_kernels()
+def test_the_environment_names_a_variant(monkeypatch):
+    for variant in variants():
+        monkeypatch.setenv(VARIANT_VARIABLE, variant)
+        assert chosen_variant() == variant == KernelArithmetic().variant
+    monkeypatch.setenv(VARIANT_VARIABLE, "mmx")
+    with pytest.raises(TargetError, match="OPTIMUM_OPT_TRN_KERNELS=mmx: this processor and build have .*Unset it"):
+        chosen_variant()
 
 
-def test_a_compiler_that_fails(monkeypatch, tmp_path):
-    monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels.cached_assets_path", lambda *_: tmp_path)
-    monkeypatch.setattr("optimum_opt_trn.targets.cpu.kernels._compiler", lambda: "false")
-    with pytest.raises(CompileError, match="false failed"):
-        compile_kernels()
-    assert not list(tmp_path.iterdir())
+def test_without_kernels_one_warning_names_the_way_out(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_kernels", None)
+    kernels.logger.warning_once.cache_clear()
+    assert variants() == () and chosen_variant() is None and chosen_variant() is None
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 and "install g++" in messages[0] and "eagerly" in messages[0]
+    kernels.logger.warning_once.cache_clear()
+
+
+THREADS = """
+import pathlib, time, torch
+from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
+KernelArithmetic().linears(torch.ones(1, 2000), [torch.ones(4096, 2000)])
+time.sleep(1)  # threads name themselves when they run
+print([file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")].count("opt-kernels"))
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.parametrize("count", [1, 2])  # torch takes no more than there are cores
+def test_omp_num_threads_says_how_many_threads(count):
+    environment = os.environ | {"OMP_NUM_THREADS": str(count)}
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == count - 1

@@ -9,16 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_opt_trn.buckets import LONG_RUN
+from optimum_opt_trn.model.arithmetic import Arithmetic
 from optimum_opt_trn.model.attention import LayerCache, StaticAttention
 from optimum_opt_trn.model.sampling import SamplingInputs
 from optimum_opt_trn.targets import Step
+from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
 from optimum_opt_trn.targets.cpu.packed_attention import PackedAttention
 
 
 SLOTS, HEADS, LENGTH, SIZE = 4, 2, 48, 8
-
-
-pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def caches(dtype: torch.dtype) -> LayerCache:
@@ -32,8 +31,8 @@ def step(slots: torch.Tensor, positions: torch.Tensor) -> Step:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data(), st.booleans(), st.sampled_from([torch.float32, torch.float16]))
-def test_as_in_static_shapes(data, with_kernels, dtype):
+@given(st.data(), st.sampled_from([KernelArithmetic(), Arithmetic()]), st.sampled_from([torch.float32, torch.float16]))
+def test_as_in_static_shapes(data, arithmetic, dtype):
     """Row by row, and all rows packed."""
     slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=SLOTS, unique=True))
     counts = [data.draw(st.sampled_from([1, 2, 5, LONG_RUN - 1, LONG_RUN, 24])) for _ in slots]
@@ -49,20 +48,22 @@ def test_as_in_static_shapes(data, with_kernels, dtype):
         attend = StaticAttention(*one, places, prompt=start == 0, scale=0.5)
         expected[rows] = attend(0, *(x[None, rows] for x in (query, key, value)))[0]
     owners = torch.tensor(slots).repeat_interleave(torch.tensor(counts))
-    attention = PackedAttention(step(owners, torch.tensor(positions)), 0.5, with_kernels, torch.float32)
+    attention = PackedAttention(step(owners, torch.tensor(positions)), 0.5, arithmetic)
     mixed = attention.over(packed)(0, query, key, value)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(packed.keys[0], row_by_row.keys[0]) and torch.equal(packed.values[0], row_by_row.values[0])
 
 
-@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("arithmetic", [KernelArithmetic(), Arithmetic()], ids=["kernels", "eager"])
 @pytest.mark.parametrize("count", [1, LONG_RUN])
-def test_what_a_slots_last_user_left_is_not_read(with_kernels, count):
+def test_what_a_slots_last_user_left_is_not_read(arithmetic, count):
     cache = caches(torch.float16)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("inf"))
     query, key, value = (random(seed, count, HEADS * SIZE) for seed in (3, 4, 5))
     attention = PackedAttention(
-        step(torch.zeros(count, dtype=torch.long), torch.arange(count)), 0.5, with_kernels, torch.float32
+        step(torch.zeros(count, dtype=torch.long), torch.arange(count)),
+        0.5,
+        arithmetic,
     )
     assert attention.over(cache)(0, query, key, value).isfinite().all()

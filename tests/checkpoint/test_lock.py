@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from optimum_opt_trn.checkpoint import write
-from optimum_opt_trn.checkpoint.write import one_writer
+from optimum_opt_trn.checkpoint import lock
+from optimum_opt_trn.checkpoint.lock import one_writer
 
 
 HOLDER = """
@@ -111,7 +111,7 @@ def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(file, timeout):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(write, "WeakFileLock", refuse)
+    monkeypatch.setattr(lock, "WeakFileLock", refuse)
     with one_writer(tmp_path / "out"):
         entered = True
     assert entered

@@ -1,0 +1,96 @@
+// What all kernels share. This file and all below are compiled once for each instruction set, and the linker must not
+// mix what they make: everything is in an anonymous namespace, and the C++ library is not used.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename T>
+inline T lesser(T a, T b) {
+  return b < a ? b : a;
+}
+constexpr int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+}  // namespace
+
+#if defined(KERNELS_AVX512)
+#include "simd_avx512.h"
+#elif defined(KERNELS_AVX2)
+#include "simd_avx2.h"
+#elif defined(KERNELS_NEON)
+#include "simd_neon.h"
+#endif
+
+namespace {
+
+inline float scalar(float value) { return value; }
+inline float scalar(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// To the nearest, of two to the even one, as torch converts.
+template <typename T>
+inline T narrow(float value);
+template <>
+inline float narrow<float>(float value) {
+  return value;
+}
+template <>
+inline Half narrow<Half>(float value) {
+  return to_half(value);
+}
+template <>
+inline BFloat16 narrow<BFloat16>(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// e to the power of v, v at most 0: 2^n * e^r, e^r by its Taylor series, which at |r| <= ln(2) / 2 is off by 2e-8.
+inline Vec exponential(Vec v) {
+  v = largest(v, all(-87.0f));
+  const Vec n = rounded(v * all(1.44269504f));
+  Vec r = multiply_add(n, all(-0.693145752f), v);  // ln(2) in two parts, the first of few bits
+  r = multiply_add(n, all(-1.42860677e-6f), r);
+  Vec y = all(1.0f / 5040);
+  y = multiply_add(y, r, all(1.0f / 720));
+  y = multiply_add(y, r, all(1.0f / 120));
+  y = multiply_add(y, r, all(1.0f / 24));
+  y = multiply_add(y, r, all(1.0f / 6));
+  y = multiply_add(y, r, all(0.5f));
+  y = multiply_add(y, r, all(1.0f));
+  y = multiply_add(y, r, all(1.0f));
+  return y * power_of_two(n);
+}
+
+// Begins a call that is described by a C and whatever has `more` bytes behind it.
+template <typename C>
+inline C* begin(Job** job, int64_t more = 0) {
+  return static_cast<C*>(pool_begin(sizeof(C) + more, job));
+}
+
+// Calls `run` with a null pointer of the C++ type of `dtype`.
+template <typename F>
+inline uint64_t with_dtype(Dtype dtype, F run) {
+  if (dtype == FLOAT16) return run(static_cast<Half*>(nullptr));
+  if (dtype == BFLOAT16) return run(static_cast<BFloat16*>(nullptr));
+  return run(static_cast<float*>(nullptr));
+}
+
+}  // namespace

@@ -1,0 +1,64 @@
+// The kernels as a table of C functions, one table for each instruction set that the package was built for.
+//
+// Matrices are row-major. `dtype` is that of weights, biases and caches; all else is float32. Nothing is checked: the
+// callers in kernels.py do that. Every function returns 0, or a handle for `pool_left`, or NO_MEMORY.
+#pragma once
+
+#include <cstdint>
+
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
+
+// By unit, linear_sum takes at most so many rows as they are; with more, a panel of weights is converted first.
+constexpr int64_t MOST_UNIT_ROWS = 8;
+
+constexpr uint64_t NO_MEMORY = ~uint64_t{0};
+
+// y (m, n) = x @ w.T + bias; w (n, k), rows ldw apart; bias (n,) or null.
+struct Output {
+  const void* w;
+  int64_t n, ldw;
+  const void* bias;
+  float* y;
+};
+
+// A summand x @ w.T: x (m, k), w (n, k), rows ldw apart; or, by unit, w (k, n), rows ldw apart, and x @ w.
+struct Input {
+  const float* x;
+  const void* w;
+  int64_t k, ldw;
+};
+
+// weight and bias (n,), or null.
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+struct Kernels {
+  const char* name;
+  // The most rows that weights are multiplied with as they are; with more, a panel of them is converted first.
+  int64_t most_few_rows;
+  // x (m, k), through a layernorm unless `norm` is null; negative results become 0 with `relu`.
+  uint64_t (*linears)(int threads, Dtype dtype, int64_t m, int64_t k, const float* x, const Norm* norm, bool relu,
+                      int64_t count, const Output* outputs);
+  // y (m, n) = the sum of the inputs + bias (n,) + residual (m, n), of which either may be null. By unit, with `skip`,
+  // units that are 0 in all rows are not read.
+  uint64_t (*linear_sum)(int threads, Dtype dtype, int64_t m, int64_t n, bool by_unit, bool skip, const void* bias,
+                         const float* residual, float* y, int64_t count, const Input* inputs);
+  // query, key, value, y: (tokens, heads * d); keys, values: (slots, heads, length, d), whose strides are the same;
+  // slots, positions: (tokens,), within the cache, the tokens of a slot adjacent.
+  uint64_t (*attend)(int threads, Dtype dtype, int64_t tokens, int64_t heads, int64_t d, const float* query,
+                     const float* key, const float* value, void* keys, void* values, const int64_t* strides,
+                     const int64_t* slots, const int64_t* positions, float scale, float* y);
+  uint64_t (*layer_norm)(int threads, int64_t m, int64_t n, const float* x, const Norm* norm, float* y);
+  // The k highest of each row of x (m, n), rows ldx apart, and where they are, ascending where values tie. Places in
+  // `masked` (m, masks), which may be -1, count as `mask`. NaN is the highest.
+  uint64_t (*best)(int threads, int64_t m, int64_t n, int64_t ldx, const float* x, int64_t masks, const int32_t* masked,
+                   float mask, int64_t k, float* values, int32_t* places);
+};
+
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+#endif

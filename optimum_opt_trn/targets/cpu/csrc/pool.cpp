@@ -1,0 +1,268 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <atomic>
+
+namespace {
+
+constexpr int64_t MOST_THREADS = 128, JOBS = 256;
+// How long a thread without work waits awake: longer than what Python does between two calls of a step.
+constexpr int64_t IDLE_NANOSECONDS = 60'000;
+// How long a caller waits for a piece that another thread computes before it computes the piece itself. A piece takes
+// some 3 to 30 microseconds, and a thread that lost its core comes back after milliseconds.
+constexpr int64_t PATIENCE_NANOSECONDS = 40'000;
+
+enum State : unsigned char { OPEN, COMMITTING, DONE };
+
+int64_t now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A ticket says which piece is next: 32 bits of a number that grows with every call, 8 of the job's place, 12 of how
+// many pieces there are, 12 of the next one. Taking a piece compares all of it, so that nobody takes one of a call
+// that has ended.
+constexpr uint64_t next_of(uint64_t ticket) { return ticket & 0xfff; }
+constexpr uint64_t count_of(uint64_t ticket) { return ticket >> 12 & 0xfff; }
+constexpr uint64_t place_of(uint64_t ticket) { return ticket >> 24 & 0xff; }
+
+}  // namespace
+
+struct Job {
+  std::atomic<uint64_t> handle;  // the ticket's upper 40 bits
+  std::atomic<int64_t> pieces, done, left;
+  Compute compute;
+  Commit commit;
+  std::atomic<unsigned char> states[MOST_PIECES + 1];
+  void* memory;
+  size_t bytes;
+};
+
+namespace {
+
+struct Pool {
+  pthread_mutex_t calls;  // held by the thread whose call runs
+  pthread_mutex_t sleep;
+  pthread_cond_t work, finished;
+  std::atomic<uint64_t> ticket;
+  std::atomic<int64_t> limit, sleeping, waiting;
+  int64_t workers;
+  uint32_t number;
+  float* scratch;  // the caller's
+  Job jobs[JOBS];
+};
+
+std::atomic<Pool*> current;
+
+float* allocate_scratch() {
+  return static_cast<float*>(aligned_alloc(64, SCRATCH * sizeof(float)));
+}
+
+// The last access to the job is `left`: then its memory may serve another call.
+void compute_piece(Pool* pool, Job* job, int64_t piece, float* scratch) {
+  const int64_t pieces = job->pieces.load(std::memory_order_relaxed);
+  job->compute(job->memory, piece, scratch);
+  unsigned char open = OPEN;
+  if (job->states[piece].compare_exchange_strong(open, COMMITTING, std::memory_order_acq_rel)) {
+    if (job->commit != nullptr) job->commit(job->memory, piece, scratch);
+    job->states[piece].store(DONE, std::memory_order_release);
+    const bool last = job->done.fetch_add(1) + 1 == pieces;
+    if (last && pool->waiting.load() > 0) {
+      pthread_mutex_lock(&pool->sleep);
+      pthread_cond_broadcast(&pool->finished);
+      pthread_mutex_unlock(&pool->sleep);
+    }
+  }
+}
+
+// Takes a piece, if there is one, and computes it.
+bool take(Pool* pool, float* scratch) {
+  uint64_t ticket = pool->ticket.load(std::memory_order_acquire);
+  do {
+    if (next_of(ticket) >= count_of(ticket)) return false;
+  } while (!pool->ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
+  Job* job = &pool->jobs[place_of(ticket)];
+  compute_piece(pool, job, next_of(ticket), scratch);
+  job->left.fetch_add(1, std::memory_order_release);
+  return true;
+}
+
+bool has_work(Pool* pool, int64_t index) {
+  const uint64_t ticket = pool->ticket.load();
+  return index < pool->limit.load() && next_of(ticket) < count_of(ticket);
+}
+
+struct Start {
+  Pool* pool;
+  int64_t index;
+  float* scratch;
+};
+
+void* work(void* given) {
+  Start start = *static_cast<Start*>(given);
+  free(given);
+#if defined(__linux__)
+  pthread_setname_np(pthread_self(), "opt-kernels");
+#endif
+  Pool* pool = start.pool;
+  int64_t since = now();
+  for (;;) {
+    if (has_work(pool, start.index) && take(pool, start.scratch)) {
+      since = 0;
+      continue;
+    }
+    for (int i = 0; i < 16; i++) relax();
+    if (since == 0) since = now();
+    if (now() - since < IDLE_NANOSECONDS) continue;
+    pool->sleeping.fetch_add(1);
+    pthread_mutex_lock(&pool->sleep);
+    while (!has_work(pool, start.index)) pthread_cond_wait(&pool->work, &pool->sleep);
+    pthread_mutex_unlock(&pool->sleep);
+    pool->sleeping.fetch_sub(1);
+    since = 0;
+  }
+}
+
+// Starts workers until there are `count`, or the system gives no more: fewer are slower, and as good.
+void hire(Pool* pool, int64_t count) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
+  while (pool->workers < count) {
+    Start* start = static_cast<Start*>(malloc(sizeof(Start)));
+    float* scratch = allocate_scratch();
+    pthread_t thread;
+    pthread_attr_t detached;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    bool started = start != nullptr && scratch != nullptr;
+    if (started) {
+      *start = {pool, pool->workers, scratch};
+      started = pthread_create(&thread, &detached, work, start) == 0;
+    }
+    pthread_attr_destroy(&detached);
+    if (!started) {
+      free(start);
+      free(scratch);
+      break;
+    }
+    pool->workers++;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+// A child has none of its parent's threads, and its locks as they were: it begins anew.
+void forget() { current.store(nullptr); }
+
+}  // namespace
+
+void pool_prepare() {
+  if (current.load() != nullptr) return;
+  static bool watching = false;
+  if (!watching) watching = pthread_atfork(nullptr, nullptr, forget) == 0;
+  Pool* pool = static_cast<Pool*>(aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64));
+  if (pool == nullptr) return;
+  memset(static_cast<void*>(pool), 0, sizeof(Pool));
+  pthread_mutex_init(&pool->calls, nullptr);
+  pthread_mutex_init(&pool->sleep, nullptr);
+  pthread_cond_init(&pool->work, nullptr);
+  pthread_cond_init(&pool->finished, nullptr);
+  pool->scratch = allocate_scratch();
+  current.store(pool);
+}
+
+void* pool_begin(size_t bytes, Job** job) {
+  Pool* pool = current.load();
+  if (pool == nullptr || pool->scratch == nullptr) return nullptr;
+  pthread_mutex_lock(&pool->calls);
+  int64_t place = 0;  // of a job that all threads have left; there are more jobs than threads
+  while (pool->jobs[place].left.load(std::memory_order_acquire) != pool->jobs[place].pieces.load()) place++;
+  Job* found = &pool->jobs[place];
+  if (found->bytes < bytes) {
+    free(found->memory);
+    found->bytes = (bytes + 4095) / 4096 * 4096;
+    found->memory = aligned_alloc(64, found->bytes);
+    if (found->memory == nullptr) {
+      found->bytes = 0;
+      pthread_mutex_unlock(&pool->calls);
+      return nullptr;
+    }
+  }
+  found->handle.store(static_cast<uint64_t>(++pool->number) << 8 | place);
+  *job = found;
+  return found->memory;
+}
+
+uint64_t pool_run(Job* job, int threads, int64_t pieces, Compute compute, Commit commit,
+                  Finish finish) {
+  Pool* pool = current.load();
+  const uint64_t handle = job->handle.load();
+  job->compute = compute;
+  job->commit = commit;
+  for (int64_t i = 0; i < pieces; i++) job->states[i].store(OPEN, std::memory_order_relaxed);
+  job->done.store(0);
+  job->left.store(0);
+  job->pieces.store(pieces);
+  int64_t helpers = threads - 1 < pieces - 1 ? threads - 1 : pieces - 1;
+  if (helpers > MOST_THREADS) helpers = MOST_THREADS;
+  if (helpers <= 0) {
+    for (int64_t piece = 0; piece < pieces; piece++) compute_piece(pool, job, piece, pool->scratch);
+    job->left.store(pieces);
+  } else {
+    if (pool->workers < helpers) hire(pool, helpers);
+    pool->limit.store(helpers);
+    pool->ticket.store(handle << 24 | static_cast<uint64_t>(pieces) << 12);
+    if (pool->sleeping.load() > 0) {
+      pthread_mutex_lock(&pool->sleep);
+      pthread_cond_broadcast(&pool->work);
+      pthread_mutex_unlock(&pool->sleep);
+    }
+    while (take(pool, pool->scratch)) {
+    }
+    const int64_t since = now();
+    bool again = commit != nullptr;
+    while (job->done.load(std::memory_order_acquire) < pieces) {
+      if (now() - since < PATIENCE_NANOSECONDS) {
+        relax();
+      } else if (again) {
+        for (int64_t piece = 0; piece < pieces; piece++)
+          if (job->states[piece].load() == OPEN) compute_piece(pool, job, piece, pool->scratch);
+        again = false;
+      } else if (commit != nullptr) {
+        sched_yield();  // a thread is committing, which takes less than a microsecond
+      } else {
+        pool->waiting.store(1);
+        pthread_mutex_lock(&pool->sleep);
+        while (job->done.load() < pieces) pthread_cond_wait(&pool->finished, &pool->sleep);
+        pthread_mutex_unlock(&pool->sleep);
+        pool->waiting.store(0);
+      }
+    }
+  }
+  if (finish != nullptr) finish(job->memory);
+  const bool left = job->left.load(std::memory_order_acquire) == pieces;
+  pthread_mutex_unlock(&pool->calls);
+  return left ? 0 : handle;
+}
+
+bool pool_left(uint64_t handle) {
+  Pool* pool = current.load();
+  if (pool == nullptr || handle == 0) return true;
+  const Job* job = &pool->jobs[handle & 0xff];
+  return job->handle.load() != handle || job->left.load(std::memory_order_acquire) == job->pieces.load();
+}

@@ -1,0 +1,136 @@
+// What is computed row by row: layernorms, and the best of a row's values.
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+inline void normalize(const float* x, int64_t n, const Norm& norm, float* y) {
+  Vec sums = zeros();
+  float total = 0.0f;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) sums = sums + load(x + i);
+  for (; i < n; i++) total += x[i];
+  const float mean = (sum(sums) + total) / n;
+  sums = zeros();
+  total = 0.0f;
+  for (i = 0; i + LANES <= n; i += LANES) {
+    const Vec centred = load(x + i) - all(mean);
+    sums = multiply_add(centred, centred, sums);
+  }
+  for (; i < n; i++) total += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / sqrtf((sum(sums) + total) / n + norm.eps);
+  for (i = 0; i + LANES <= n; i += LANES) {
+    Vec v = (load(x + i) - all(mean)) * all(scale);
+    if (norm.weight != nullptr) v = multiply_add(v, load(norm.weight + i), load(norm.bias + i));
+    store(y + i, v);
+  }
+  for (; i < n; i++) {
+    y[i] = (x[i] - mean) * scale;
+    if (norm.weight != nullptr) y[i] = y[i] * norm.weight[i] + norm.bias[i];
+  }
+}
+
+struct NormCall {
+  int64_t m, n, rows;  // rows of a piece
+  const float* x;
+  Norm norm;
+  float* y;
+};
+
+inline void norm_piece(const void* given, int64_t piece, float*) {
+  const NormCall& call = *static_cast<const NormCall*>(given);
+  for (int64_t row = piece * call.rows; row < lesser(call.m, (piece + 1) * call.rows); row++)
+    normalize(call.x + row * call.n, call.n, call.norm, call.y + row * call.n);
+}
+
+inline uint64_t layer_norm(int threads, int64_t m, int64_t n, const float* x, const Norm* norm, float* y) {
+  Job* job;
+  NormCall* call = begin<NormCall>(&job);
+  if (call == nullptr) return NO_MEMORY;
+  *call = {m, n, m <= 8 ? m : pieces_of(m, lesser(MOST_PIECES, 4 * int64_t{threads})), x, *norm, y};
+  pool_run(job, threads, pieces_of(m, call->rows), norm_piece, nullptr);
+  return 0;  // no piece is computed twice, so that none is left
+}
+
+struct BestCall {
+  int64_t n, ldx, masks, k;
+  const float* x;
+  const int32_t* masked;
+  float mask;
+  float* values;
+  int32_t* places;
+};
+
+struct Candidate {
+  float value;
+  int32_t place;
+};
+
+// Whether a comes after b in the order of results.
+inline bool worse(Candidate a, Candidate b) {
+  const bool a_is_nan = a.value != a.value, b_is_nan = b.value != b.value;
+  if (a_is_nan != b_is_nan) return b_is_nan;
+  if (!a_is_nan && a.value != b.value) return a.value < b.value;
+  return a.place > b.place;
+}
+
+// The root of a heap is its worst; sinks what is at the root to where it belongs.
+inline void sink(Candidate* heap, int64_t count) {
+  for (int64_t at = 0;;) {
+    int64_t child = 2 * at + 1;
+    if (child >= count) return;
+    if (child + 1 < count && worse(heap[child + 1], heap[child])) child++;
+    if (!worse(heap[child], heap[at])) return;
+    const Candidate moved = heap[at];
+    heap[at] = heap[child];
+    heap[child] = moved;
+    at = child;
+  }
+}
+
+inline void best_piece(const void* given, int64_t row, float* scratch) {
+  const BestCall& call = *static_cast<const BestCall*>(given);
+  const float* x = call.x + row * call.ldx;
+  const int32_t* masked = call.masked + row * call.masks;
+  Candidate* heap = reinterpret_cast<Candidate*>(scratch);
+  const int64_t k = call.k;
+  for (int64_t i = 0; i < k; i++) heap[i] = {-INFINITY, INT32_MAX};  // worse than all
+  const auto offer = [&](int64_t place) {
+    Candidate candidate = {x[place], static_cast<int32_t>(place)};
+    for (int64_t i = 0; i < call.masks; i++)
+      if (masked[i] == place) candidate.value = call.mask;
+    if (worse(heap[0], candidate)) {
+      heap[0] = candidate;
+      sink(heap, k);
+    }
+  };
+  int64_t place = 0;
+  // Until the heap is full, equal values count too.
+  for (; place < lesser(k, call.n); place++) offer(place);
+  for (; place + LANES <= call.n; place += LANES)
+    for (uint32_t bits = above(load(x + place), all(heap[0].value)); bits != 0; bits &= bits - 1)
+      offer(place + __builtin_ctz(bits));
+  for (; place < call.n; place++)
+    if (!(x[place] <= heap[0].value)) offer(place);
+  for (int64_t i = k - 1; i >= 0; i--) {  // the worst first
+    call.values[row * k + i] = heap[0].value;
+    call.places[row * k + i] = heap[0].place;
+    heap[0] = heap[i];
+    sink(heap, i);
+  }
+}
+
+inline uint64_t best(int threads, int64_t m, int64_t n, int64_t ldx, const float* x, int64_t masks,
+                     const int32_t* masked, float mask, int64_t k, float* values, int32_t* places) {
+  for (int64_t row = 0; row < m; row += MOST_PIECES) {
+    Job* job;
+    BestCall* call = begin<BestCall>(&job);
+    if (call == nullptr) return NO_MEMORY;
+    *call = {n, ldx, masks, k, x + row * ldx, masked + row * masks, mask, values + row * k, places + row * k};
+    pool_run(job, threads, lesser(MOST_PIECES, m - row), best_piece, nullptr);
+  }
+  return 0;  // no piece is computed twice, so that none is left
+}
+
+}  // namespace

@@ -1,0 +1,63 @@
+// Vectors of 16 floats: AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+using Vec = __m512;
+constexpr int64_t LANES = 16;
+
+// Products of few rows: at most FEW_ROWS rows of x at a time, and so many weight rows with M of them. Chosen by
+// benchmarks/linear_cpu.py, as all constants here.
+constexpr int FEW_ROWS = 8;
+constexpr int streams(int m) { return m == 1 ? 4 : m <= 4 ? 6 : m <= 6 ? 4 : 3; }
+// By unit (units.h): so many vectors of outputs with m rows.
+constexpr int tile(int m) { return m <= 4 ? 4 : 3; }
+// With more rows a panel of weights is converted first.
+constexpr int64_t MOST_FEW_ROWS = 48;
+constexpr int GEMM_ROWS = 8, GEMM_VECTORS = 3;
+
+inline Vec zeros() { return _mm512_setzero_ps(); }
+inline Vec all(float value) { return _mm512_set1_ps(value); }
+inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vec load(const Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+inline Vec load(const BFloat16* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec largest(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec rounded(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec power_of_two(Vec n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+// A bit for each lane that is not 0; that a lane is NaN counts.
+inline uint32_t nonzero(Vec v) { return _mm512_cmp_ps_mask(v, zeros(), _CMP_NEQ_UQ); }
+// A bit for each lane that is not at most `limit`.
+inline uint32_t above(Vec v, Vec limit) { return _mm512_cmp_ps_mask(v, limit, _CMP_NLE_UQ); }
+
+inline float scalar(Half value) { return _cvtsh_ss(value.bits); }
+inline Half to_half(float value) { return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))}; }
+
+inline void transpose(Vec (&rows)[LANES]) {
+  // Butterflies: of each pair of rows `step` apart, the quarters off the diagonal change places.
+  for (int step = 1; step < 16; step *= 2) {
+    alignas(64) int low[16], high[16];
+    for (int lane = 0; lane < 16; lane++) {
+      low[lane] = lane & step ? 16 + lane - step : lane;
+      high[lane] = lane & step ? 16 + lane : lane + step;
+    }
+    const __m512i lows = _mm512_load_si512(low), highs = _mm512_load_si512(high);
+    for (int i = 0; i < 16; i++)
+      if (!(i & step)) {
+        const Vec a = rows[i], b = rows[i + step];
+        rows[i] = _mm512_permutex2var_ps(a, lows, b);
+        rows[i + step] = _mm512_permutex2var_ps(a, highs, b);
+      }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,191 @@
+// The second product of an MLP, with weights that lie by unit, (k, n): a unit that is 0 in every row is not read.
+//
+// Units are summed in groups of GROUP by their number, in their order, and then the groups in theirs. What is skipped
+// changes no bit of that: adding 0 times a finite weight changes a sum only from -0 to 0, and sums are made +0 at the
+// end. With weights that are not finite it would; nothing is stored by unit then (artifacts.py).
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+// Units of a piece.
+constexpr int64_t GROUP = 256;
+// Units whose weights are added at a time, a row of each; they and the next ones fit the second-level cache.
+constexpr int64_t BLOCK = 16;
+template <typename T>
+struct UnitsCall {
+  int64_t m, n, groups;
+  const T* bias;
+  const float* residual;
+  float *y, *sums;  // sums (groups, m, n)
+  struct Group {
+    const T* w;
+    int64_t ldw, count, ldx;  // count of units to add
+    const int32_t* units;     // which; null for the first ones
+    const float* x;           // (m, count), of these units, rows ldx apart
+  };
+  Group* parts;
+};
+
+// sums (M, n) += x (M, count) times the weights of `count` units, at most BLOCK; the weights in `next` are asked for.
+template <int M, int V, typename T>
+inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, const T* const* w, const T* const* next, const float* x,
+                         int64_t ldx, float* sums) {
+  constexpr int64_t WIDTH = V * LANES, LINE = 64 / sizeof(T);
+  for (; c + WIDTH <= n; c += WIDTH) {
+    Vec totals[M][V];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) totals[m][v] = load(sums + m * n + c + v * LANES);
+    for (int64_t u = 0; u < count; u++) {
+      Vec weights[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) weights[v] = load(w[u] + c + v * LANES);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < WIDTH; i += LINE) __builtin_prefetch(next[u] + c + i, 0, 2);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const Vec xs = all(x[m * ldx + u]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) totals[m][v] = multiply_add(weights[v], xs, totals[m][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) store(sums + m * n + c + v * LANES, totals[m][v]);
+  }
+  return c;
+}
+
+template <int M, typename T>
+inline void add_units(int64_t n, int64_t count, const T* const* w, const T* const* next, const float* x, int64_t ldx,
+                      float* sums) {
+  int64_t c = add_tiles<M, tile(M), T>(0, n, count, w, next, x, ldx, sums);
+  c = add_tiles<M, 1, T>(c, n, count, w, next, x, ldx, sums);
+  for (; c < n; c++)
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t u = 0; u < count; u++) sums[m * n + c] = fmaf(scalar(w[u][c]), x[m * ldx + u], sums[m * n + c]);
+}
+
+template <int M, typename T>
+inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
+  if constexpr (M > 1) {
+    if (call.m < M) return add_group<M - 1, T>(call, piece, sums);
+  }
+  const auto& group = call.parts[piece];
+  memset(sums, 0, M * call.n * sizeof(float));
+  const auto unit = [&](int64_t j) {
+    j = lesser(j, group.count - 1);
+    return group.w + (group.units != nullptr ? group.units[j] : j) * group.ldw;
+  };
+  for (int64_t j = 0; j < group.count; j += BLOCK) {
+    const T *w[BLOCK], *next[BLOCK];
+    for (int64_t u = 0; u < BLOCK; u++) {
+      w[u] = unit(j + u);
+      next[u] = unit(j + BLOCK + u);
+    }
+    add_units<M, T>(call.n, lesser(BLOCK, group.count - j), w, next, group.x + j, group.ldx, sums);
+  }
+}
+
+template <typename T>
+void units_piece(const void* given, int64_t piece, float* scratch) {
+  add_group<MOST_UNIT_ROWS, T>(*static_cast<const UnitsCall<T>*>(given), piece, scratch);
+}
+
+template <typename T>
+void units_commit(const void* given, int64_t piece, const float* scratch) {
+  const UnitsCall<T>& call = *static_cast<const UnitsCall<T>*>(given);
+  memcpy(call.sums + piece * call.m * call.n, scratch, call.m * call.n * sizeof(float));
+}
+
+// Adds the groups' sums up.
+template <typename T>
+void units_finish(const void* given) {
+  const UnitsCall<T>& call = *static_cast<const UnitsCall<T>*>(given);
+  const int64_t size = call.m * call.n;
+  float* totals = call.sums;  // the first group's
+  int64_t i = 0;
+  for (; i + 4 * LANES <= size; i += 4 * LANES) {
+    Vec total[4];
+    for (int v = 0; v < 4; v++) total[v] = load(totals + i + v * LANES);
+    for (int64_t group = 1; group < call.groups; group++)
+      for (int v = 0; v < 4; v++) total[v] = total[v] + load(call.sums + group * size + i + v * LANES);
+    for (int v = 0; v < 4; v++) store(totals + i + v * LANES, total[v]);
+  }
+  for (; i < size; i++)
+    for (int64_t group = 1; group < call.groups; group++) totals[i] += call.sums[group * size + i];
+  for (int64_t row = 0; row < call.m; row++)
+    for (int64_t c = 0; c < call.n; c++) {
+      float value = totals[row * call.n + c] + 0.0f;  // -0 becomes 0
+      if (call.bias != nullptr) value += scalar(call.bias[c]);
+      if (call.residual != nullptr) value += call.residual[row * call.n + c];
+      call.y[row * call.n + c] = value;
+    }
+}
+
+// The units of x (m, count), rows k apart, that are not 0 in every row, ascending; how many.
+inline int64_t find_units(const float* x, int64_t m, int64_t k, int64_t count, int32_t* units) {
+  int64_t found = 0, i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    uint32_t bits = 0;
+    for (int64_t row = 0; row < m; row++) bits |= nonzero(load(x + row * k + i));
+    for (; bits != 0; bits &= bits - 1) units[found++] = static_cast<int32_t>(i + __builtin_ctz(bits));
+  }
+  for (; i < count; i++) {
+    bool any = false;
+    for (int64_t row = 0; row < m; row++) any |= x[row * k + i] != 0.0f;
+    if (any) units[found++] = static_cast<int32_t>(i);
+  }
+  return found;
+}
+
+// Whether there are few enough rows and groups; `n` floats of a row and group have to fit the scratch memory.
+inline bool takes_units(int64_t m, int64_t n, int64_t count, const Input* inputs) {
+  int64_t groups = 0;
+  for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
+  return m <= MOST_UNIT_ROWS && m * n <= SCRATCH && groups <= MOST_PIECES;
+}
+
+template <typename T>
+uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const T* bias, const float* residual, float* y,
+                   int64_t count, const Input* inputs) {
+  using Call = UnitsCall<T>;
+  using Group = typename Call::Group;
+  int64_t groups = 0;
+  for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
+  const int64_t units_bytes = groups * GROUP * sizeof(int32_t), values_bytes = groups * GROUP * m * sizeof(float);
+  Job* job;
+  Call* call = begin<Call>(
+      &job, groups * (sizeof(Group) + m * n * sizeof(float)) + (skip ? units_bytes + values_bytes : 0));
+  if (call == nullptr) return NO_MEMORY;
+  Group* group = reinterpret_cast<Group*>(call + 1);
+  float* sums = reinterpret_cast<float*>(group + groups);
+  float* values = sums + groups * m * n;
+  int32_t* units = reinterpret_cast<int32_t*>(values + groups * GROUP * m);
+  *call = {m, n, groups, bias, residual, y, sums, group};
+  for (int64_t i = 0; i < count; i++) {
+    const Input& input = inputs[i];
+    for (int64_t first = 0; first < input.k; first += GROUP, group++) {
+      const int64_t size = lesser(GROUP, input.k - first);
+      const T* w = static_cast<const T*>(input.w) + first * input.ldw;
+      const float* x = input.x + first;
+      *group = {w, input.ldw, size, input.k, nullptr, x};
+      if (skip) {
+        const int64_t found = find_units(x, m, input.k, size, units);
+        if (found == size) continue;
+        for (int64_t row = 0; row < m; row++)
+          for (int64_t j = 0; j < found; j++) values[row * found + j] = x[row * input.k + units[j]];
+        *group = {w, input.ldw, found, found, units, values};
+        units += found;
+        values += m * found;
+      }
+    }
+  }
+  return pool_run(job, threads, groups, units_piece<T>, units_commit<T>, units_finish<T>);
+}
+
+}  // namespace
