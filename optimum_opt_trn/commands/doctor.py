@@ -68,6 +68,7 @@ class DoctorCommand(BaseOptimumCLICommand):
         common.explain_errors(parser)
 
     def run(self) -> None:
+        common.quiet()
         report = examine()
         print(json.dumps(asdict(report), indent=2) if self.args.json else "\n".join(describe(report)))
         if not report.cpu_works:
