@@ -16,6 +16,10 @@ A file that one side wrote loads on the other: `OPTNeuronConfig` ignores the rec
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import requires, version
 from typing import Any
@@ -24,12 +28,6 @@ from packaging.requirements import Requirement
 
 
 INSTALLED = importlib.util.find_spec("optimum.neuron") is not None
-
-# What the neuron target needs, for errors of those who ask for it without optimum-neuron.
-NEEDED_FOR_NEURON = (
-    "optimum-neuron 0.4.5, which is not installed here. It is for Python 3.10 and 3.11, transformers 4.57 and optimum "
-    "2.0: install optimum-opt-trn[neuronx] there, or use instance_type='cpu'"
-)
 
 # Name -> where optimum-neuron has it. Imported when it is first asked for: optimum-neuron may be what imports us.
 _TAKEN = {
@@ -48,11 +46,29 @@ _TAKEN = {
 _ITS_NAMES = {"optimum_neuron_version": "__version__"}
 
 
+@contextmanager
+def _without_alarm() -> Iterator[None]:
+    """Drops what optimum-neuron says at its import on a host without Neuron devices, where `cpu` needs none."""
+    system = logging.getLogger("optimum.neuron.utils.system")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "No major for neuron device" not in record.getMessage()
+
+    system.addFilter(other)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="It seems this is running on a CPU-only machine")
+            yield
+    finally:
+        system.removeFilter(other)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _TAKEN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if INSTALLED:
-        return getattr(import_module(_TAKEN[name]), _ITS_NAMES.get(name, name))
+        with _without_alarm():
+            return getattr(import_module(_TAKEN[name]), _ITS_NAMES.get(name, name))
     return getattr(import_module(".without_optimum_neuron", __package__), name)
 
 

@@ -22,7 +22,6 @@ from .generation.generate import OPTGenerationMixin
 from .hardware import FAMILIES
 from .host_framework import (
     INSTALLED,
-    NEEDED_FOR_NEURON,
     NeuronModelForCausalLM,
     get_available_cores,
     get_instance_name,
@@ -31,6 +30,7 @@ from .host_framework import (
 from .module_methods import ModuleMethodsMixin
 from .planning.fit import check_fit
 from .targets import Runtime, get_target
+from .version import NEEDED_FOR_NEURON
 
 
 logger = logging.get_logger(__name__)

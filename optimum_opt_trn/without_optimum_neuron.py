@@ -13,7 +13,7 @@ from optimum.modeling_base import OptimizedModel
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from .host_framework import NEEDED_FOR_NEURON
+from .version import NEEDED_FOR_NEURON
 
 
 NEURON_CONFIG_NAME = "neuron_config.json"

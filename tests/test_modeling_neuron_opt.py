@@ -176,6 +176,9 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="model_type 'gpt2'"):
         NeuronOPTForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError, match="config.json is not valid JSON. Correct the file"):
+        NeuronOPTForCausalLM.from_pretrained(tmp_path)
     for nothing in (None, "", 7):
         with pytest.raises(TypeError, match="must be a directory or an id on the hub"):
             NeuronOPTForCausalLM.from_pretrained(nothing)

@@ -81,3 +81,10 @@ def test_wheel(tmp_path):
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert "optimum_opt_trn/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_loading_the_model_class_raises_no_alarm_on_a_host_without_devices():
+    program = "import optimum_opt_trn; optimum_opt_trn.NeuronOPTForCausalLM"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "No major for neuron device" not in result.stderr and "CPU-only machine" not in result.stderr

@@ -116,6 +116,10 @@ def test_without_a_length_it_ends_where_the_export_does(export, tokenizer):
         assert new == [40 - longest] * len(batch)
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5."),
+    reason="transformers 5 passes its default length as if the user had asked for it",
+)
 def test_transformers_own_pipeline_ends_there_too(export, tokenizer):
     model = NeuronOPTForCausalLM.from_pretrained(export)
     options = {"model": model, "tokenizer": tokenizer, "do_sample": False, "return_full_text": False}

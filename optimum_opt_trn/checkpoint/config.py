@@ -44,14 +44,15 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or incomplete.")
     try:
         given, _ = PretrainedConfig.get_config_dict(source, **hub)
-        if given.get("model_type") == "opt":
-            check_values(given, source)
-        config = AutoConfig.from_pretrained(source, **hub)
     except OSError as error:
         if local:
-            raise
+            raise OSError(
+                f"{source}: its {CONFIG_NAME} is not valid JSON. Correct the file, or fetch it again."
+            ) from error
         raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
-    return check_opt(config, source)
+    if given.get("model_type") == "opt":
+        check_values(given, source)
+    return check_opt(AutoConfig.from_pretrained(source, **hub), source)
 
 
 def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ optimum-cli loads this file at every start, so it imports nothing heavy.
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Iterator
@@ -75,6 +76,11 @@ def explain_errors(parser: ArgumentParser) -> None:
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
+def quiet() -> None:
+    """Has optimum-neuron not name each configuration file that it reads."""
+    logging.getLogger("optimum.neuron.configuration_utils").setLevel(logging.WARNING)
+
+
 @contextmanager
 def one_line_errors(program: str, interrupted: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Ends an error that the user can correct in one line on stderr and exit status 1.
@@ -84,6 +90,7 @@ def one_line_errors(program: str, interrupted: str, also: tuple[type[Exception],
         interrupted: what to say after Ctrl-C, which ends with status 130.
         also: errors that end in this way besides OSError, ValueError and TargetError.
     """
+    quiet()
     try:
         yield
     except KeyboardInterrupt:

@@ -68,6 +68,7 @@ class DoctorCommand(BaseOptimumCLICommand):
         common.explain_errors(parser)
 
     def run(self) -> None:
+        common.quiet()
         report = examine()
         print(json.dumps(asdict(report), indent=2) if self.args.json else "\n".join(describe(report)))
         if not report.cpu_works:
@@ -172,21 +173,17 @@ def _cpu(report: Report) -> None:
     kernels, absent = find_kernels()
     if kernels is None:
         report.runs_here["cpu"] = "yes, but without kernels: correct, and many times slower"
-        report.missing.append(f"Kernels for cpu: {absent}.")
+        report.missing.append(f"Kernels for cpu, which {absent}.")
     else:
         report.runs_here["cpu"] = f"yes, with kernels: {kernels}"
 
 
 def find_kernels() -> tuple[str | None, str]:
-    """Which kernels models run with on `cpu` here, None if with none; and why not."""
-    from ..targets.base import TargetError
+    """The instruction set of the kernels that models run with on `cpu` here, None without; and why there are none."""
     from ..targets.cpu.kernels import chosen_variant, why_missing
 
-    try:
-        variant = chosen_variant()
-    except TargetError as error:
-        return None, str(error).rstrip(".")
-    return variant, "" if variant else f"they {why_missing()}"
+    variant = chosen_variant()
+    return variant, "" if variant else why_missing()
 
 
 def _try_small_model() -> None:

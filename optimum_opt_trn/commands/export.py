@@ -37,6 +37,7 @@ OUTPUT will hold:
   compiled/             what was compiled for the target, and its manifest
 
 use it:
+  optimum-cli neuron generate opt-125m-cpu "Hello, my"
   from optimum_opt_trn import pipeline
   pipeline("text-generation", "opt-125m-cpu")("Hello, my", max_new_tokens=20)"""
 
@@ -219,7 +220,7 @@ def _export(
     )
     how: dict[str, Any] = {"eager": eager, "force": force, "revision": revision, "cache_dir": cache_dir}
     export_opt(model, output, neuron_config, config=config, **how)
-    print(f"Exported to {output}. Try it: optimum_opt_trn.pipeline('text-generation', {str(output)!r})")
+    print(f'Exported to {output}. Try it: optimum-cli neuron generate {output} "Hello, my"')
 
 
 def _is_opt(options: dict[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..configuration_opt import OPTNeuronConfig
-from ..host_framework import INSTALLED, NEEDED_FOR_NEURON, is_neuronx_available
+from ..host_framework import INSTALLED, is_neuronx_available
+from ..version import NEEDED_FOR_NEURON
 from .base import Runtime, Step, StepResult, Target, TargetError
 
 

@@ -55,11 +55,19 @@ def test_a_host_on_which_nothing_runs(cli, capsys, monkeypatch):
     assert ended.value.code == 1 and "no: OSError: no space left" in out and "Traceback" not in out
 
 
+def test_the_kernels_are_those_that_models_run_with(cli, capsys):
+    from optimum_opt_trn.targets.cpu.kernels import chosen_variant
+
+    variant = chosen_variant()
+    cli("--json")
+    assert json.loads(capsys.readouterr().out)["runs_here"]["cpu"] == f"yes, with kernels: {variant}"
+
+
 def test_a_host_without_kernels(cli, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "find_kernels", lambda: (None, "no C++ compiler was found: install g++"))
+    monkeypatch.setattr(doctor, "find_kernels", lambda: (None, "need AVX2"))
     cli()
     out = capsys.readouterr().out
-    assert "without kernels" in out and "Kernels for cpu: no C++ compiler was found: install g++." in out
+    assert "without kernels" in out and "Kernels for cpu, which need AVX2." in out
 
 
 def test_the_sdk_and_a_device(cli, capsys, monkeypatch):
