@@ -4,8 +4,8 @@
     python benchmarks/profile_step.py opt-1.3b-export                    # an export, as from_pretrained loads it
     python benchmarks/profile_step.py opt-1.3b-export --context 1536
 
-Steps are timed as they are, then run again with a clock around the calls of the kernels. The share of each kind of work
-is printed: matrix products with the layernorms before them, attention, finding the best tokens, and the rest
+Steps are timed as they are, then run again with a clock around the calls of the kernels. The share of each kind of
+work is printed: matrix products with the layernorms before them, attention, finding the best tokens, and the rest
 (embedding, Python between calls). `generate()` around the steps is not included: benchmarks/decode_cpu.py times it.
 """
 

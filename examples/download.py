@@ -5,8 +5,8 @@
     python examples/download.py facebook/opt-125m --output opt-125m
     python examples/download.py path/to/checkpoint              # nothing is fetched: is it whole?
 
-Of a repository only what is needed is fetched: configuration, tokenizer, and the weights in one form, safetensors if
-they are there, else PyTorch's .bin files. An interrupted download goes on where it stopped.
+Only what is needed of a repository is fetched: configuration, tokenizer, and the weights in one form, safetensors if
+they are there, otherwise PyTorch's .bin files. An interrupted download continues where it stopped.
 Next: examples/split.py
 """
 

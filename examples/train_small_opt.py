@@ -230,7 +230,7 @@ A small OPT language model (`transformers.OPTForCausalLM`), trained from scratch
 positions, tied head, vocabulary {c.vocab_size}; float16.
 - **Tokenizer**: byte-level BPE in OPT's convention: `</s>` (2) begins every text and ends a chapter, `<pad>` is 1.
   One paragraph is one line.
-- **Texts**: {texts}. Headings, notes and italics marks are dropped. Of each book the first 93 % are trained on, the
+- **Texts**: {texts}. Headings, notes and italics marks are dropped. The first 93 % of each book are trained on, the
   next 2 % choose the checkpoint and the last 5 % are the test part below.
 - **Licence**: Apache-2.0 for the weights and tokenizer{"" if args.text else "; the texts are in the public domain"}.
 

@@ -7,9 +7,9 @@
 
 Each model is exported, loaded and compared with transformers on the CPU; its steps are timed and set against the
 roofline, and the memory that the driver counts against the plan. A part that fails is reported, and the rest goes on.
---output gets report.json and report.md; attach both to a bug report. Exports are kept beside them, and taken again by
-the next run. On a trn1.2xlarge, opt-13b takes 55 GB of disk, and its compilation more host memory than there is: see
-docs/neuron.md for exporting elsewhere.
+--output gets report.json and report.md; attach both to a bug report. Exports are kept in the same directory, and the
+next run uses them again. On a trn1.2xlarge, opt-13b takes 55 GB of disk, and its compilation more host memory than
+there is: see docs/neuron.md for exporting elsewhere.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def speed(model: Any, plan: Any, config: Any) -> dict[str, Any]:
 
 
 def memory(plan: Any) -> dict[str, Any]:
-    """What the driver counts on each core, beside the plan's figure."""
+    """What the driver counts on each core, and the plan's figure."""
     from optimum.neuron.utils.neuron_device_memory import get_neuron_device_memory
 
     cores = {

@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from .checkpoint.config import check_opt, load_config, save_config, save_small_files
+from .checkpoint.config import load_config, save_config, save_small_files
+from .checkpoint.config_values import check_opt
 from .checkpoint.hub import open_checkpoint
 from .checkpoint.layout import CHECKPOINT_DIR, CheckpointError, checkpoint_files
 from .checkpoint.lock import one_writer

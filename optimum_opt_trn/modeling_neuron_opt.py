@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
-from .checkpoint.config import check_opt, load_config, load_tokenizer
+from .checkpoint.config import load_config, load_tokenizer
+from .checkpoint.config_values import check_opt
 from .configuration_opt import OPTNeuronConfig, reject_unknown
 from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
@@ -363,7 +364,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
         tensor_parallel_size: int,
         dtype: torch.dtype,
     ) -> OPTNeuronConfig:
-        """What the auto class calls, which knows Neuron devices alone."""
+        """What the auto class calls, which knows only Neuron devices."""
         return OPTNeuronConfig(
             batch_size=batch_size,
             sequence_length=sequence_length,

@@ -25,8 +25,6 @@ FLOORS = (
     ("host_framework", "dtypes", "hardware", "buckets", "version"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Pairs (importer, imported) that break the order, and are to be removed. One that does not any more fails.
-EXCEPTIONS = {("targets.neuron", "targets.cpu.runtime")}
 
 
 def modules() -> dict[str, Path]:
@@ -72,15 +70,14 @@ def test_imports_go_down_or_stay_in_the_room():
     inner = {(importer, imported) for importer, imported in EDGES if imported.startswith(f"{importer}.")}
     others = {(importer, imported) for importer, imported in EDGES - inner if room(importer) != room(imported)}
     wrong = {(importer, imported) for importer, imported in others if FLOOR[room(imported)] <= FLOOR[room(importer)]}
-    assert wrong - EXCEPTIONS == set(), "these go up, or across a floor"
-    assert EXCEPTIONS - wrong == set(), "these are exceptions no longer: remove them"
+    assert wrong == set(), "these go up, or across a floor"
 
 
 def test_no_modules_import_each_other():
     """A package's __init__ is left out: it is executed before its modules, and imports from them."""
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
     packages = {name for name, file in MODULES.items() if file.name == "__init__.py"}
-    for importer, imported in EDGES - EXCEPTIONS:
+    for importer, imported in EDGES:
         if importer not in packages:
             graph[importer].add(imported)
     TopologicalSorter(graph).prepare()  # CycleError names the circle

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, logging
 
 from ..dtypes import to_torch
-from .config_values import check_values
+from .config_values import check_opt, check_values
 
 
 logger = logging.get_logger(__name__)
@@ -39,28 +39,21 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         raise TypeError(f"The model must be a directory or an id on the hub, not {source!r}.")
     if Path(source).is_file():
         raise OSError(f"{source} is a file: give the directory that holds the model, {Path(source).parent}.")
-    if not Path(source).is_dir():
-        try:
-            return _load_config(source, **hub)
-        except OSError as error:
-            raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
-    if not (Path(source) / CONFIG_NAME).is_file():
+    local = Path(source).is_dir()
+    if local and not (Path(source) / CONFIG_NAME).is_file():
         raise OSError(f"{source} has no {CONFIG_NAME}: it is not a model's directory, or incomplete.")
-    return _load_config(source)
-
-
-def _load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
     try:
         given, _ = PretrainedConfig.get_config_dict(source, **hub)
+        if given.get("model_type") == "opt":
+            check_values(given, source)
+        config = AutoConfig.from_pretrained(source, **hub)
     except OSError as error:
-        if Path(source).is_dir():
+        if local:
             raise OSError(
                 f"{source}: its {CONFIG_NAME} is not valid JSON. Correct the file, or fetch it again."
             ) from error
-        raise
-    if given.get("model_type") == "opt":
-        check_values(given, source)
-    return check_opt(AutoConfig.from_pretrained(source, **hub), source)
+        raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
+    return check_opt(config, source)
 
 
 def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
@@ -77,17 +70,6 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer
         raise ValueError(f"{source} has no tokenizer that can be loaded (it has no files of one)")
     return tokenizer
-
-
-def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
-    """`config`; raises ValueError if it is not an OPT's, or has a value that no OPT has."""
-    if config.model_type != "opt":
-        raise ValueError(
-            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
-            "models see optimum-neuron."
-        )
-    check_values(config.to_dict(), source)
-    return config
 
 
 def save_config(config: OPTConfig, amp: str, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the values of an OPT's config.json must be, checked in one place before anything reads them.
+"""What an OPT's config.json must hold, checked in one place before anything reads it.
 
 transformers 4.57 loads a config.json with any values, and fails later, or gives a model that is not the one meant;
 transformers 5 refuses some, in many lines.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import OPTConfig
+from transformers import OPTConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
 
@@ -22,6 +22,17 @@ _SWITCHES = (
     *("enable_bias", "tie_word_embeddings"),
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
+    """`config`; raises ValueError if it is not an OPT's, or has a value that no OPT has."""
+    if config.model_type != "opt":
+        raise ValueError(
+            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
+            "models see optimum-neuron."
+        )
+    check_values(config.to_dict(), source)
+    return config
 
 
 def check_values(given: Mapping[str, Any], source: Any) -> None:

@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from ..dtypes import normalize_dtype
 from ..hardware import in_units
-from .config import check_opt, load_config, save_config, save_small_files
+from .config import load_config, save_config, save_small_files
+from .config_values import check_opt
 from .hub import open_checkpoint
 from .layout import INDEX_NAME, CheckpointError, FileSpecs, checkpoint_files
 from .lock import one_writer

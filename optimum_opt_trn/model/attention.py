@@ -8,7 +8,7 @@ calls, since a prompt overwrites what it reads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,59 +45,76 @@ def allocate_cache(config: OPTConfig, neuron_config: OPTNeuronConfig, group: Ran
     return [LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class StaticAttention:
     """An `Attend` for `n` new tokens in each of `b` slots, heads of size `d`.
 
+    It reads the cache and does not write it: scores of cached positions and of the new tokens are computed apart, so
+    that no product waits for a write. `new` has what is to be written when the graph ends (`write_tokens`).
+
     Args:
-        keys, values: for each local rank, the first `c` positions of its cache, `(b, heads, c, d)`; changed in place.
-        positions: int32 `(b, n)`, where in its slot each new token is; -1 throughout a row that is idle, whose slot
-            stays as it is.
-        prompt: whether the new tokens are a whole prompt, at positions 0 to n - 1 (the graph `context_encoding`).
-            Otherwise each attends to what the cache holds up to its position.
-        scale: what queries are multiplied with.
+        caches: for each local rank, keys and values `(b, heads, c, d)` of the first `c` positions, before this step;
+            None for a prompt, which has nothing before it.
+        positions: int32 `(b, n)`, where in its slot each new token is, ascending; -1 throughout an idle row. A row of
+            fewer tokens repeats its last token at its position.
+        head_size: d.
+        scale: the factor of queries.
+        cache_dtype: the dtype to which the cache rounds keys and values. New tokens see each other as rounded, too.
         compute_dtype: dtype that both factors of a product have; softmax is float32.
-        window: how many of the first `c` positions are read, by default all. XLA rebuilds a whole tensor to write to a
-            view of it, so there the cache is passed whole, and read in part.
+        window: how many of the `c` positions are read, by default all.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    caches: list[tuple[Tensor, Tensor]] | None
     positions: Tensor
-    prompt: bool
+    head_size: int
     scale: float
+    cache_dtype: torch.dtype = torch.float32
     compute_dtype: torch.dtype = torch.float32
     window: int | None = None
+    # By local rank: the new tokens' keys and values, `(b, heads, n, d)` in `cache_dtype`.
+    new: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, rank: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = self.keys[rank], self.values[rank]
-        q, k, v = (x.unflatten(-1, (keys.shape[1], -1)).transpose(1, 2) for x in (query * self.scale, key, value))
-        write_cache(keys, k, self.positions, self.prompt)
-        write_cache(values, v, self.positions, self.prompt)
-        # A prompt attends to what later steps will read: keys and values as the cache rounds them.
-        k, v = (k.to(keys.dtype), v.to(values.dtype)) if self.prompt else (keys, values)
-        if self.window is not None and not self.prompt:
-            k, v = k[:, :, : self.window], v[:, :, : self.window]
-        seen = torch.arange(k.shape[2], dtype=torch.int32, device=q.device) <= self.positions[:, None, :, None]
+        q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query * self.scale, key, value))
+        k, v = k.to(self.cache_dtype), v.to(self.cache_dtype)
+        self.new[rank] = (k, v)
+        scores = self._scores(q, k, self._seen_of_new())
+        if self.caches is None:
+            mixed = self._matmul(torch.softmax(scores, dim=-1), v)
+        else:
+            keys, values = (cache[:, :, : self.window] for cache in self.caches[rank])
+            places = torch.arange(keys.shape[2], dtype=torch.int32, device=q.device)
+            cached = self._scores(q, keys, places < self.positions[:, None, :1, None])
+            # One softmax over both.
+            best = torch.maximum(scores.amax(-1, keepdim=True), cached.amax(-1, keepdim=True))
+            scores, cached = torch.exp(scores - best), torch.exp(cached - best)
+            total = scores.sum(-1, keepdim=True) + cached.sum(-1, keepdim=True)
+            mixed = self._matmul(cached / total, values) + self._matmul(scores / total, v)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _seen_of_new(self) -> Tensor:
+        """Which new tokens (last dimension) each new token sees, bool `(b, 1, n, n)`: each position once."""
+        seen = self.positions[:, None, None, :] <= self.positions[:, None, :, None]
+        repeated = self.positions[:, 1:] == self.positions[:, :-1]
+        counted = torch.cat([torch.ones_like(self.positions[:, :1], dtype=torch.bool), ~repeated], dim=1)
+        return seen & counted[:, None, None, :]
+
+    def _scores(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         scores = self._matmul(q, k.transpose(-1, -2))
-        scores = torch.where(seen, scores, torch.full_like(scores, MASKED))
-        return self._matmul(torch.softmax(scores, dim=-1), v).transpose(1, 2).flatten(2)
+        return torch.where(seen, scores, torch.full_like(scores, MASKED))
 
     def _matmul(self, left: Tensor, right: Tensor) -> Tensor:
         return torch.matmul(left.to(self.compute_dtype), right.to(self.compute_dtype)).float()
 
 
-def write_cache(cache: Tensor, new: Tensor, positions: Tensor, prompt: bool) -> None:
-    """Writes `new` `(b, h, n, d)` to `cache` `(b, h, c, d)`: at the start of the slots, or at int32 `(b, n)`.
+def write_tokens(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    """`cache` `(b, h, c, d)` with `new` `(b, h, n, d)` at int32 positions `(b, n)`; the cache itself is not changed.
 
     Rows whose positions are -1 are idle, and left as they are.
     """
-    busy = (positions >= 0)[:, None, :, None]
-    if prompt:
-        start = cache[:, :, : new.shape[2]]
-        start.copy_(torch.where(busy, new.to(cache.dtype), start))
-    else:
-        # Adjacent indices: with a slice among them, XLA would transpose the whole cache and back.
-        rows, heads = (torch.arange(size, dtype=torch.int32, device=cache.device) for size in cache.shape[:2])
-        places = (rows[:, None, None], heads[:, None], positions.clamp(min=0)[:, None])
-        cache[places] = torch.where(busy, new.to(cache.dtype), cache[places])
+    # Comparing with a tensor: compared with a number, torch-xla makes 64-bit integers of both.
+    busy = (positions >= torch.zeros_like(positions))[:, None, :, None]
+    # Adjacent indices: with a slice among them, XLA would transpose the whole cache and back.
+    rows, heads = (torch.arange(size, dtype=torch.int32, device=cache.device) for size in cache.shape[:2])
+    places = (rows[:, None, None], heads[:, None], positions.clamp(min=0)[:, None])
+    return cache.index_put(places, torch.where(busy, new.to(cache.dtype), cache[places]))

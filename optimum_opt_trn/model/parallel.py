@@ -35,6 +35,7 @@ class RankGroup:
         arithmetic: how the target computes.
         all_reduce: sums a tensor over the processes; None if this process has all ranks.
         all_gather: concatenates a tensor's last dimension over the processes; None if this process has all ranks.
+        reduce_dtype: dtype in which `all_reduce` sums.
     """
 
     world_size: int = 1
@@ -42,6 +43,7 @@ class RankGroup:
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     all_reduce: Callable[[Tensor], Tensor] | None = None
     all_gather: Callable[[Tensor], Tensor] | None = None
+    reduce_dtype: torch.dtype = torch.float32
 
     def row(self, xs: list[Tensor], weights: list[Tensor], bias: list[Tensor] | None, residual: Tensor) -> Tensor:
         """One float32 `(…, in / world)` for each local rank, `(out, in / world)` weights → float32 `(…, out)`.
@@ -51,7 +53,7 @@ class RankGroup:
         shared = bias[0] if bias else None
         if self.all_reduce is None:
             return self.arithmetic.linear_sum(xs, weights, shared, residual)
-        total = self.all_reduce(self.arithmetic.linear_sum(xs, weights))
+        total = self._reduce(self.arithmetic.linear_sum(xs, weights))
         return residual + (total if shared is None else total + shared.float())
 
     def embedding(self, ids: Tensor, weights: list[Tensor], ranks: Tensor) -> Tensor:
@@ -65,8 +67,9 @@ class RankGroup:
         parts = []
         for index, weight in enumerate(weights):
             local = ids - ranks[index] * weight.shape[0]
-            held = (local >= 0) & (local < weight.shape[0])
-            rows = F.embedding(torch.where(held, local, torch.zeros_like(local)), weight).float()
+            zero = torch.zeros_like(local)
+            held = (local >= zero) & (local < torch.full_like(local, weight.shape[0]))
+            rows = F.embedding(torch.where(held, local, zero), weight).float()
             parts.append(torch.where(held.unsqueeze(-1), rows, torch.zeros_like(rows)))
         return self.sum(parts)
 
@@ -75,9 +78,13 @@ class RankGroup:
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return self.all_reduce(total) if self.all_reduce else total
+        return self._reduce(total) if self.all_reduce else total
 
     def gather(self, parts: list[Tensor]) -> Tensor:
         """The parts of all ranks of the world, concatenated in the last dimension."""
         joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return self.all_gather(joined) if self.all_gather else joined
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        assert self.all_reduce is not None
+        return self.all_reduce(x.to(self.reduce_dtype)).float()

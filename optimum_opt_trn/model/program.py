@@ -8,7 +8,6 @@ softmax and logits are float32 on every target.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import OPTConfig
@@ -59,10 +58,17 @@ class OPTRankProgram:
 
     def logits(self, w: Weights, hidden: Tensor) -> Tensor:
         """float32 `(…, hidden)` → float32 `(…, vocabulary)`."""
+        return self.join_logits(self.logit_parts(w, hidden))
+
+    def logit_parts(self, w: Weights, hidden: Tensor) -> list[Tensor]:
+        """float32 `(…, hidden)` → for each local rank, its words' float32 `(…, vocabulary / world)`."""
         norm = _norm(w, "final_layer_norm") if self.final_layer_norm else None
         if "project_out.weight" in w:
             (hidden,), norm = self.arithmetic.linears(hidden, w["project_out.weight"][:1], norm=norm), None
-        parts = self.arithmetic.linears(hidden, w["lm_head.weight"], norm=norm)
+        return self.arithmetic.linears(hidden, w["lm_head.weight"], norm=norm)
+
+    def join_logits(self, parts: list[Tensor]) -> Tensor:
+        """The parts of all ranks → float32 `(…, vocabulary)`."""
         # Without the words that padding added to the vocabulary.
         return self.group.gather(parts)[..., : self.vocab_size]
 
@@ -83,15 +89,3 @@ class OPTRankProgram:
 def _norm(w: Weights, name: str) -> LayerNorm:
     weight, bias = w.get(f"{name}.weight"), w.get(f"{name}.bias")
     return LayerNorm(weight[0] if weight else None, bias[0] if bias else None)
-
-
-def prompt_positions(lengths: Tensor, n: int) -> Tensor:
-    """int32 `(b, n)`: 0 to n - 1, or -1 in the rows of int32 lengths `(b,)` that are 0, which are idle."""
-    places = torch.arange(n, dtype=torch.int32, device=lengths.device)[None, :]
-    return torch.where(lengths[:, None] > 0, places, torch.full_like(places, -1))
-
-
-def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """`(b, n, hidden)` → `(b, hidden)`, that of each row's last token; int32 lengths `(b,)`, 0 in idle rows."""
-    index = (lengths.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
-    return hidden.gather(1, index).squeeze(1)

@@ -218,7 +218,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before(source, small_disk):
     (small_disk / "other").write_bytes(bytes(200_000))
-    with pytest.raises(OSError, match=r"needs 0\.00 GB, and its disk has .* free") as error:
+    with pytest.raises(OSError, match=r"needs 188\.\d+ KiB, and its disk has .* KiB free") as error:
         split(source, small_disk / "output")
     assert error.value.errno == errno.ENOSPC
     assert not weights_of(small_disk / "output") and not (small_disk / "output" / INDEX_NAME).exists()

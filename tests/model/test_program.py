@@ -6,8 +6,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_models import KINDS, rounded, tiny_opt
 from torch import Tensor
 from transformers import DynamicCache, OPTForCausalLM
@@ -15,9 +13,9 @@ from transformers import DynamicCache, OPTForCausalLM
 from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import ModelWeights, load_weights
 from optimum_opt_trn.generation.transformers_versions import CACHE
-from optimum_opt_trn.model.attention import LayerCache, StaticAttention, allocate_cache
+from optimum_opt_trn.model.attention import LayerCache, StaticAttention, allocate_cache, write_tokens
 from optimum_opt_trn.model.parallel import RankGroup
-from optimum_opt_trn.model.program import OPTRankProgram, last_token
+from optimum_opt_trn.model.program import OPTRankProgram
 
 
 LENGTH = 16
@@ -41,9 +39,16 @@ class Ours:
 
     def layer(self, hidden: Tensor, cache: LayerCache, bucket: int, positions: Tensor, prompt: bool, index: int = 0):
         """The layer of that index, over the first `bucket` positions of `cache`."""
-        keys, values = ([tensor[:, :, :bucket] for tensor in tensors] for tensors in (cache.keys, cache.values))
-        attend = StaticAttention(keys, values, positions, prompt, self.program.scale)
-        return self.program.layer(self.weights.layers[index], hidden, attend)
+        caches = list(zip(cache.keys, cache.values, strict=True))
+        attend = StaticAttention(
+            None if prompt else caches, positions, caches[0][0].shape[3], self.program.scale, caches[0][0].dtype,
+            window=bucket,
+        )  # fmt: skip
+        result = self.program.layer(self.weights.layers[index], hidden, attend)
+        for rank, new in attend.new.items():
+            for tensor, tokens in zip(caches[rank], new, strict=True):
+                tensor.copy_(write_tokens(tensor, tokens, positions))
+        return result
 
 
 @functools.cache
@@ -204,13 +209,3 @@ def test_prompt_attends_to_what_the_cache_holds(cache_dtype, checkpoints):
     torch.testing.assert_close(step, whole[:, 7:], rtol=0, atol=tolerance)
     exact = reference_layer(ours.model, hidden)
     assert (whole - exact).abs().max() > 1e-5  # the rounding is there
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.data())
-def test_last_token(data):
-    b, n = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
-    lengths = data.draw(st.lists(st.integers(1, n), min_size=b, max_size=b))
-    hidden = random(b, n, 5)
-    expected = torch.stack([hidden[row, length - 1] for row, length in enumerate(lengths)])
-    assert torch.equal(last_token(hidden, torch.tensor(lengths, dtype=torch.int32)), expected)

@@ -229,7 +229,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif path in repo.large:
             oid = hashlib.sha256(content).hexdigest()
             headers = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
-            self._json({}, 302, {**headers, "Location": f"{self.server.endpoint}/cdn/{oid}"})
+            # Of another host, as on the hub: huggingface_hub looks at these headers, and not at those of the file.
+            elsewhere = self.server.endpoint.replace("127.0.0.1", "localhost")
+            self._json({}, 302, {**headers, "Location": f"{elsewhere}/cdn/{oid}"})
         else:
             self._content(content, path, {"X-Repo-Commit": commit, "ETag": f'"{_git_oid(content)}"'})
 

@@ -13,11 +13,12 @@ from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
 from ...model.parallel import RankGroup
 from ..base import COMPILED_DIR, Runtime, Target, TargetError
-from ..cpu.runtime import CPURuntime
+from ..eager import EagerRuntime
 from .artifacts import MODEL_NAME, check_artifacts, write_manifest
 from .builder import compile_model, compiler_arguments, load_model, versions
 from .host import check_degree, check_host
-from .rank_module import parameters_of
+from .process import claim_process
+from .rank_module import example_inputs, parameters_of
 from .runtime import NeuronRuntime
 
 
@@ -42,7 +43,8 @@ class NeuronTarget(Target):
                 for name, tensor in part[0].items()
             }
             compile_model(config, neuron_config, shapes, compiled / MODEL_NAME)
-        write_manifest(config, neuron_config, versions(), compiler_arguments(neuron_config), compiled)
+        arguments = {graph: compiler_arguments(neuron_config, graph) for graph in example_inputs(neuron_config)}
+        write_manifest(config, neuron_config, versions(), arguments, compiled)
 
     def load(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> Runtime:
         """See `Target`; with `eager`, runs the same program on the host's CPU, in the dtypes of the device.
@@ -56,9 +58,10 @@ class NeuronTarget(Target):
         if not eager:
             file = check_artifacts(config, neuron_config, versions(), directory / COMPILED_DIR)
             check_host(neuron_config)
+            claim_process(degree)
         weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
         if eager:
-            return CPURuntime(config, neuron_config, group, weights)
+            return EagerRuntime(config, neuron_config, group, weights)
         try:
             return NeuronRuntime(neuron_config, load_model(file, parameters_of(weights, degree), degree))
         except (RuntimeError, torch.jit.Error) as error:

@@ -18,16 +18,25 @@ from ..manifest import MANIFEST_NAME, sha256
 
 # Raised when a graph computes something else, or takes or returns something else, than before; exports that were
 # compiled with another version are refused. tests/targets/neuron/graph_version_cases.py notices such changes.
-GRAPH_VERSION = 2
+GRAPH_VERSION = 3
 
 # TorchScript, with a NEFF for each graph in it; optimum-neuron's name for the same.
 MODEL_NAME = "model.pt"
 
 
 def write_manifest(
-    config: OPTConfig, neuron_config: OPTNeuronConfig, versions: dict[str, str], arguments: str, directory: Path
+    config: OPTConfig,
+    neuron_config: OPTNeuronConfig,
+    versions: dict[str, str],
+    arguments: dict[str, str],
+    directory: Path,
 ) -> None:
-    """Writes the manifest of `directory`, last of all; it lists the model if that is there."""
+    """Writes the manifest of `directory`, last of all; it lists the model if that is there.
+
+    Args:
+        versions: of what compiled it.
+        arguments: the compiler's, by graph.
+    """
     file = directory / MODEL_NAME
     artifacts = {MODEL_NAME: {"bytes": file.stat().st_size, "sha256": sha256(file)}} if file.is_file() else {}
     manifest = {

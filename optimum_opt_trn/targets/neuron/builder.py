@@ -7,6 +7,7 @@ models/inference/backend/pretrained_model.py).
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -24,29 +25,37 @@ from optimum.neuron.cache.entries.single_model import SingleModelCacheEntry
 from optimum.neuron.cache.hub_cache import hub_neuronx_cache
 from optimum.neuron.utils.version_utils import get_neuronxcc_version
 from torch import Tensor, nn
+from torch_neuronx.xla_impl.ops import TopK, xla_hlo_call
 from transformers import OPTConfig
 
 from ...configuration_opt import OPTNeuronConfig
 from ...hardware import FAMILIES
 from ..base import TargetError
-from .rank_module import VISIBLE_RESULTS, RankModule, example_inputs
+from .rank_module import VISIBLE_RESULTS, DeviceOperators, RankModule, example_inputs
 
 
 # optimum-neuron's own decoders are compiled with these (0.4.5, models/inference/backend/modules/decoder/
-# modeling_decoder.py, get_compiler_args). neuronx-cc would otherwise cast float32 to bf16 (--auto-cast).
+# modeling_decoder.py, get_compiler_args). neuronx-cc would otherwise cast float32 to bf16 (--auto-cast). NxD adds
+# --enable-saturate-infinity if it is given no arguments (trace/model_builder.py, append_default_compiler_flags).
 COMPILER_ARGUMENTS = (
-    "--auto-cast=none --model-type=transformer "
-    "--tensorizer-options='--enable-ccop-compute-overlap --cc-pipeline-tiling-factor=2 --vectorize-strided-dma ' -O2"
+    "--auto-cast=none --model-type=transformer --enable-saturate-infinity "
+    "--tensorizer-options='--enable-ccop-compute-overlap --cc-pipeline-tiling-factor=2 --vectorize-strided-dma '"
 )
+
+# -O1 cuts a graph into modules, which compiles faster; the threshold has every such graph cut. Decoding is spared the
+# calls between modules by -O2. All as in NxD Inference (models/model_wrapper.py).
+CONTEXT_ARGUMENTS = "-O1 --internal-hlo2tensorizer-options='--modular-flow-mac-threshold=10 '"
+DECODING_ARGUMENTS = "-O2"
 
 # Where NxD compiles, if it is to be kept: optimum-neuron's variable (backend/pretrained_model.py, get_builder).
 WORKDIR_VARIABLE = "BASE_COMPILE_WORK_DIR"
 
 
-def compiler_arguments(neuron_config: OPTNeuronConfig) -> str:
-    """What neuronx-cc is called with."""
+def compiler_arguments(neuron_config: OPTNeuronConfig, graph: str) -> str:
+    """What neuronx-cc is called with for a graph."""
     family = FAMILIES[neuron_config.instance_type]
-    return f"{COMPILER_ARGUMENTS} --lnc={family.physical_cores} --target {family.target}"
+    own = CONTEXT_ARGUMENTS if graph == "context_encoding" else DECODING_ARGUMENTS
+    return f"{COMPILER_ARGUMENTS} {own} --lnc={family.physical_cores} --target {family.target}"
 
 
 def versions() -> dict[str, str]:
@@ -54,8 +63,25 @@ def versions() -> dict[str, str]:
     return {"neuronxcc": get_neuronxcc_version(), "neuronx_distributed": metadata.version("neuronx_distributed")}
 
 
+@xla_hlo_call
+def _dynamic_update_slice(cache: Any, new: Any, *start: Any) -> Any:
+    return cache.dtype[cache.sizes].DynamicUpdateSlice(cache, new, *start)
+
+
+def put_slot(cache: Tensor, new: Tensor, slot: Tensor) -> Tensor:
+    """See `DeviceOperators`. For a write to a slice, XLA would pad and select the whole cache."""
+    zero = (slot - slot).squeeze(0)
+    return _dynamic_update_slice(cache, new, slot.squeeze(0), zero, zero, zero)
+
+
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `DeviceOperators`. The SDK's operator, called as in NxD's operators/topk.py; torch.topk would be a sort."""
+    best, places = TopK.apply(x, k, dim=1)
+    return best, places
+
+
 class _Instance(BaseModelInstance):
-    """Tells the builder which results are which states; making the module is left to its base class."""
+    """Tells the builder which results are which states."""
 
     def get(self, bucket_rank: int, **kwargs: Any) -> tuple[nn.Module, dict[Tensor, int]]:
         states = enumerate(self.module.states)
@@ -77,18 +103,30 @@ def make_builder(
         compiler_workdir=os.path.join(workdir, ""),
         logical_nc_config=FAMILIES[neuron_config.instance_type].physical_cores,
     )
-    collectives = (
+    operators = DeviceOperators(
         mappings.reduce_from_tensor_model_parallel_region,
         mappings.gather_from_tensor_model_parallel_region,
+        put_slot,
+        top_k,
     )
+    instances: list[_Instance] = []
+
+    def make(graph: str) -> nn.Module:
+        # The builder traces graph after graph, and needs no module after that: it loads no weights here. One module
+        # is in memory at a time.
+        for instance in instances:
+            instance.module = None
+        gc.collect()
+        return RankModule(graph, config, neuron_config, shapes, operators).eval()
+
     for graph, examples in example_inputs(neuron_config).items():
-        module = partial(RankModule, graph, config, neuron_config, shapes, *collectives)
+        instances.append(_Instance(partial(make, graph), input_output_aliases={}))
         # No priority_model_idx: without a layout that the compiler chose for one graph, weights can be streamed.
         builder.add(
             key=graph,
-            model_instance=_Instance(lambda module=module: module().eval(), input_output_aliases={}),
+            model_instance=instances[-1],
             example_inputs=examples,
-            compiler_args=compiler_arguments(neuron_config),
+            compiler_args=compiler_arguments(neuron_config, graph),
         )
     return builder
 

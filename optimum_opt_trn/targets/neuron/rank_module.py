@@ -4,20 +4,23 @@ NxD traces rank 0, and the same graphs serve every rank, each with its own tenso
 the shapes of the arguments alone, takes no other number of arguments than the first graph has, and one structure of
 results. Hence all graphs share the six arguments and the results below:
 
-| graph | tokens | positions | window | tokens, logits |
+| graph | tokens | positions | place | tokens, logits |
 |---|---|---|---|---|
-| `context_encoding`, for each prompt bucket n | `(b, n)` | `(b,)`, lengths | `(1,)` | `(b,)`, `(b, vocabulary)` |
-| `token_generation`, for each cache bucket c | `(b,)` | `(b,)` | `(c,)` | `(b,)`, `(b, vocabulary)` |
-| `speculation`, of k tokens | `(b, k)` | `(b, k)` | `(1,)` | `(b,)`, `(b, k, vocabulary)` |
-| `cache_copy`, for more slots than one | `(b,)`, sources | `(1,)`, the length | `(1,)` | of no meaning |
+| `context_encoding`, for each prompt bucket n | `(1, n)` | `(1,)`, the length | `(1,)`, the slot | `(1,)`, `(1, vocabulary)` |
+| `token_generation`, for each cache bucket c | `(b,)` | `(b,)` | `(c,)`, not read | `(b,)`, `(b, vocabulary)` |
+| `speculation`, of k tokens | `(b, k)` | `(b, k)` | `(1,)`, not read | `(b,)`, `(b, k, vocabulary)` |
+| `cache_copy`, for more slots than one | `(b,)`, sources | `(1,)`, the length | `(1,)`, not read | of no meaning |
 
-with `params`, `uniforms` and `suppressed` of a `SamplingInputs` in all. Nothing reads the values of `window`, which is
-there for its shape.
-"""
+with `params`, `uniforms` and `suppressed` of `SamplingInputs` in all, a row for each row of tokens.
+
+Caches are read as they were before the step, and written when everything else is computed, so that no product waits
+for a write.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +29,10 @@ from transformers import OPTConfig
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
-from ...model.attention import StaticAttention
+from ...model.attention import MASKED, StaticAttention, write_tokens
 from ...model.parallel import RankGroup, Weights
-from ...model.program import OPTRankProgram, last_token, prompt_positions
-from ...model.sampling import SamplingInputs, sample_tokens
+from ...model.program import OPTRankProgram
+from ...model.sampling import Candidates, SamplingInputs, TopK, candidates, draw_tokens, join_candidates
 from ...model.shapes import cache_shape
 
 
@@ -42,10 +45,26 @@ EXTENSION = 16
 # Results that callers see; the states come behind them.
 VISIBLE_RESULTS = 2
 
-NO_WINDOW = torch.zeros(1, dtype=torch.int32)
+NO_PLACE = torch.zeros(1, dtype=torch.int32)
 
 # The parameter, int32 `(1,)`, that tells each rank which one it is: the graph is that of rank 0.
 RANKS = "ranks"
+
+
+@dataclass(frozen=True)
+class DeviceOperators:
+    """What a graph takes from the SDK.
+
+    Args:
+        all_reduce, all_gather: the collectives of the ranks, see `RankGroup`.
+        put_slot: the cache `(b, h, c, d)` with `(1, h, n, d)` at the start of the slot int32 `(1,)`.
+        top_k: see `TopK`.
+    """
+
+    all_reduce: Callable[[Tensor], Tensor]
+    all_gather: Callable[[Tensor], Tensor]
+    put_slot: Callable[[Tensor, Tensor, Tensor], Tensor]
+    top_k: TopK
 
 
 class RankModule(nn.Module):
@@ -55,7 +74,7 @@ class RankModule(nn.Module):
         graph: a name in the table above.
         config, neuron_config: the model and the export.
         shapes: the shape and dtype of each of the rank's weights, by the names that `parameters_of` gives them.
-        all_reduce, all_gather: the collectives of the ranks, see `RankGroup`.
+        operators: what the SDK has for it.
     """
 
     def __init__(
@@ -64,57 +83,80 @@ class RankModule(nn.Module):
         config: OPTConfig,
         neuron_config: OPTNeuronConfig,
         shapes: dict[str, tuple[torch.Size, torch.dtype]],
-        all_reduce: Callable[[Tensor], Tensor],
-        all_gather: Callable[[Tensor], Tensor],
+        operators: DeviceOperators,
     ):
         super().__init__()
         self.graph = graph
+        self.operators = operators
         self.max_topk = neuron_config.max_topk
-        self.compute_dtype = neuron_config.amp_dtype
-        world = neuron_config.tp_degree
-        arithmetic = Arithmetic(neuron_config.amp_dtype)
-        # Alone, a rank has nothing to exchange.
-        group = RankGroup(world, (0,), arithmetic)
-        if world > 1:
-            group = RankGroup(world, (0,), arithmetic, all_reduce, all_gather)
+        self.amp, self.cache_dtype = neuron_config.amp_dtype, neuron_config.cache_dtype
+        arithmetic, self.world = Arithmetic(self.amp), neuron_config.tp_degree
+        # Without other ranks, there is nothing to exchange.
+        group = RankGroup(self.world, (0,), arithmetic)
+        if self.world > 1:
+            # What is summed was rounded to `amp` by the product before; half the bytes are sent.
+            reduce, gather = operators.all_reduce, operators.all_gather
+            group = RankGroup(self.world, (0,), arithmetic, reduce, gather, reduce_dtype=self.amp)
         self.program = OPTRankProgram(config, group)
         self.layers = config.num_hidden_layers
         self.weights = list(shapes)
         self.states = [f"{kind}_{index}" for index in range(self.layers) for kind in ("keys", "values")]
-        cache = (torch.Size(cache_shape(config, neuron_config)), neuron_config.cache_dtype)
-        for name, (shape, dtype) in (shapes | dict.fromkeys(self.states, cache)).items():
-            # Zeros, for what is traced are shapes; memory of them is not touched until it is.
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+        shape = cache_shape(config, neuron_config)
+        self.head_size = shape[3]
+        for name, (size, dtype) in (shapes | dict.fromkeys(self.states, (shape, self.cache_dtype))).items():
+            # Only shapes are traced. Memory that is never written is never taken from the host.
+            self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False))
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, window: Tensor, params: Tensor, uniforms: Tensor, suppressed: Tensor
+        self, tokens: Tensor, positions: Tensor, place: Tensor, params: Tensor, uniforms: Tensor, suppressed: Tensor
     ) -> tuple[Tensor, ...]:
         """Next tokens, logits, and the new states, in the order of `states`."""
-        # States are results of the graph, not parameters that it changes: the rank program writes to copies.
-        states = [getattr(self, name).clone() for name in self.states]
+        states = [getattr(self, name) for name in self.states]
         if self.graph == "cache_copy":
             return self._copy(tokens, positions, states)
-        prompt = self.graph == "context_encoding"
+        prompt, window, ids, places = self.graph == "context_encoding", None, tokens, positions
         if prompt:
-            ids, places, read = tokens, prompt_positions(positions, tokens.shape[1]), None
+            places = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)[None]
         elif self.graph == "token_generation":
-            ids, places, read = tokens.unsqueeze(1), positions.unsqueeze(1), window.shape[0]
-        else:
-            ids, places, read = tokens, positions, None
+            ids, places, window = tokens.unsqueeze(1), positions.unsqueeze(1), place.shape[0]
         hidden = self.program.embed(self._part("embed"), ids, places, getattr(self, RANKS))
+        new: list[Tensor] = []
         for index in range(self.layers):
-            keys, values = states[2 * index], states[2 * index + 1]
-            attend = StaticAttention([keys], [values], places, prompt, self.program.scale, self.compute_dtype, read)
+            caches = None if prompt else [(states[2 * index], states[2 * index + 1])]
+            attend = StaticAttention(
+                caches, places, self.head_size, self.program.scale, self.cache_dtype, self.amp, window
+            )
             hidden = self.program.layer(self._part(f"layer_{index}"), hidden, attend)
+            new += attend.new[0]
         if prompt:
-            hidden = last_token(hidden, positions)
-        elif self.graph == "token_generation":
-            hidden = hidden.squeeze(1)
+            hidden = hidden.index_select(1, (positions - 1).clamp(min=0))
         # A head that is tied to the embedding has no tensor of its own.
         tied = {"lm_head.weight": self._part("embed")["embed_tokens.weight"]}
-        logits = self.program.logits(tied | self._part("head"), hidden)
-        last = logits[:, -1] if logits.dim() == 3 else logits
-        return sample_tokens(last, params, uniforms, suppressed, self.max_topk), logits, *states
+        part = self.program.logit_parts(tied | self._part("head"), hidden)[0]
+        chosen = draw_tokens(*self._candidates(part[:, -1], suppressed), params, uniforms)
+        logits = self.program.join_logits([part])
+        if self.graph != "speculation":
+            logits = logits.squeeze(1)
+        if prompt:
+            written = [self.operators.put_slot(state, x, place) for state, x in zip(states, new, strict=True)]
+        else:
+            written = [write_tokens(state, x, places) for state, x in zip(states, new, strict=True)]
+        return chosen, logits, *written
+
+    def _candidates(self, part: Tensor, suppressed: Tensor) -> Candidates:
+        """The best of this rank's words, then of all ranks': nobody looks through the whole vocabulary."""
+        size, vocabulary = part.shape[1], self.program.vocab_size
+        words = torch.arange(size, dtype=torch.int32, device=part.device) + getattr(self, RANKS) * size
+        if size * self.world > vocabulary:  # the last words are padding
+            part = torch.where(words < torch.full_like(words, vocabulary), part, torch.full_like(part, MASKED))
+        found = candidates(part, words, suppressed, self.max_topk, self.operators.top_k)
+        if self.world == 1:
+            return found
+        gather, rows, k = self.operators.all_gather, part.shape[0], found.best.shape[1]
+        # Two tensors are sent: logits, and the words of both kinds.
+        both = gather(torch.cat([found.words, found.first[:, None]], dim=1)).reshape(rows, self.world, k + 1)
+        parts = Candidates(gather(found.best), both[:, :, :k].flatten(1), both[:, :, k])
+        return join_candidates(parts, self.max_topk, self.operators.top_k)
 
     def _copy(self, sources: Tensor, length: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
         moved = torch.arange(states[0].shape[2], dtype=torch.int32, device=length.device) < length
@@ -130,20 +172,18 @@ class RankModule(nn.Module):
 def example_inputs(neuron_config: OPTNeuronConfig) -> dict[str, list[tuple[Tensor, ...]]]:
     """For each graph, the arguments that it is traced with, a tuple for each bucket."""
     b, k = neuron_config.batch_size, extension_length(neuron_config)
-    sampling = sampling_arguments(SamplingInputs.greedy(b))
+    one, sampling = (sampling_arguments(SamplingInputs.greedy(rows)) for rows in (1, b))
 
     def integers(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
 
     graphs: dict[str, list[tuple[Tensor, ...]]] = {
-        "context_encoding": [
-            (integers(b, n), integers(b), NO_WINDOW, *sampling) for n in neuron_config.prompt_buckets
-        ],
+        "context_encoding": [(integers(1, n), integers(1), NO_PLACE, *one) for n in neuron_config.prompt_buckets],
         "token_generation": [(integers(b), integers(b), integers(c), *sampling) for c in neuron_config.cache_buckets],
-        "speculation": [(integers(b, k), integers(b, k), NO_WINDOW, *sampling)],
+        "speculation": [(integers(b, k), integers(b, k), NO_PLACE, *sampling)],
     }
     if b > 1:
-        graphs["cache_copy"] = [(integers(b), integers(1), NO_WINDOW, *sampling)]
+        graphs["cache_copy"] = [(integers(b), integers(1), NO_PLACE, *sampling)]
     return graphs
 
 

@@ -15,7 +15,8 @@ from ...buckets import smallest_bucket
 from ...configuration_opt import OPTNeuronConfig
 from ...model.sampling import SamplingInputs
 from ..base import Runtime, Step, StepResult
-from .rank_module import NO_WINDOW, extension_length, sampling_arguments
+from .process import check_fork
+from .rank_module import NO_PLACE, extension_length, sampling_arguments
 
 
 # A slot with its tokens in a step.
@@ -36,8 +37,8 @@ class NeuronRuntime(Runtime):
         self.windows = {length: torch.zeros(length, dtype=torch.int32) for length in neuron_config.cache_buckets}
 
     def step(self, step: Step) -> StepResult:
-        """See `Runtime`. Slots that need the same graph share its calls: at most one for all prompts, one for all
-        single tokens, and as many for longer runs as `speculation` needs for the longest."""
+        """See `Runtime`. Each prompt has a call of its own. Other slots that need the same graph share its calls: at
+        most one for all single tokens, and as many for longer runs as `speculation` needs for the longest."""
         runs: dict[str, list[Run]] = {"context_encoding": [], "token_generation": [], "speculation": []}
         wanted = set(step.wanted.tolist())
         for slot, tokens in step.runs:
@@ -48,8 +49,8 @@ class NeuronRuntime(Runtime):
                 single = tokens.stop - tokens.start == 1
                 runs["token_generation" if single else "speculation"].append((slot, tokens))
         call = _Call(step, self.neuron_config.batch_size)
-        if runs["context_encoding"]:
-            self._context_encoding(call, runs["context_encoding"])
+        for slot, tokens in runs["context_encoding"]:
+            self._context_encoding(call, slot, tokens)
         if runs["token_generation"]:
             self._token_generation(call, runs["token_generation"])
         if runs["speculation"]:
@@ -60,19 +61,16 @@ class NeuronRuntime(Runtime):
         """See `Runtime`."""
         if self.neuron_config.batch_size > 1:
             greedy = SamplingInputs.greedy(self.neuron_config.batch_size)
-            self._run(sources, torch.tensor([length]), NO_WINDOW, greedy)
+            self._run(sources, torch.tensor([length]), NO_PLACE, greedy)
 
-    def _context_encoding(self, call: _Call, runs: list[Run]) -> None:
-        longest = max(tokens.stop - tokens.start for _, tokens in runs)
-        bucket = smallest_bucket(self.neuron_config.prompt_buckets, longest)
-        ids = torch.zeros(call.batch_size, bucket, dtype=torch.int32)
-        lengths = torch.zeros(call.batch_size, dtype=torch.int32)
-        for slot, tokens in runs:
-            lengths[slot] = tokens.stop - tokens.start
-            ids[slot, : lengths[slot]] = call.step.tokens[tokens]
-        chosen, logits = self._run(ids, lengths, NO_WINDOW, call.sampling)
-        for slot, tokens in runs:
-            call.take(tokens.stop - 1, logits[slot], chosen[slot])
+    def _context_encoding(self, call: _Call, slot: int, tokens: slice) -> None:
+        """One prompt into its slot; no other slot takes part."""
+        length = tokens.stop - tokens.start
+        ids = torch.zeros(1, smallest_bucket(self.neuron_config.prompt_buckets, length), dtype=torch.int32)
+        ids[0, :length] = call.step.tokens[tokens]
+        place = torch.tensor([slot], dtype=torch.int32)
+        chosen, logits = self._run(ids, torch.tensor([length]), place, call.sampling.of_rows(place.long()))
+        call.take(tokens.stop - 1, logits[0], chosen[0])
 
     def _token_generation(self, call: _Call, runs: list[Run]) -> None:
         slots = torch.tensor([slot for slot, _ in runs])
@@ -95,17 +93,18 @@ class NeuronRuntime(Runtime):
             for slot, tokens in runs:
                 places = torch.arange(tokens.start + start, tokens.start + start + size).clamp(max=tokens.stop - 1)
                 ids[slot], positions[slot] = call.step.tokens[places], call.step.positions[places].to(torch.int32)
-            chosen, logits = self._run(ids, positions, NO_WINDOW, call.sampling)
+            chosen, logits = self._run(ids, positions, NO_PLACE, call.sampling)
             for slot, tokens in runs:
                 piece = range(tokens.start + start, min(tokens.stop, tokens.start + start + size))
                 for column, token in enumerate(piece):
                     call.take(token, logits[slot, column], chosen[slot])
 
     def _run(
-        self, tokens: Tensor, positions: Tensor, window: Tensor, sampling: SamplingInputs
+        self, tokens: Tensor, positions: Tensor, place: Tensor, sampling: SamplingInputs
     ) -> tuple[Tensor, Tensor]:
+        check_fork()
         tokens, positions = tokens.to(torch.int32), positions.to(torch.int32)
-        return self.model(tokens, positions, window, *sampling_arguments(sampling))
+        return self.model(tokens, positions, place, *sampling_arguments(sampling))
 
 
 class _Call:

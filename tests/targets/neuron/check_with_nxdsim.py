@@ -85,29 +85,43 @@ def complete_the_sdk() -> str:
 
     known = importlib.metadata.version
     importlib.metadata.version = lambda name: version if name == "neuronx_distributed" else known(name)
-    from optimum.neuron.utils import import_utils
-
+    from optimum_opt_trn import targets
     from optimum_opt_trn.targets.neuron import builder, host
 
-    import_utils.is_neuronx_available = lambda: True
+    targets.is_neuronx_available = lambda: True
     builder.hub_neuronx_cache = lambda entry: contextlib.nullcontext()
     host.get_neuron_major = lambda: 1
     host.current_instance_type = lambda: "trn1"
-    host.get_available_cores = lambda: 24
+    host.get_neuron_devices_count = lambda: 12
+    host.cores_per_device = lambda: 2
+    complete_operators(builder)
     return version
+
+
+def complete_operators(builder) -> None:
+    """The one HLO instruction that the package makes itself, which the simulator has not, by torch-xla."""
+    from torch_xla.core import xla_builder, xla_op_registry
+
+    def dynamic_update_slice(cache, new, *start):
+        return xla_builder.Op.dynamic_update_slice(cache, new, list(start))
+
+    builder._dynamic_update_slice = xla_op_registry.register("dynamic_update_slice", dynamic_update_slice)
 
 
 OPTIONS = prepare()
 NXD_VERSION = complete_the_sdk()
 
 import torch  # noqa: E402
+from graph_report import report_graph, table  # noqa: E402
 from opcodes import ALLOWED  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import OPTConfig, OPTForCausalLM  # noqa: E402
 from transformers.modeling_utils import no_init_weights  # noqa: E402
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
+from optimum_opt_trn.model.shapes import cache_shape  # noqa: E402
 from optimum_opt_trn.targets.neuron import builder as neuron_builder  # noqa: E402
+from optimum_opt_trn.targets.neuron import process  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -121,6 +135,7 @@ class Recorder:
 
         def record(*arguments):
             self.builder = make(*arguments)
+            self.cache_shape = cache_shape(*arguments[:2])
             return self.builder
 
         neuron_builder.make_builder = record
@@ -131,6 +146,12 @@ class Recorder:
     def opcodes(self, graph: str) -> Counter[str]:
         """Of the longest bucket."""
         return _opcodes(self.modules(graph)[-1])
+
+    def reports(self) -> dict:
+        """What each graph has a device do; of several buckets, the shortest, in which a cache is not read whole."""
+        return {
+            graph: report_graph(self.modules(graph)[0], self.cache_shape) for graph in self.builder.model_collection
+        }
 
     def unknown(self) -> set[str]:
         """Opcodes of any graph that are not in the list of those that may be there."""
@@ -144,7 +165,11 @@ class Recorder:
 
 
 def _opcodes(module) -> Counter[str]:
-    return Counter(instruction.opcode for part in module.computations for instruction in part.instructions)
+    # torch-xla puts an operator of its users into a function, and calls it.
+    return Counter(
+        instruction.opcode for part in module.computations for instruction in part.instructions
+        if instruction.opcode != "call"
+    )  # fmt: skip
 
 
 def make_model(changes: dict) -> OPTForCausalLM:
@@ -170,6 +195,7 @@ def check(changes: dict, amp: str, tp: int, workdir: Path, recorder: Recorder) -
     make_model(changes).save_pretrained(workdir / "source")
     shape = {"batch_size": BATCH, "sequence_length": SEQUENCE, "prompt_buckets": BUCKETS, "cache_buckets": BUCKETS}
     neuron_config = OPTNeuronConfig(**shape, tp_degree=tp, amp=amp, instance_type="inf2")
+    process._claim = None  # in the simulator, models of any degree follow one another
     NeuronOPTForCausalLM.export(workdir / "source", neuron_config).save_pretrained(workdir / "export")
     neuron = NeuronOPTForCausalLM.from_pretrained(workdir / "export")
     cpu = NeuronOPTForCausalLM.from_pretrained(
@@ -217,6 +243,7 @@ def check(changes: dict, amp: str, tp: int, workdir: Path, recorder: Recorder) -
         "all-gather": opcodes["all-gather"],
         "aliases": recorder.aliases(),
         "unknown": recorder.unknown(),
+        "reports": recorder.reports(),
     }
 
 
@@ -227,11 +254,17 @@ def judge(row: dict, amp: str, tp: int, layers: int = 2) -> list[str]:
         faults.append("error")
     if row["tokens"] or (amp == "f32" and (row["sampled"] or row["beams"])):
         faults.append("tokens")
-    # Two in a layer, one for the parts of the vocabulary in the embedding; the head gathers its parts.
-    if (row["all-reduce"], row["all-gather"]) != ((2 * layers + 1, 1) if tp > 1 else (0, 0)):
+    # Two in a layer, one for the parts of the vocabulary in the embedding.
+    # The head gathers logits, and the best words of each part with their numbers.
+    if (row["all-reduce"], row["all-gather"]) != ((2 * layers + 1, 3) if tp > 1 else (0, 0)):
         faults.append("collectives")
     if row["aliases"] != {2 * layers}:
         faults.append("aliases")
+    for graph, report in row["reports"].items():
+        if graph != "cache_copy" and (report.whole_cache or report.waiting_dots):
+            faults.append(f"{graph} moves or waits for a cache")
+        if tp > 1 and report.collectives and f"all-reduce {amp}" not in report.collectives:
+            faults.append(f"{graph} reduces in another dtype")
     return faults + sorted(row["unknown"])
 
 
@@ -255,11 +288,14 @@ def main() -> int:
                     + f" | {', '.join(map(str, row['aliases']))} | {', '.join(faults) or 'ok'} |",
                     flush=True,
                 )
+                reports = row["reports"]
                 for graph in recorder.builder.model_collection:
                     opcodes[graph] = recorder.opcodes(graph)
     print(f"\n{time.monotonic() - start:.0f} s. Opcodes of the last row:")
     for graph, counts in opcodes.items():
         print(f"- {graph}: {', '.join(f'{code} {count}' for code, count in sorted(counts.items()))}")
+    print("\nWhat the graphs of the last row have a device do:\n")
+    print("\n".join(table(reports)))
     return int(failed)
 
 

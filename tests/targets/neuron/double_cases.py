@@ -23,7 +23,7 @@ from small_models import rounded, tiny_config, tiny_opt  # noqa: E402
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
 from optimum_opt_trn.targets import TargetError  # noqa: E402
-from optimum_opt_trn.targets.neuron import host  # noqa: E402
+from optimum_opt_trn.targets.neuron import host, process  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import _graph_key  # noqa: E402
 from optimum_opt_trn.targets.neuron.rank_module import EXTENSION  # noqa: E402
 
@@ -38,11 +38,14 @@ class Host:
     def __init__(self, monkeypatch, family: str = "trn1", count: int = 8):
         monkeypatch.setattr(host, "get_neuron_major", lambda: 1 if count else -1)
         monkeypatch.setattr(host, "current_instance_type", lambda: family)
-        monkeypatch.setattr(host, "get_available_cores", lambda: count)
+        monkeypatch.setattr(host, "get_neuron_devices_count", lambda: count)
+        monkeypatch.setattr(host, "cores_per_device", lambda: 1)
 
 
 @pytest.fixture(autouse=True)
 def neuron_host(monkeypatch, tmp_path):
+    """An instance, and a process that has loaded nothing yet."""
+    monkeypatch.setattr(process, "_claim", None)
     monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", str(tmp_path / "compile-cache"))
     return Host(monkeypatch)
 
@@ -146,7 +149,9 @@ def test_compile_cache_and_environment(tmp_path, monkeypatch):
     assert (tmp_path / "work" / "graphs").is_dir()
     manifest = json.loads((tmp_path / "out" / "compiled" / "manifest.json").read_text())
     assert manifest["versions"] == double.VERSIONS
-    assert "--lnc=2 --target trn2" in manifest["compiler_arguments"]
+    arguments = manifest["compiler_arguments"]
+    assert all("--lnc=2 --target trn2" in text for text in arguments.values())
+    assert "-O1" in arguments["context_encoding"] and "-O2" in arguments["token_generation"]
 
 
 def test_command_auto_class_and_pipeline_reach_it(tmp_path, monkeypatch):
@@ -186,6 +191,125 @@ def test_an_instance_is_exported_for_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(modeling_neuron_opt, "get_available_cores", lambda: 4)
     config = NeuronOPTForCausalLM.get_neuron_config(tmp_path, sequence_length=48)
     assert (config.instance_type, config.target, config.tp_degree) == ("inf2", "trn1", 4)
+
+
+def test_a_prompt_for_one_slot_touches_no_other(tmp_path):
+    """Every other position of every cache on every rank, and the graph that runs."""
+    from optimum_opt_trn.model.sampling import SamplingInputs
+    from optimum_opt_trn.targets.base import Step
+
+    runtime = NeuronOPTForCausalLM.from_pretrained(export(tmp_path, tiny_opt(), amp="f32", tp_degree=2)).runtime
+    states = [cache for rank in runtime.model.nxd_model.state for cache in rank.values()]
+    for cache in states:
+        cache.fill_(7.0)
+    called = []
+    model = runtime.model
+    runtime.model = lambda *inputs: called.append(tuple(inputs[0].shape)) or model(*inputs)
+    length, slot = 11, 1
+    tokens = torch.randint(4, 128, (length,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
+    places = torch.arange(length)
+    step = Step(tokens, torch.full_like(places, slot), places, places[-1:], SamplingInputs.greedy(1))
+    result = runtime.step(step)
+    assert called == [(1, 16)]
+    reference = rounded(tiny_opt(), torch.float32)(tokens[None].long()).logits[0, -1]
+    assert (result.logits[0] - reference).abs().max() < 1e-3 * reference.std()
+    assert result.tokens.tolist() == [int(reference.argmax())]
+    for cache in [cache for rank in model.nxd_model.state for cache in rank.values()]:
+        assert (cache[[0, 2]] == 7).all() and (cache[slot, :, 16:] == 7).all()
+        assert not (cache[slot, :, :length] == 7).any()
+
+
+def test_one_module_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    import weakref
+
+    from optimum_opt_trn.targets.neuron import builder
+
+    alive: list[weakref.ref] = []
+    most = 0
+    original = builder.RankModule.__init__
+
+    def counted(self, *arguments):
+        nonlocal most
+        most = max(most, 1 + sum(module() is not None for module in alive))
+        original(self, *arguments)
+        alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(builder.RankModule, "__init__", counted)
+    export(tmp_path, tiny_opt(), tp_degree=2)
+    assert len(alive) == 4 and most == 1
+
+
+class TestOneProcess:
+    """What the runtime lets a process do."""
+
+    @pytest.fixture(scope="class")
+    def exports(self, tmp_path_factory):
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", str(tmp_path_factory.mktemp("cache")))
+        root = tmp_path_factory.mktemp("exports")
+        yield {tp: export(root, tiny_opt(), f"tp{tp}", amp="f32", tp_degree=tp) for tp in (1, 2)}
+        monkeypatch.undo()
+
+    def test_models_of_one_degree_follow_one_another(self, exports):
+        tokens = []
+        for _ in range(2):
+            model = NeuronOPTForCausalLM.from_pretrained(exports[2])
+            tokens.append(model.generate(**ragged(128), **GREEDY).tolist())
+        assert tokens[0] == tokens[1]
+
+    def test_a_model_of_another_degree(self, exports):
+        NeuronOPTForCausalLM.from_pretrained(exports[2])
+        with pytest.raises(TargetError, match="loaded a model with tp_degree=2.*tp_degree=1, in another process"):
+            NeuronOPTForCausalLM.from_pretrained(exports[1])
+        NeuronOPTForCausalLM.from_pretrained(exports[1], eager=True)
+
+    def test_a_fork(self, exports):
+        """In the child both a step and a load end at once, and say why."""
+        model = NeuronOPTForCausalLM.from_pretrained(exports[2])
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                for use in (
+                    lambda: model.generate(**ragged(128), **GREEDY),
+                    lambda: NeuronOPTForCausalLM.from_pretrained(exports[2]),
+                ):
+                    with pytest.raises(TargetError, match="is a fork of one.*spawn"):
+                        use()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        model.generate(**ragged(128), **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("visible", "number", "cores"),
+    [
+        (None, None, 8), ("0,1", None, 2), ("3-5,6", None, 4), ("7", None, 1), ("0-3", "1", 4), (" 1 , 2-3 ", None, 3),
+        ("2-4,3", None, 3), ("", "2", 2), (None, "99", 8),
+    ],
+)  # fmt: skip
+def test_lists_of_cores(monkeypatch, visible, number, cores):
+    for name, value in zip(host.CORE_VARIABLES, (visible, number), strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert host.available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        *(("NEURON_RT_VISIBLE_CORES", text, f"={text}: it takes cores and ranges") for text in ("a", "3-1", "1,,2")),
+        ("NEURON_RT_VISIBLE_CORES", "6-8", "=6-8: this host has the NeuronCores 0 to 7"),
+        ("NEURON_RT_NUM_CORES", "two", "=two: it takes a number"),
+    ],
+)
+def test_core_variables_that_cannot_be_read(monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(TargetError, match=words):
+        host.available_cores()
 
 
 class TestErrors:

@@ -31,7 +31,7 @@ from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs  # noqa: 
 from optimum_opt_trn.dtypes import to_torch  # noqa: E402
 from optimum_opt_trn.model.shapes import shard_dim  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import GRAPH_VERSION  # noqa: E402
-from optimum_opt_trn.targets.neuron.rank_module import RANKS, RankModule, example_inputs  # noqa: E402
+from optimum_opt_trn.targets.neuron.rank_module import RANKS, DeviceOperators, RankModule, example_inputs  # noqa: E402
 
 
 RECORD = Path(__file__).with_name("graph_version.json")
@@ -84,7 +84,11 @@ def graphs() -> dict[str, str]:
         for graph, examples in example_inputs(neuron_config).items():
             module = RankModule(
                 graph, config, neuron_config, shapes_of(config, neuron_config),
-                lambda x: x.clone(), lambda x: torch.cat([x] * TP_DEGREE, dim=-1),
+                DeviceOperators(
+                    lambda x: x.clone(), lambda x: torch.cat([x] * TP_DEGREE, dim=-1),
+                    lambda cache, new, slot: cache.index_select(0, slot) + new.sum(),
+                    torch.topk,
+                ),
             )  # fmt: skip
             with torch.no_grad(), Operations() as operations:
                 for arguments in examples:

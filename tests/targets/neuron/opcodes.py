@@ -9,8 +9,8 @@ from __future__ import annotations
 
 _DECODER = "optimum-neuron 0.4.5's Llama (context_encoding, token_generation, speculation), traced in nxdsim"
 _SHARDED = f"{_DECODER}, on two ranks"
-_SAMPLER = "optimum-neuron 0.4.5's sampler (NxD's operators/topk.py), traced in nxdsim on two ranks"
-_DOCUMENTED = "listed for XLA in awsdocs-neuron, release-notes/archive/neuron-cc/neuron-cc-ops/neuron-cc-ops-xla.html"
+_CACHE = "optimum-neuron 0.4.5's cache (models/inference/backend/modules/kvcache/utils.py), built for neuronx-cc"
+_OLDER = "transformers-neuronx 0.13, built for neuronx-cc (hlo.py: masks, quantisation, logical_not, sort)"
 _GELU = "the exact GELU, of the BERT that optimum-neuron 0.4.5 exports (models/inference/bert); here Galactica's alone"
 
 _BY_SOURCE = {
@@ -20,8 +20,10 @@ _BY_SOURCE = {
         *("rsqrt", "scatter", "select", "slice", "subtract", "transpose", "tuple"),
     ),
     _SHARDED: ("all-gather", "all-reduce"),
-    _SAMPLER: ("sort",),
-    _DOCUMENTED: ("and", "clamp", "pad"),
+    _CACHE: ("dynamic-update-slice",),
+    # The sort is the simulator's: the package calls the SDK's TopK, as optimum-neuron's sampler does by way of NxD's
+    # operators/topk.py, and the simulator has torch.topk in its place.
+    _OLDER: ("and", "clamp", "not", "sort"),
     _GELU: ("erf",),
 }
 

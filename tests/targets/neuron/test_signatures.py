@@ -6,14 +6,16 @@ import ast
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from requirements import needs_optimum_neuron
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from double.signatures import NAMES, VERSIONS, Name
+from double.signatures import NAMES, OPTIMUM_NEURON, VERSIONS, Name
 
 
 HERE = Path(__file__).parent
@@ -22,6 +24,9 @@ SDK = ("libneuronxla", "neuronx_distributed", "neuronxcc", "torch_neuronx", "tor
 
 # Checkouts of neuronx-distributed, separated as paths are.
 SOURCES = [Path(path) for path in os.environ.get("NXD_SOURCES", "").split(os.pathsep) if path]
+
+# Checkouts of optimum-neuron besides the one that is installed.
+HOST_SOURCES = [Path(path) for path in os.environ.get("OPTIMUM_NEURON_SOURCES", "").split(os.pathsep) if path]
 
 
 def chain(node: ast.expr) -> str | None:
@@ -152,6 +157,14 @@ def test_the_table_is_what_the_public_source_has():
         assert version and version[1] in VERSIONS
         for name, entry in NAMES.items():
             check(name, entry, (source / "src" / entry.file).read_text())
+
+
+@needs_optimum_neuron
+@pytest.mark.parametrize("name", OPTIMUM_NEURON)
+def test_optimum_neuron_has_what_is_extended_of_it(name):
+    # Next to the package that is installed lies its whole source.
+    for source in (Path(sysconfig.get_paths()["purelib"]), *HOST_SOURCES):
+        check(name, OPTIMUM_NEURON[name], (source / OPTIMUM_NEURON[name].file).read_text())
 
 
 def check(name: str, entry: Name, text: str) -> None:

@@ -18,12 +18,14 @@ def install() -> None:
     import neuronx_distributed.parallel_layers
     import neuronx_distributed.trace
     import neuronxcc
+    import torch_neuronx.xla_impl
 
-    from . import compile_cache, mappings, model_builder, runtime  # noqa: F401
+    from . import compile_cache, mappings, model_builder, operators, runtime  # noqa: F401
 
     sys.modules["libneuronxla.neuron_cc_cache"] = compile_cache
     sys.modules["neuronx_distributed.trace.model_builder"] = neuronx_distributed.trace.model_builder = model_builder
     sys.modules["neuronx_distributed.parallel_layers.mappings"] = mappings
     neuronx_distributed.parallel_layers.mappings = mappings
+    sys.modules["torch_neuronx.xla_impl.ops"] = torch_neuronx.xla_impl.ops = operators
     neuronxcc.__version__ = VERSIONS["neuronxcc"]
     fake_sdk.Distribution.versions.update(VERSIONS)

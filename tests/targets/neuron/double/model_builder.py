@@ -176,6 +176,7 @@ class ModelBuilder:
                     raise RuntimeError(f"{key} has other weights or states than the graphs before it")
                 weights = {name: found[name].detach() for name in own_weights}
                 states = {name: found[name].detach() for name in own_states}
+                del module, aliases, found  # as NxD, which makes graphs in a function of their own
         runtime.world_size = 1
         model = torch.jit.script(NxDModel(neffs, shapes, calls, weights, states, self.tp_degree))
         return torch.jit.script(NxDModelExecutor(model))

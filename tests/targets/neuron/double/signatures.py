@@ -22,6 +22,7 @@ class Name(NamedTuple):
 
 _BUILDER = "neuronx_distributed/trace/model_builder.py"
 _MAPPINGS = "neuronx_distributed/parallel_layers/mappings.py"
+_TOPK = "neuronx_distributed/operators/topk.py"
 _SPMD = "neuronx_distributed/trace/spmd.py"
 
 NAMES: dict[str, Name] = {
@@ -50,6 +51,32 @@ NAMES: dict[str, Name] = {
     "NxDModel.initialize_with_saved_weights": Name(_SPMD, ("start_rank_tensor",)),
     # Called there with a list of dictionaries, one for each rank, by name.
     "torch.ops.neuron._parallel_load": Name(_SPMD, None),
+    # Called there: TopK.apply(tensor, k, dim=…).
+    "TopK": Name(_TOPK, None),
     # Imported there for what it registers.
     "torch_neuronx": Name(_BUILDER, None),
+}
+
+# What the package takes from optimum-neuron for this target, and what it extends of it: recorded from the sources of
+# 0.4.5 (SDK 2.26) and of branch sdk2.31 (0.4.7.dev0), which agree on these parameters. Later ones have defaults.
+OPTIMUM_NEURON: dict[str, Name] = {
+    "has_neuron_model_class": Name("optimum/neuron/models/auto_model.py", ("model_type", "task", "mode")),
+    "register_neuron_model": Name("optimum/neuron/models/auto_model.py", ("model_type", "task", "mode")),
+    "NeuronPreTrainedModel.get_neuron_config": Name(
+        "optimum/neuron/models/inference/modeling_utils.py",
+        (
+            *("cls", "model_name_or_path", "config", "token", "revision"),
+            *("instance_type", "batch_size", "sequence_length", "tensor_parallel_size"),
+        ),
+    ),
+    "NeuronConfig.from_dict": Name("optimum/neuron/configuration_utils.py", ("cls", "config_dict")),
+    "hub_neuronx_cache": Name("optimum/neuron/cache/hub_cache.py", ("entry",)),
+    "SingleModelCacheEntry": Name(
+        "optimum/neuron/cache/entries/single_model.py", ("model_id", "task", "config", "neuron_config")
+    ),
+    "get_neuron_devices_count": Name("optimum/neuron/utils/system.py", ()),
+    "cores_per_device": Name("optimum/neuron/utils/system.py", ()),
+    "get_neuron_major": Name("optimum/neuron/utils/system.py", ()),
+    "current_instance_type": Name("optimum/neuron/utils/instance.py", ()),
+    "get_neuronxcc_version": Name("optimum/neuron/utils/version_utils.py", ()),
 }

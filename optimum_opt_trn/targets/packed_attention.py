@@ -8,40 +8,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...buckets import LONG_RUN
-from ...model.arithmetic import Arithmetic
-from ...model.attention import Attend, LayerCache
-from ..base import Step
-from .kernels import KernelArithmetic
+from ..model.attention import Attend, LayerCache
+from .base import Step
 
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """How the tokens of a step attend.
+    """How the tokens of a step attend: slot by slot, each by products of matrices.
 
     Args:
         step: the tokens' slots and positions.
         scale: what queries are multiplied with.
-        arithmetic: how products are computed; the kernels attend, too.
+        compute_dtype: dtype of both factors of a product; sums are float32.
     """
 
     step: Step
     scale: float
-    arithmetic: Arithmetic
+    compute_dtype: torch.dtype
 
     def over(self, cache: LayerCache) -> Attend:
         """For the layer of `cache`."""
 
         def attend(rank: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.keys[rank], cache.values[rank]
-            arithmetic, step = self.arithmetic, self.step
-            if isinstance(arithmetic, KernelArithmetic) and step.longest < LONG_RUN:
-                return arithmetic.attend(query, key, value, keys, values, step.slots, step.positions, self.scale)
-            return self._slot_by_slot(query, key, value, keys, values)
+            return self.attend(query, key, value, cache.keys[rank], cache.values[rank])
 
         return attend
 
-    def _slot_by_slot(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Writes keys and values of the new tokens to the cache of a rank, and attends to what is there.
+
+        Args:
+            query, key, value: float32 `(t, heads * d)`.
+            keys, values: `(slots, heads, length, d)`, changed in place.
+
+        Returns:
+            float32 `(t, heads * d)`.
+        """
         mixed = torch.empty_like(query)
         for slot, tokens in self.step.runs:
             q, k, v = (x[tokens].unflatten(-1, (keys.shape[1], -1)).transpose(0, 1) for x in (query, key, value))
@@ -49,9 +51,7 @@ class PackedAttention:
             keys[slot, :, places], values[slot, :, places] = k.to(keys.dtype), v.to(values.dtype)
             used = int(places[-1]) + 1
             # What later steps will read: keys and values as the cache rounds them.
-            q, k, v = (
-                x[None].to(self.arithmetic.compute_dtype) for x in (q, keys[slot, :, :used], values[slot, :, :used])
-            )
+            q, k, v = (x[None].to(self.compute_dtype) for x in (q, keys[slot, :, :used], values[slot, :, :used]))
             prompt = int(places[0]) == 0 and len(places) == used
             seen = None if prompt else torch.arange(used) <= places[:, None]
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=prompt, scale=self.scale)
