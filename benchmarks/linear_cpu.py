@@ -5,11 +5,11 @@
     python benchmarks/linear_cpu.py --rows 32 48 64 --dtype bf16
 
 There is a table for each instruction set that the package was built for and this processor has. `by output` is the
-layout of the checkpoint. `by unit` is the transposed layout, in which decoding reads fc2; `90 % zero` has this share
+layout of the checkpoint. `by unit` is the transposed layout, in which decoding reads fc2. `90 % zero` has this share
 of zeros among its inputs, whose weights are counted although they are not read. Torch multiplies in float32 with
 weights that were converted before, which takes twice the memory, and in the weights' own dtype. All take turns, on
 weights of at least 200 MB, so that they come from memory; medians. GFLOP/s count two operations for each weight and
-row, GB/s the bytes of the 16-bit weights. The kernel's constants were chosen by this.
+row, GB/s the bytes of the 16-bit weights. The kernels' constants were chosen by this.
 """
 
 from __future__ import annotations
