@@ -10,7 +10,7 @@ packages of benchmarks/peers/*.txt, which pip installs once. Then, for each peer
 process, and take turns of a few steps, a probe of the read bandwidth before each. So every ratio is of times that
 were taken within seconds of each other, and every share of the roofline is of the bandwidth that was there.
 
---output gets decode_cpu.json (every time that was taken), .md (tables), .png and .svg, anew after each peer and batch
+--output gets decode_cpu.json (every time that was taken), .md (tables) and .png, anew after each peer and batch
 size: a run that is ended loses nothing. At the end each claim of the CPU target is printed, with `pass`, `short` or
 `not measured`. A peer that cannot be set up or run is named with its error, and the run goes on. What each figure
 means, and the settings of each peer: docs/speed.md.

@@ -17,7 +17,7 @@ NAME = "decode_cpu"
 
 
 def write_report(output: Path, about: dict[str, Any], records: Records, failures: list[dict[str, str]]) -> None:
-    """Writes `decode_cpu.json`, `.md`, `.png` and `.svg` (the last two with matplotlib alone) to `output`.
+    """Writes `decode_cpu.json`, `.md` and, with matplotlib, `.png` to `output`.
 
     Args:
         output: a folder, made if need be.
@@ -28,11 +28,21 @@ def write_report(output: Path, about: dict[str, Any], records: Records, failures
     output.mkdir(parents=True, exist_ok=True)
     claims = [vars(claim) for claim in check(records)]
     content = {**about, "claims": claims, "failures": failures, "records": records.as_json()}
-    _replace(output / f"{NAME}.json", lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+    _replace(output / f"{NAME}.json", lambda file: file.write_text(as_lines(content)))
     text = markdown(about, records, failures)
     _replace(output / f"{NAME}.md", lambda file: file.write_text(text))
-    for kind in ("png", "svg"):
-        _replace(output / f"{NAME}.{kind}", lambda file: draw(records, file))
+    _replace(output / f"{NAME}.png", lambda file: draw(records, file))
+
+
+def as_lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each entry, and one for each element of the lists among them, such as a record."""
+    entries = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"  {json.dumps(element)}" for element in value) + "\n ]"
+        entries.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def _replace(file: Path, write: Callable[[Path], object]) -> None:

@@ -193,7 +193,7 @@ def test_a_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     )
     report.write_report(tmp_path, {"threads": 2}, first, [])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert set(before) == {f"decode_cpu.{kind}" for kind in ("json", "md", "png", "svg")}
+    assert set(before) == {f"decode_cpu.{kind}" for kind in ("json", "md", "png")}
     assert "| transformers-f16 | 1 | 64 | 100.0 [100.0, 100.0] | ours-f16 | 60.0" in before["decode_cpu.md"].decode()
 
     def killed(self, text):
