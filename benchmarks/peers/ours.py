@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 import optimum_opt_trn
@@ -27,7 +29,8 @@ class Peer(Runner):
         exported.save_pretrained(directory)
 
     def load(self, directory: str) -> None:
-        self.model = NeuronOPTForCausalLM.from_pretrained(directory)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun starts them
+        self.model = NeuronOPTForCausalLM.from_pretrained(directory, tp_processes=processes)
 
     def prefill(self, prompts: list[list[int]], room: int) -> list[int]:
         self.ids, self.cache = torch.tensor(prompts), None

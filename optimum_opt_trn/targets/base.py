@@ -124,7 +124,7 @@ class Target(ABC):
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
         """Compiles what runs the split checkpoint in `directory`, which gets a `compiled/` with a manifest.
 
-        With `eager` only the manifest is written, and the export runs uncompiled.
+        With `eager` only the manifest is written.
         """
 
     @abstractmethod
