@@ -97,11 +97,11 @@ def _shards(file: Path, tensor: Tensor, name: str, spec: TensorSpec, group: Rank
             f"{dtype} {spec.shape}. Export the model again."
         )
     dim = shard_dim(name)
-    if dim is None or group.world_size == 1:
+    if dim is None or group.tp_degree == 1:
         return [tensor]
     shards = []
     for rank in group.ranks:
-        start, stop, padding = shard_range(spec.shape[dim], rank, group.world_size)
+        start, stop, padding = shard_range(spec.shape[dim], rank, group.tp_degree)
         shard = tensor.narrow(dim, start, stop - start)
         # Only a vocabulary that does not divide is padded, in dimension 0 and by a copy: OPTNeuronConfig.check_model.
         shards.append(F.pad(shard, (0, 0, 0, padding)) if padding else shard)

@@ -27,10 +27,10 @@ Weights = dict[str, list[Tensor]]
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks of this process, out of `world_size`.
+    """The ranks of this process, out of `tp_degree`.
 
     Args:
-        world_size: the tensor-parallel degree.
+        tp_degree: the tensor-parallel degree.
         ranks: the local ranks. On `cpu` these are all ranks; on `neuron` one is traced, and its graph serves each.
         arithmetic: how the target computes.
         all_reduce: sums a tensor over the processes; None if this process has all ranks.
@@ -38,7 +38,7 @@ class RankGroup:
         reduce_dtype: dtype in which `all_reduce` sums.
     """
 
-    world_size: int = 1
+    tp_degree: int = 1
     ranks: Sequence[int] = (0,)
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     all_reduce: Callable[[Tensor], Tensor] | None = None
@@ -62,7 +62,7 @@ class RankGroup:
         `ranks`, int32 `(local ranks,)`, says which part of the vocabulary each local rank has. It is a tensor, since
         on `neuron` one traced program serves every rank.
         """
-        if self.world_size == 1:
+        if self.tp_degree == 1:
             return F.embedding(ids, weights[0]).float()
         parts = []
         for index, weight in enumerate(weights):

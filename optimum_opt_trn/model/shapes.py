@@ -70,13 +70,13 @@ def shard_dim(name: str) -> int | None:
     return next((dim for end, dim in SHARD_DIMS.items() if name.endswith(end)), None)
 
 
-def shard_range(size: int, rank: int, world_size: int) -> tuple[int, int, int]:
+def shard_range(size: int, rank: int, tp_degree: int) -> tuple[int, int, int]:
     """(start, stop, padding) of rank's part of a dimension of `size`.
 
-    Parts are equal, `ceil(size / world_size)`; where the last ones reach beyond `size` (a vocabulary that does not
+    Parts are equal, `ceil(size / tp_degree)`; where the last ones reach beyond `size` (a vocabulary that does not
     divide), `padding` says by how much.
     """
-    part = -(-size // world_size)
+    part = -(-size // tp_degree)
     start, stop = min(rank * part, size), min((rank + 1) * part, size)
     return start, stop, part - (stop - start)
 

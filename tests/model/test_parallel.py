@@ -49,7 +49,7 @@ class Processes:
         local = world // self.count
         return [
             RankGroup(
-                world_size=world,
+                tp_degree=world,
                 ranks=range(p * local, (p + 1) * local),
                 all_reduce=lambda t, p=p: torch.stack(self._exchange(p, t)).sum(0),
                 all_gather=lambda t, p=p: torch.cat(self._exchange(p, t), dim=-1),
@@ -64,7 +64,7 @@ class Processes:
 
 def every_way(function, world: int) -> list[Tensor]:
     """Results of `function(group)` with all ranks in one place, and on 2 and `world` processes."""
-    results = [function(RankGroup(world_size=world, ranks=range(world)))]
+    results = [function(RankGroup(tp_degree=world, ranks=range(world)))]
     for count in {2, world} if world > 1 else set():
         results += Processes(count).run(function, world)
     return results
@@ -131,7 +131,7 @@ def test_sum_and_gather(world):
 
 
 def test_a_rank_without_its_weight_is_an_error():
-    group = RankGroup(world_size=2, ranks=(0, 1))
+    group = RankGroup(tp_degree=2, ranks=(0, 1))
     weight = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="shorter"):
         group.row([torch.zeros(1, 4)] * 2, [weight], None, torch.zeros(1, 3))

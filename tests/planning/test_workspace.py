@@ -32,9 +32,9 @@ def shards(specs, group: RankGroup) -> dict[str, list[torch.Tensor]]:
     for name, spec in specs.items():
         dim, shape = shard_dim(name), list(spec.shape)
         if dim is not None:
-            start, stop, padding = shard_range(shape[dim], 0, group.world_size)
+            start, stop, padding = shard_range(shape[dim], 0, group.tp_degree)
             shape[dim] = stop - start + padding
-        copies = 1 if dim is None else group.world_size
+        copies = 1 if dim is None else group.tp_degree
         tensor = torch.full(shape, 0.01, dtype=to_torch(spec.dtype))
         weights[name.removeprefix("model.decoder.")] = [tensor] * copies
     return weights

@@ -100,7 +100,7 @@ def use_artifacts(
                 f"{file}: {TENSOR_NAME} is {stored.dtype} {tuple(stored.shape)}, not {neuron_config.amp_dtype} "
                 f"{shape}: export the model again, or load it with eager=True."
             )
-        ranges = (shard_range(config.ffn_dim, rank, group.world_size)[:2] for rank in group.ranks)
+        ranges = (shard_range(config.ffn_dim, rank, group.tp_degree)[:2] for rank in group.ranks)
         weights["fc2.weight"] = [stored[start:stop].T for start, stop in ranges]
 
 
