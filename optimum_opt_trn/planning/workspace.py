@@ -75,7 +75,7 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     # Embedding, if each rank has a part of the vocabulary: the rows of all ranks, those of the last rank again, and
     # two sums; or two more of the last rank, while zeros replace the words of other ranks. Also ids and a mask.
     part = tokens * config.word_embed_proj_dim * _F32
-    embedded = indices + tokens * (4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
+    embedded = indices + tokens * (4 + 4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
     # Attention: query, key, value and the weighted sum of values; then their product, one tensor for all ranks. (The
     # result of the layernorm is free by then.) For one slot and rank at a time: its cached keys and values in float32,
@@ -92,7 +92,7 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     activated = inner if config.activation_function != "relu" else 0
 
     # Head: the logits of the last tokens, and once more where the parts of several ranks are joined. Sampling needs
-    # 34 bytes more for each of the best tokens.
+    # 37 bytes more for each of the best tokens.
     words = -(-config.vocab_size // ranks) * ranks
     last = setup.batch_size * config.hidden_size
     head = indices + (last + setup.batch_size * words * min(ranks, 2)) * _F32

@@ -135,9 +135,9 @@ def test_on_cpu_a_heads_is_what_is_allocated_but_for_the_best_tokens(tp_degree):
     neuron_config = OPTNeuronConfig(batch_size=3, sequence_length=8, tp_degree=tp_degree)
     found, _ = measured(config, neuron_config)
     planned = graph_workspace(config, Setup.of(neuron_config), on_neuron=False)
-    # 34 bytes for each of the best tokens (its number, value, weight and so on), where that is the widest moment: of
+    # 37 bytes for each of the best tokens (its number, value, weight and so on), where that is the widest moment: of
     # several ranks, joining their logits is.
-    best = 34 * neuron_config.max_topk * neuron_config.batch_size if tp_degree == 1 else 0
+    best = 37 * neuron_config.max_topk * neuron_config.batch_size if tp_degree == 1 else 0
     for graph in (CONTEXT_ENCODING, TOKEN_GENERATION):
         assert planned[graph] == pytest.approx(found[graph] - best, abs=2048)
 
