@@ -104,11 +104,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool):
         if self.path.startswith("/api/models/tiny/opt"):
-            names = [{"rfilename": path.name} for path in self.directory.iterdir()]
-            data, kind = (
-                json.dumps({"id": "tiny/opt", "sha": "0" * 40, "siblings": names}).encode(),
-                "application/json",
-            )
+            files = [path for path in self.directory.iterdir() if path.is_file()]
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+            model = {"id": "tiny/opt", "sha": "0" * 40, "siblings": [{"rfilename": f.name} for f in files]}
+            data, kind = json.dumps(tree if "/tree/" in self.path else model).encode(), "application/json"
         elif (name := self.path.rsplit("/", 1)[-1]) and (self.directory / name).is_file():
             data, kind = (self.directory / name).read_bytes(), "application/octet-stream"
             self.fetched.add(name)

@@ -122,16 +122,14 @@ def run(options: Namespace) -> None:
 
 
 def _load(options: Namespace) -> tuple[NeuronOPTForCausalLM, PreTrainedTokenizerBase]:
-    from transformers import AutoTokenizer
-
-    from ..checkpoint.config import load_config
+    from ..checkpoint.config import load_config, load_tokenizer
     from ..modeling_neuron_opt import NeuronOPTForCausalLM
 
     hub = {"revision": options.revision, "cache_dir": options.cache_dir}
     load_config(options.model, **hub)  # what is no model is told before what has no tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, **hub)
-    except (ImportError, TypeError, ValueError, OSError) as error:  # what transformers raises where files are missing
+        tokenizer = load_tokenizer(options.model, **hub)
+    except ValueError as error:
         raise ValueError(
             f"{options.model} has no tokenizer that can be read: put tokenizer.json, or vocab.json and merges.txt, "
             "next to its config.json."

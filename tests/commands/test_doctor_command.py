@@ -35,7 +35,8 @@ def test_what_it_says_is_so(cli, capsys):
     cli("--json")
     report = json.loads(capsys.readouterr().out)
     assert report["cpu_works"] and report["runs_here"]["cpu"].startswith("yes")
-    assert report["packages"]["torch"] == torch.__version__
+    # Some builds name themselves in one of the two.
+    assert report["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert report["packages"]["transformers"] == transformers.__version__
     assert report["packages"]["optimum-opt-trn"] == __version__
     assert platform.python_version() in report["host"]["python"]

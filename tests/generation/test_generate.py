@@ -242,7 +242,10 @@ REFUSED = {
 @pytest.mark.parametrize("asked", REFUSED)
 def test_what_is_not_served_raises_by_name(asked, load_opt):
     model = load_opt(tiny_opt(), batch_size=2, sequence_length=32)
-    with pytest.raises((NotImplementedError, ValueError), match=asked if asked != "num_beam_groups" else "group beam"):
+    # An option that transformers 5 has no more is unknown there.
+    gone = asked == "return_legacy_cache" and not hasattr(GenerationConfig(), asked)
+    kinds = TypeError if gone else (NotImplementedError, ValueError)
+    with pytest.raises(kinds, match=asked if asked != "num_beam_groups" else "group beam"):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, **REFUSED[asked])
 
 
