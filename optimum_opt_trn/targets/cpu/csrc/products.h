@@ -8,8 +8,8 @@
 
 namespace {
 
-// Outputs of a piece: enough to amortise taking it, few enough to share evenly.
-constexpr int64_t OUTPUTS = 16;
+// Outputs of a piece: enough to amortise taking it, few enough to share evenly, and a multiple of 3, 4 and 6 streams.
+constexpr int64_t OUTPUTS = 24;
 // A panel has PANEL outputs, converted for DEPTH inputs; a piece's PANELS of them fit the second-level cache.
 constexpr int64_t PANEL = GEMM_VECTORS * LANES, DEPTH = 1024, PANELS = 4;
 static_assert(PANELS * DEPTH * PANEL + GEMM_ROWS * PANEL <= SCRATCH);
