@@ -37,7 +37,7 @@ def logits_alone(reference, tokens: list[int]) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(st.data(), st.sampled_from([1, 2]))
 def test_a_step_may_mix_prompts_chunks_and_single_tokens(data, tp_degree):
-    """Every wanted token has the logits of its sequence alone, whatever else is in the step."""
+    """The logits of a wanted token depend only on its own sequence, not on what else is in the step."""
     ours, reference = pair("pre_norm", tp_degree, 4)
     histories: dict[int, list[int]] = {}
     for _ in range(data.draw(st.integers(1, 4))):
