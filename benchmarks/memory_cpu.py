@@ -92,7 +92,8 @@ def measure(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, 
     runtime, tensors, caches = _load(config, neuron_config, directory, eager)
     # A tied head is the embedding; both parts list it.
     distinct = {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in (*tensors, *caches)}
-    resident = _resident_of(directory) + _status("RssAnon") - before
+    anonymous = _status("RssAnon") - before  # read first: the text of smaps takes a MB or two itself
+    resident = _resident_of(directory) + anonymous
 
     batch, length = neuron_config.batch_size, neuron_config.sequence_length
     sampling = SamplingInputs.greedy(batch)
