@@ -237,7 +237,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
     @classmethod
     def _from_pretrained(cls, model_id: str | Path, config: PretrainedConfig, **options: Any) -> NeuronOPTForCausalLM:
         cls._check_options(options)
-        check_opt(config, model_id)
+        config = check_opt(config, model_id)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in export_options() and v is not None}
         how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force")}

@@ -20,6 +20,7 @@ CHECKPOINT_DIR = "checkpoint"
 OUTER_FILE = "embeddings_and_head.safetensors"
 
 _DECODER = "model.decoder."
+TOKEN_EMBEDDINGS = f"{_DECODER}embed_tokens.weight"
 
 
 class CheckpointError(ValueError):
@@ -68,7 +69,7 @@ def outer_specs(config: ModelShape, amp: str) -> dict[str, TensorSpec]:
     """The tensors outside the layers, by their names in a Hugging Face checkpoint."""
     hidden, words, dim = config.hidden_size, config.vocab_size, config.word_embed_proj_dim
     specs = {
-        f"{_DECODER}embed_tokens.weight": TensorSpec((words, dim), amp),
+        TOKEN_EMBEDDINGS: TensorSpec((words, dim), amp),
         # Two more rows than positions: OPTLearnedPositionalEmbedding's offset.
         f"{_DECODER}embed_positions.weight": TensorSpec((config.max_position_embeddings + 2, hidden), "f32"),
     }

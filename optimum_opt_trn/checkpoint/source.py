@@ -20,6 +20,9 @@ from .manifest import source_key
 # Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output.
 CHUNK_BYTES = 16 << 20
 
+# What the names of the OPT's tensors begin with in a model that has it as its language model, as BLIP-2.
+_LANGUAGE_MODEL = "language_model."
+
 # Not read if the model has no such tensor: a version of the first OPT conversions, which transformers ignores as well,
 # and a copy of a tied head.
 _IGNORED = {"model.decoder.version", "lm_head.weight"}
@@ -47,9 +50,11 @@ class WeightSource:
         self._pieces = pieces
         # Our name -> the piece that has it, and the name there.
         self._tensors: dict[str, tuple[int, str]] = {}
+        is_part = any(name.startswith(_LANGUAGE_MODEL) for piece in pieces for name in piece.names)
         for index, piece in enumerate(pieces):
             for name in piece.names:
-                self._tensors[_canonical_name(name)] = index, name
+                if name.startswith(_LANGUAGE_MODEL) or not is_part:
+                    self._tensors[canonical_name(name)] = index, name
         self._check()
 
     def _check(self) -> None:
@@ -153,6 +158,10 @@ def open_model(model: PreTrainedModel, files: FileSpecs) -> WeightSource:
     return WeightSource([Piece(lambda: readers, identity)], "the loaded model", files)
 
 
-def _canonical_name(name: str) -> str:
-    """The name as transformers' OPTForCausalLM spells it: OPTModel's checkpoints lack the prefix `model.`."""
+def canonical_name(name: str) -> str:
+    """The name as transformers' OPTForCausalLM spells it.
+
+    OPTModel's checkpoints lack the prefix `model.`; in a BLIP-2 there is another one before it.
+    """
+    name = name.removeprefix(_LANGUAGE_MODEL)
     return f"model.{name}" if name.startswith("decoder.") else name

@@ -226,9 +226,11 @@ def _export(
 def _is_opt(options: dict[str, Any]) -> bool:
     from transformers import PretrainedConfig
 
+    from ..checkpoint.config_values import opt_values
+
     where = {name: options[name] for name in ("revision", "cache_dir", "subfolder") if name in options}
     try:
-        return PretrainedConfig.get_config_dict(options["model"], **where)[0].get("model_type") == "opt"
+        return opt_values(PretrainedConfig.get_config_dict(options["model"], **where)[0]) is not None
     except (OSError, ValueError):  # a diffusion model has no config.json; optimum-neuron explains what is wrong
         return False
 
