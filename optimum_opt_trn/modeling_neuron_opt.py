@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
 from .checkpoint.config import load_config, load_tokenizer
 from .checkpoint.config_values import check_opt
-from .configuration_opt import OPTNeuronConfig, reject_unknown
+from .configuration_opt import OPTNeuronConfig, normalize_adapters, reject_unknown
 from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
 from .generation.generate import OPTGenerationMixin
@@ -127,7 +127,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
             options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
-                `prompt_buckets`, `cache_buckets`; None stands for the default.
+                `prompt_buckets`, `cache_buckets`, `adapter`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.
@@ -293,6 +293,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             made = getattr(neuron_config, field)
             if field in ("amp", "kv_cache_dtype"):
                 value = normalize_dtype(value, field)
+            elif field == "adapter":
+                value = normalize_adapters(value)
             elif isinstance(made, tuple):
                 value = tuple(value)
             if value != made:

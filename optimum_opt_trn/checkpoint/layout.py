@@ -16,6 +16,9 @@ INDEX_NAME = "model.safetensors.index.json"
 # Where an export directory keeps its split checkpoint.
 CHECKPOINT_DIR = "checkpoint"
 
+# What the names of the OPT's tensors begin with in a model that has it as its language model, as BLIP-2.
+LANGUAGE_MODEL = "language_model."
+
 # The tensors outside of the decoder layers.
 OUTER_FILE = "embeddings_and_head.safetensors"
 
@@ -41,6 +44,15 @@ class TensorSpec:
 
 # The name of a file of the split format -> its tensors by their full names.
 FileSpecs = dict[str, dict[str, TensorSpec]]
+
+
+def canonical_name(name: str) -> str:
+    """The name as transformers' OPTForCausalLM spells it.
+
+    OPTModel's checkpoints lack the prefix `model.`; in a BLIP-2 there is another one before it.
+    """
+    name = name.removeprefix(LANGUAGE_MODEL)
+    return f"model.{name}" if name.startswith("decoder.") else name
 
 
 def layer_prefix(index: int) -> str:
