@@ -103,7 +103,8 @@ class Adapter:
         """Adds its part to some rows of a tensor, float32 `(n, in)`, the first of which is row `start`."""
         module = self._names[name]
         a, b = (self._modules[module][part]() for part in _PARTS)
-        rows += (b[start : start + len(rows)].float() @ a.float()) * (self._scale(module, len(a)) * self.weight)
+        b, scale = b[start : start + len(rows)], self._scale(module, len(a)) * self.weight
+        rows.addmm_(b.float(), a.float(), alpha=scale)  # in place: no other matrix of this size is made
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = float(self._config["lora_alpha"])

@@ -117,8 +117,10 @@ class WeightSource:
         """
         tensor, dtype = self._tensor(name), to_torch(self._specs[name].dtype)
         adapters = [adapter for adapter in self._adapters if adapter.changes(name)]
-        widest = max(tensor.element_size(), dtype.itemsize, torch.float32.itemsize if adapters else 0)
-        row_bytes = max(1, tensor[0].numel() * widest)
+        item_bytes = max(tensor.element_size(), dtype.itemsize)
+        if adapters:  # there are two copies then: the sum in float32, and what it is cast to
+            item_bytes = torch.float32.itemsize + dtype.itemsize
+        row_bytes = max(1, tensor[0].numel() * item_bytes)
         start = 0
         for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
             try:
