@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from optimum.commands import optimum_cli
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_adapters import EVERYTHING, make_adapter
 from small_blip2 import tiny_blip2
 from small_models import KINDS, tiny_opt
 from transformers import OPTForCausalLM, OPTForSequenceClassification
@@ -22,22 +23,7 @@ from optimum_opt_trn.checkpoint import CheckpointError, source
 from optimum_opt_trn.configuration_opt import normalize_adapters
 
 
-EVERYTHING = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-
-
-def make_adapter(directory: Path, model: OPTForCausalLM, seed: int = 0, **settings: Any) -> Path:
-    """Saves an adapter of `model` with random matrices, as PEFT does."""
-    options = {"r": 4, "lora_alpha": 6, "target_modules": EVERYTHING, **settings}
-    wrapped = get_peft_model(model, LoraConfig(**options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    wrapped.save_pretrained(directory)
-    wrapped.unload()
-    return directory
 
 
 def merged_by_peft(model: OPTForCausalLM, *adapters: Path) -> dict[str, torch.Tensor]:
