@@ -18,10 +18,8 @@ from .cache import SlotCache, own_cache
 from .engine import Engine
 from .inner import inner_outputs
 from .inputs import check_embeddings, check_inputs, check_labels, check_positions, joined, pack, unpack
+from .refusals import NO_HEAD_MASK
 from .transformers_versions import CACHE
-
-
-NO_HEAD_MASK = "the heads of a layer are computed together"
 
 
 class OPTForwardMixin:

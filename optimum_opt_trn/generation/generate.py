@@ -24,9 +24,10 @@ from .arguments import (
 )
 from .batches import Batches
 from .cache import SlotCache, own_cache
-from .forward import NO_HEAD_MASK, OPTForwardMixin
+from .forward import OPTForwardMixin
 from .inner import InnerRecord
 from .inputs import check_embeddings, check_inputs, check_vocabulary
+from .refusals import refuse_arguments, refuse_options
 from .samplers import make_sampler
 from .transformers_versions import (
     ARGUMENTS,
@@ -40,43 +41,6 @@ from .transformers_versions import (
     settle_arguments,
 )
 
-
-# Options of GenerationConfig that no export serves, and why. The others do what they do in transformers.
-REFUSED_OPTIONS = {
-    "cache_implementation": "the cache is on the device, of a fixed size; 'dynamic' and 'dynamic_full' are accepted",
-    "cache_config": "the cache is on the device, of a fixed size",
-    "max_cache_len": "the cache is on the device, of a fixed size",
-    "return_legacy_cache": "keys and values are on the device",
-    "compile_config": "graphs were compiled by the export",
-    "assistant_early_exit": "a compiled layer cannot be left out: pass an assistant_model",
-    "use_mtp": "an OPT has no layers that predict several tokens: pass an assistant_model",
-    "speculation_type": "assistants of that kind read the model's hidden states: pass an assistant_model",
-    "continuous_batching_config": "it is for transformers' own models",
-    "penalty_alpha": "contrastive search is code from the hub in transformers, made for its own models",
-    "dola_layers": "DoLa is code from the hub in transformers, made for its own models",
-    "diversity_penalty": "group beam search is code from the hub in transformers, made for its own models",
-    "num_beam_groups": "group beam search is code from the hub in transformers, made for its own models",
-    "constraints": "constrained beam search is code from the hub in transformers, made for its own models",
-    "force_words_ids": "constrained beam search is code from the hub in transformers, made for its own models",
-}
-# Values of them that change nothing.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "cache_implementation": ("dynamic", "dynamic_full"),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0,),
-}
-# Arguments of generate() that no export serves, and why.
-REFUSED_ARGUMENTS = {
-    "synced_gpus": "there are no GPUs to keep in step",
-    "head_mask": NO_HEAD_MASK,
-    "encoder_outputs": "an OPT has no encoder",
-    "decoder_input_ids": "an OPT has no encoder",
-    "position_ids": "they follow from attention_mask",
-    "cache_position": "it follows from past_key_values",
-    "labels": "call the model itself for a loss",
-    "seq_ids": "generate() counts slots itself",
-    "sampling_params": "they follow from the options",
-}
 
 _BESIDE_IDS = "_columns_beside_ids"  # an attribute of a prepared GenerationConfig
 
@@ -118,18 +82,16 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
                 than the export was made for; for more beams; for options and a cache that do not fit. A cache that
                 was passed is then as it was.
             TypeError: for an unknown option, naming the nearest; for text instead of token ids.
-            NotImplementedError: for what no export serves, by its name; see `REFUSED_OPTIONS`; and for what this one
+            NotImplementedError: for what no export serves, by its name; see `refusals.py`; and for what this one
                 does not, see `Runtime.unserved`.
         """
         inputs, kwargs = unpack_prompts(inputs, {**kwargs, **dict(zip(ARGUMENTS, args, strict=False))})
         settle_arguments(generation_config, kwargs)
-        for name, reason in REFUSED_ARGUMENTS.items():
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
+        refuse_arguments(kwargs)
         asked, others = prepare_options(self, generation_config, kwargs)
         if kwargs.get("custom_generate") is None:  # which has arguments of its own
             check_options(asked, others, {*ARGUMENTS, *_FORWARDED, *inspect.signature(self.forward).parameters})
-        _refuse(asked)
+        refuse_options(asked)
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         for name, reason in self.runtime.unserved.items():
             if embeds is not None if name == "inputs_embeds" else getattr(asked, name):
@@ -325,10 +287,3 @@ class _SharedCriteria(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
         return self._decide(super().__call__(input_ids, scores, **kwargs))
-
-
-def _refuse(asked: GenerationConfig) -> None:
-    for name, reason in REFUSED_OPTIONS.items():
-        value = getattr(asked, name, None)
-        if value and value not in _HARMLESS.get(name, ()):
-            raise NotImplementedError(f"generate() was asked for {name}={value!r}, which is not served: {reason}.")

@@ -103,6 +103,25 @@ def test_in_chunks_and_with_a_cache_as_at_once():
     assert torch.equal(ours.generate(**call, past_key_values=past), expected)
 
 
+@pytest.mark.parametrize("tp_degree", [1, 2])
+def test_goes_on_from_a_result_with_embeddings(tp_degree):
+    """A conversation: the words so far as embeddings, with the cache of the call before."""
+    ours, reference = pair("pre_norm", tp_degree)
+    embeds, inputs = soft_prompts(reference, [7, 2, 5])
+    table, mask = reference.get_input_embeddings(), inputs["attention_mask"]
+    expected = reference.generate(inputs_embeds=embeds, attention_mask=mask, **SHORT)
+    first = ours.generate(
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=2, pad_token_id=1, return_dict_in_generate=True
+    )
+    assert torch.equal(first.sequences, expected[:, :2])
+    whole = torch.cat([embeds, table(first.sequences).detach()], dim=1)
+    mask = torch.nn.functional.pad(mask, (0, 2), value=1)
+    call = {"inputs_embeds": whole, "attention_mask": mask, "max_new_tokens": 4, "pad_token_id": 1}
+    past = first.get("past_key_values") or first.cache
+    assert torch.equal(ours.generate(**call, past_key_values=past), expected[:, 2:])
+    assert torch.equal(ours.generate(**call), expected[:, 2:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_floating_point_and_lists(dtype):
     ours, _ = pair("pre_norm")

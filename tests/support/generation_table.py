@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig, OPTForCausalLM, PreTra
 from transformers.generation import CompileConfig, WatermarkingConfig
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.generation.generate import REFUSED_ARGUMENTS, REFUSED_OPTIONS
+from optimum_opt_trn.generation.refusals import REFUSED_ARGUMENTS, REFUSED_OPTIONS
 
 
 # The versions that the table has, and the one that is run.
