@@ -102,6 +102,8 @@ class OPTNeuronConfig(NeuronConfig):
             target: on `cpu`, which takes any length, only that one.
         cache_buckets: static lengths of the part of the cache that a step attends to, ascending; the last is
             `sequence_length`. `cpu` does not use them.
+        prompt_embeddings: whether a graph more is compiled, which takes prompts as embeddings (`inputs_embeds`). `cpu`
+            takes them in any case.
         adapter: LoRA adapters that were merged into the weights (see `normalize_adapters`).
         checkpoint_id, checkpoint_revision: hub id and commit of the source; None for a local one.
         format_version: the format of the export directory; only this decides whether a directory can be read.
@@ -122,6 +124,7 @@ class OPTNeuronConfig(NeuronConfig):
     target: str | None = None
     prompt_buckets: tuple[int, ...] = ()
     cache_buckets: tuple[int, ...] = ()
+    prompt_embeddings: bool = False
     adapter: tuple[str, ...] = ()
     checkpoint_id: str | None = None
     checkpoint_revision: str | None = None
@@ -159,6 +162,8 @@ class OPTNeuronConfig(NeuronConfig):
         caches = self.cache_buckets or default_cache_buckets(length, target)
         self.prompt_buckets = check_buckets("prompt_buckets", prompts, length)
         self.cache_buckets = check_buckets("cache_buckets", caches, length)
+        if not isinstance(self.prompt_embeddings, bool):
+            raise ValueError(f"prompt_embeddings={self.prompt_embeddings!r} must be True or False.")
         self.adapter = normalize_adapters(self.adapter)
         self._frozen = True
 

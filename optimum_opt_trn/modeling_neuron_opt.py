@@ -127,7 +127,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
             options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
-                `prompt_buckets`, `cache_buckets`, `adapter`; None stands for the default.
+                `prompt_buckets`, `cache_buckets`, `prompt_embeddings`, `adapter`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.

@@ -56,6 +56,7 @@ def test_defaults():
         "target": "cpu",
         "prompt_buckets": (2048,),
         "cache_buckets": (2048,),
+        "prompt_embeddings": False,
         "adapter": (),
         "checkpoint_id": None,
         "checkpoint_revision": None,
@@ -124,7 +125,7 @@ def test_unknown_option_names_the_nearest(typo, nearest):
 
 
 def test_unknown_option_that_is_near_nothing_gets_the_list():
-    with pytest.raises(TypeError, match="known options: amp, batch_size, .*tp_degree"):
+    with pytest.raises(TypeError, match="known options: adapter, amp, batch_size, .*tp_degree"):
         OPTNeuronConfig(zzz=1)
     with pytest.raises(TypeError, match="somewhere has no option 'b': known options: xyz"):
         reject_unknown({"b": 1}, ["xyz"], "somewhere")

@@ -105,6 +105,12 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N,N,...",
         "help": "Cache lengths, in tokens, that a step reads. For Neuron targets (default: doubling from 128).",
     },
+    "--prompt_embeddings": {
+        "action": "store_const",
+        "const": True,
+        "help": "Compile a graph more, which takes prompts as embeddings (inputs_embeds), as BLIP-2 needs. For Neuron "
+        "targets: cpu takes them in any case.",
+    },
     "--adapter": ADAPTER,
     "--revision": REVISION,
     "--force": {

@@ -47,7 +47,7 @@ class Step:
 
     Args:
         tokens: int32 `(t,)`, at least one. The tokens of a slot are adjacent and in order. -1 stands for a token that
-            is given by its embedding.
+            is given by its embedding; of a slot all are, or none.
         slots: int64 `(t,)`, the slot of each token. No slot appears twice with another slot in between.
         positions: int64 `(t,)`, where in its slot each token goes, ascending by one within a slot. The slot must be
             filled up to its first token.

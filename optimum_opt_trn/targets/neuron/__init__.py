@@ -43,7 +43,8 @@ class NeuronTarget(Target):
                 for name, tensor in part[0].items()
             }
             compile_model(config, neuron_config, shapes, compiled / MODEL_NAME)
-        arguments = {graph: compiler_arguments(neuron_config, graph) for graph in example_inputs(neuron_config)}
+        graphs = example_inputs(config, neuron_config)
+        arguments = {graph: compiler_arguments(neuron_config, graph) for graph in graphs}
         write_manifest(config, neuron_config, versions(), arguments, compiled)
 
     def load(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> Runtime:

@@ -93,7 +93,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
     """A hash of all that graphs depend on: their version, the model's shape and the export's options."""
-    options = {k: v for k, v in neuron_config.options().items() if not k.startswith("checkpoint_")}
+    of_weights = ("checkpoint_id", "checkpoint_revision", "adapter")
+    options = {k: v for k, v in neuron_config.options().items() if k not in of_weights}
     model = (
         *(config.hidden_size, config.ffn_dim, config.vocab_size, config.word_embed_proj_dim),
         *(config.enable_bias, config.layer_norm_elementwise_affine, config.do_layer_norm_before),

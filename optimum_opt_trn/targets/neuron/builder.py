@@ -119,7 +119,7 @@ def make_builder(
         gc.collect()
         return RankModule(graph, config, neuron_config, shapes, operators).eval()
 
-    for graph, examples in example_inputs(neuron_config).items():
+    for graph, examples in example_inputs(config, neuron_config).items():
         instances.append(_Instance(partial(make, graph), input_output_aliases={}))
         # No priority_model_idx: without a layout that the compiler chose for one graph, weights can be streamed.
         builder.add(

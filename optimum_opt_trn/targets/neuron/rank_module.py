@@ -9,6 +9,7 @@ results. Hence all graphs share the six arguments and the results below:
 | `context_encoding`, for each prompt bucket n | `(1, n)` | `(1,)`, the length | `(1,)`, the slot | `(1,)`, `(1, vocabulary)` |
 | `token_generation`, for each cache bucket c | `(b,)` | `(b,)` | `(c,)`, not read | `(b,)`, `(b, vocabulary)` |
 | `speculation`, of k tokens | `(b, k)` | `(b, k)` | `(1,)`, not read | `(b,)`, `(b, k, vocabulary)` |
+| `prompt_embeddings`, if the export has it | float32 `(b, k, dim)` | `(b, k)` | `(1,)`, not read | `(b,)`, `(b, k, vocabulary)` |
 | `cache_copy`, for more slots than one | `(b,)`, sources | `(1,)`, the length | `(1,)`, not read | of no meaning |
 
 with `params`, `uniforms` and `suppressed` of `SamplingInputs` in all, a row for each row of tokens.
@@ -119,7 +120,10 @@ class RankModule(nn.Module):
             places = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)[None]
         elif self.graph == "token_generation":
             ids, places, window = tokens.unsqueeze(1), positions.unsqueeze(1), place.shape[0]
-        hidden = self.program.embed(self._part("embed"), ids, places, getattr(self, RANKS))
+        if self.graph == "prompt_embeddings":
+            hidden = self.program.place(self._part("embed"), tokens, places)
+        else:
+            hidden = self.program.embed(self._part("embed"), ids, places, getattr(self, RANKS))
         new: list[Tensor] = []
         for index in range(self.layers):
             caches = None if prompt else [(states[2 * index], states[2 * index + 1])]
@@ -135,7 +139,7 @@ class RankModule(nn.Module):
         part = self.program.logit_parts(tied | self._part("head"), hidden)[0]
         chosen = draw_tokens(*self._candidates(part[:, -1], suppressed), params, uniforms)
         logits = self.program.join_logits([part])
-        if self.graph != "speculation":
+        if self.graph not in ("speculation", "prompt_embeddings"):
             logits = logits.squeeze(1)
         if prompt:
             written = [self.operators.put_slot(state, x, place) for state, x in zip(states, new, strict=True)]
@@ -169,7 +173,7 @@ class RankModule(nn.Module):
         return {name.removeprefix(f"{prefix}__").replace("__", "."): [getattr(self, name)] for name in names}
 
 
-def example_inputs(neuron_config: OPTNeuronConfig) -> dict[str, list[tuple[Tensor, ...]]]:
+def example_inputs(config: OPTConfig, neuron_config: OPTNeuronConfig) -> dict[str, list[tuple[Tensor, ...]]]:
     """For each graph, the arguments that it is traced with, a tuple for each bucket."""
     b, k = neuron_config.batch_size, extension_length(neuron_config)
     one, sampling = (sampling_arguments(SamplingInputs.greedy(rows)) for rows in (1, b))
@@ -182,6 +186,9 @@ def example_inputs(neuron_config: OPTNeuronConfig) -> dict[str, list[tuple[Tenso
         "token_generation": [(integers(b), integers(b), integers(c), *sampling) for c in neuron_config.cache_buckets],
         "speculation": [(integers(b, k), integers(b, k), NO_PLACE, *sampling)],
     }
+    if neuron_config.prompt_embeddings:
+        embeddings = torch.zeros(b, k, config.word_embed_proj_dim)
+        graphs["prompt_embeddings"] = [(embeddings, integers(b, k), NO_PLACE, *sampling)]
     if b > 1:
         graphs["cache_copy"] = [(integers(b), integers(1), NO_PLACE, *sampling)]
     return graphs

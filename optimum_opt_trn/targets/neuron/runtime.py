@@ -34,25 +34,32 @@ class NeuronRuntime(Runtime):
         model: takes the six arguments of a graph (see `rank_module`) and returns tokens and logits.
     """
 
-    unserved = {
-        "inputs_embeds": "the graphs of this export take token ids",
-        "output_hidden_states": _LOGITS_ONLY,
-        "output_attentions": _LOGITS_ONLY,
-    }
-
     def __init__(self, neuron_config: OPTNeuronConfig, model: Callable[..., tuple[Tensor, Tensor]]):
         self.neuron_config = neuron_config
         self.model = model
+        self.unserved = {"output_hidden_states": _LOGITS_ONLY, "output_attentions": _LOGITS_ONLY}
+        if not neuron_config.prompt_embeddings:
+            self.unserved["inputs_embeds"] = (
+                "the graphs of this export take token ids; export the model again with prompt_embeddings=True"
+            )
         self.windows = {length: torch.zeros(length, dtype=torch.int32) for length in neuron_config.cache_buckets}
 
     def step(self, step: Step) -> StepResult:
         """See `Runtime`. Each prompt has a call of its own. Other slots that need the same graph share its calls: at
-        most one for all single tokens, and as many for longer runs as `speculation` needs for the longest."""
-        runs: dict[str, list[Run]] = {"context_encoding": [], "token_generation": [], "speculation": []}
+        most one for all single tokens, and as many for longer runs, and for those that are given by embeddings, as
+        `speculation` needs for the longest."""
+        runs: dict[str, list[Run]] = {
+            "context_encoding": [],
+            "token_generation": [],
+            "speculation": [],
+            "prompt_embeddings": [],
+        }
         wanted = set(step.wanted.tolist())
         for slot, tokens in step.runs:
             inner = any(token in wanted for token in range(tokens.start, tokens.stop - 1))
-            if int(step.positions[tokens.start]) == 0 and not inner:
+            if int(step.tokens[tokens.start]) < 0:
+                runs["prompt_embeddings"].append((slot, tokens))
+            elif int(step.positions[tokens.start]) == 0 and not inner:
                 runs["context_encoding"].append((slot, tokens))
             else:
                 single = tokens.stop - tokens.start == 1
@@ -63,7 +70,12 @@ class NeuronRuntime(Runtime):
         if runs["token_generation"]:
             self._token_generation(call, runs["token_generation"])
         if runs["speculation"]:
-            self._speculation(call, runs["speculation"])
+            self._speculation(call, runs["speculation"], step.tokens)
+        if runs["prompt_embeddings"]:
+            assert step.embeddings is not None
+            given = torch.zeros(len(step.tokens), step.embeddings.shape[1])
+            given[step.tokens < 0] = step.embeddings
+            self._speculation(call, runs["prompt_embeddings"], given)
         return call.result()
 
     def copy(self, sources: Tensor, length: int) -> None:
@@ -92,16 +104,19 @@ class NeuronRuntime(Runtime):
         for slot, tokens in runs:
             call.take(tokens.start, logits[slot], chosen[slot])
 
-    def _speculation(self, call: _Call, runs: list[Run]) -> None:
-        """In pieces; a shorter run repeats its last token at its place, which writes there what is there."""
+    def _speculation(self, call: _Call, runs: list[Run], given: Tensor) -> None:
+        """In pieces; a shorter run repeats its last token at its place, which writes there what is there.
+
+        `given` are the step's tokens, as ids `(t,)` or as embeddings `(t, dim)`, which another graph takes.
+        """
         size = extension_length(self.neuron_config)
         longest = max(tokens.stop - tokens.start for _, tokens in runs)
         for start in range(0, longest, size):
-            ids = torch.zeros(call.batch_size, size, dtype=torch.int32)
+            ids = torch.zeros(call.batch_size, size, *given.shape[1:], dtype=given.dtype)
             positions = torch.full((call.batch_size, size), -1, dtype=torch.int32)
             for slot, tokens in runs:
                 places = torch.arange(tokens.start + start, tokens.start + start + size).clamp(max=tokens.stop - 1)
-                ids[slot], positions[slot] = call.step.tokens[places], call.step.positions[places].to(torch.int32)
+                ids[slot], positions[slot] = given[places], call.step.positions[places].to(torch.int32)
             chosen, logits = self._run(ids, positions, NO_PLACE, call.sampling)
             for slot, tokens in runs:
                 piece = range(tokens.start + start, min(tokens.stop, tokens.start + start + size))
@@ -112,7 +127,8 @@ class NeuronRuntime(Runtime):
         self, tokens: Tensor, positions: Tensor, place: Tensor, sampling: SamplingInputs
     ) -> tuple[Tensor, Tensor]:
         check_fork()
-        tokens, positions = tokens.to(torch.int32), positions.to(torch.int32)
+        tokens = tokens if tokens.is_floating_point() else tokens.to(torch.int32)
+        positions = positions.to(torch.int32)
         return self.model(tokens, positions, place, *sampling_arguments(sampling))
 
 

@@ -120,6 +120,48 @@ def test_speculation_in_pieces_beams_and_batches(tmp_path):
     assert loaded.generate(**five, **GREEDY).tolist() == reference.generate(**five, **GREEDY).tolist()
 
 
+EMBEDDINGS_NEED_A_GRAPH = "inputs_embeds.* is not served: .* export the model again with prompt_embeddings=True"
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", [{}, {"do_layer_norm_before": False, "word_embed_proj_dim": 32}], ids=["pre", "post"])
+def test_prompts_as_embeddings(tp, kind, tmp_path):
+    """Ragged, in pieces, with beams and more prompts than slots, and going on with embeddings."""
+    model = tiny_opt(**kind)
+    prompts, reference = ragged(model.config.vocab_size), rounded(model, torch.float32)
+    loaded = NeuronOPTForCausalLM.from_pretrained(
+        export(tmp_path, model, amp="f32", tp_degree=tp, prompt_embeddings=True)
+    )
+    embeds, mask = loaded.get_input_embeddings()(prompts["input_ids"]), prompts["attention_mask"]
+    embeds = embeds + 0.1 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(3))  # of no words
+    call = {"inputs_embeds": embeds, "attention_mask": mask, **GREEDY}
+    assert loaded.generate(**call).tolist() == reference.generate(**call).tolist()
+    one = {**call, "inputs_embeds": embeds[1:2], "attention_mask": mask[1:2], "num_beams": 3}
+    assert loaded.generate(**one).tolist() == reference.generate(**one).tolist()
+    five = {**call, "inputs_embeds": embeds[[0, 1, 2, 0, 1]], "attention_mask": mask[[0, 1, 2, 0, 1]]}
+    assert loaded.generate(**five).tolist() == reference.generate(**five).tolist()
+    with torch.no_grad():
+        whole = reference(inputs_embeds=embeds, attention_mask=mask).logits
+    first = loaded(inputs_embeds=embeds[:, :17], attention_mask=mask[:, :17])
+    second = loaded(inputs_embeds=embeds[:, 17:], attention_mask=mask, past_key_values=first.past_key_values)
+    differences = torch.cat([first.logits, second.logits], dim=1) - whole
+    assert differences[mask.bool()].abs().max() < 1e-3 * whole.std()
+
+
+def test_what_the_graphs_do_not_serve_is_refused_by_name(tmp_path):
+    out = export(tmp_path, tiny_opt(), amp="f32")
+    loaded, ids = NeuronOPTForCausalLM.from_pretrained(out), torch.tensor([[5, 6, 7]])
+    embeds = loaded.get_input_embeddings()(ids)
+    for call in (loaded, loaded.generate):
+        with pytest.raises(NotImplementedError, match=EMBEDDINGS_NEED_A_GRAPH):
+            call(inputs_embeds=embeds)
+        for name in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(NotImplementedError, match=f"{name}.* is not served: the graphs return logits only"):
+                call(ids, **{name: True})
+    eager = NeuronOPTForCausalLM.from_pretrained(out, eager=True)
+    assert len(eager(inputs_embeds=embeds, output_hidden_states=True).hidden_states) == 3
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_no_more_than_a_layer_is_staged(tp, tmp_path):
     out = export(tmp_path, tiny_opt(num_hidden_layers=5), amp="f16", tp_degree=tp)
@@ -434,13 +476,14 @@ def test_graph_key_tells_what_graphs_depend_on():
         "same": _graph_key(tiny_config(), OPTNeuronConfig(**options)),
         # A checkpoint's name is only a name.
         "name": _graph_key(config, OPTNeuronConfig(**options, checkpoint_id="a/b", checkpoint_revision="0")),
+        "adapter": _graph_key(config, OPTNeuronConfig(**options, adapter="a/lora")),
     }
     assert set(keys.values()) == {_graph_key(config, OPTNeuronConfig(**options))}
     assert keys["same"] != _graph_key(config, OPTNeuronConfig(**{**options, "instance_type": "trn2"}))
     others = [
         *(_graph_key(config, OPTNeuronConfig(**{**options, **change})) for change in (
             {"batch_size": 3}, {"sequence_length": 65}, {"tp_degree": 2}, {"amp": "bf16"}, {"kv_cache_dtype": "f32"},
-            {"max_topk": 5},
+            {"max_topk": 5}, {"prompt_embeddings": True},
         )),
         *(_graph_key(tiny_config(**change), OPTNeuronConfig(**options)) for change in (
             {"vocab_size": 127}, {"num_hidden_layers": 9}, {"max_position_embeddings": 99},

@@ -81,7 +81,7 @@ def graphs() -> dict[str, str]:
         neuron_config = OPTNeuronConfig(
             batch_size=3, sequence_length=48, tp_degree=TP_DEGREE, instance_type="inf2", **buckets
         )
-        for graph, examples in example_inputs(neuron_config).items():
+        for graph, examples in example_inputs(config, neuron_config).items():
             module = RankModule(
                 graph, config, neuron_config, shapes_of(config, neuron_config),
                 DeviceOperators(
