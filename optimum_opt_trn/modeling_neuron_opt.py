@@ -15,9 +15,10 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
 from .checkpoint.config import load_config, load_tokenizer
 from .checkpoint.config_values import check_opt
+from .checkpoint.verify import find_unlisted
 from .configuration_opt import OPTNeuronConfig, reject_unknown
 from .dtypes import normalize_dtype
-from .export import copy_export, export_opt, find_export
+from .export import copy_export, export_opt, find_export, save_generation_config
 from .generation.generate import OPTGenerationMixin
 from .hardware import FAMILIES
 from .host_framework import (
@@ -216,8 +217,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             model_id: a local directory or an id on the hub.
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
                 `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice;
-                `verify=True` to compare the weights with the hashes that they were written with, which reads all of
-                them; `export=True` to export anew what is an export already, `export=False` to load exports only;
+                `verify=True` to read every file and compare it with the hash that it was written with;
+                `export=True` to export anew what is an export already, `export=False` to load exports only;
                 `tp_processes=N` if N processes, started by `torchrun` or alike, share this model (by default
                 each process has a model of its own); and for a checkpoint that is not exported yet, what
                 `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`; `dtype` and
@@ -251,6 +252,11 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
         if directory is not None and not options.get("export"):
             if options.get("verify"):
                 verify_checkpoint(directory)
+                if unlisted := find_unlisted(directory):
+                    logger.warning(
+                        f"{directory}: an earlier version recorded no hash of {', '.join(unlisted)}: these were "
+                        "not verified. Export the model again to record them."
+                    )
             return cls._open(directory, load=True, **how, expected=chosen)
         where = {name: hub[name] for name in ("token", "revision") if name in hub}
         neuron_config = cls.get_neuron_config(model_id, config=config, **where, **chosen)
@@ -330,7 +336,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
         if self._loaded is not None and not self._loaded.is_first:
             return
         if target.resolve() == self.directory.resolve():
-            self.generation_config.save_pretrained(target)
+            save_generation_config(target, self.generation_config)
         else:
             copy_export(self.directory, target, self.generation_config)
         if push_to_hub:

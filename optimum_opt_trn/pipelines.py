@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextGenerati
 from transformers.generation import GenerationMixin
 
 from .checkpoint.config import load_config, load_tokenizer
+from .checkpoint.listing import record
 from .configuration_opt import reject_unknown
 from .export import find_export
 from .generation.transformers_versions import default_new_tokens
@@ -37,6 +38,11 @@ class OPTTextGenerationPipeline(TextGenerationPipeline):
             room = max(1, self.model.neuron_config.sequence_length - longest)
             generate_kwargs["max_new_tokens"] = min(default, room)
         return super()._forward(model_inputs, **generate_kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As in transformers: the export and the tokenizer, which has padding on the left here."""
+        super().save_pretrained(save_directory, **kwargs)
+        record(Path(save_directory))
 
 
 def pipeline(

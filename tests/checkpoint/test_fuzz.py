@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from small_models import save_as_pytorch, tiny_config, tiny_opt
 
-from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
+from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.checkpoint import load_weights
 from optimum_opt_trn.checkpoint.config import save_config
 from optimum_opt_trn.checkpoint.hub import open_checkpoint
@@ -76,7 +76,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     torch.save(state, root / "bin" / "pytorch_model.bin")
     torch.save(state, root / "old bin" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     old_split(root / "old split", state)
-    save_pretrained_split(model, root / "split", "f32")
+    split(root / "safetensors", root / "split", "f32")
     return {path.name: path for path in root.iterdir()}
 
 
