@@ -52,7 +52,14 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
     if given.get("model_type") == "opt":
         check_values(given, source)
-    return check_opt(AutoConfig.from_pretrained(source, **hub), source)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: an AttributeError for a dtype that torch has not, for example
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{source}: its {CONFIG_NAME} cannot be read ({cause}). Correct the file.") from error
+    return check_opt(config, source)
 
 
 def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:

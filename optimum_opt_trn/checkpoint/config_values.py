@@ -17,6 +17,8 @@ _COUNTS = (
     *("vocab_size", "hidden_size", "word_embed_proj_dim", "num_hidden_layers", "num_attention_heads", "ffn_dim"),
     "max_position_embeddings",
 )
+# Far beyond any OPT. Larger numbers would be a damaged file, and take all memory before anything else is compared.
+_LIMIT, _LIMITS = 2**24, {"num_hidden_layers": 10_000}
 _SWITCHES = (
     *("do_layer_norm_before", "_remove_final_layer_norm", "layer_norm_elementwise_affine"),
     *("enable_bias", "tie_word_embeddings"),
@@ -50,6 +52,8 @@ def check_values(given: Mapping[str, Any], source: Any) -> None:
         value = values[name]
         if type(value) is not int or value < 1:
             _refuse(source, name, value, "it must be a positive whole number")
+        if value > _LIMITS.get(name, _LIMIT):
+            _refuse(source, name, value, f"no OPT has more than {_LIMITS.get(name, _LIMIT)}")
     for name in _SWITCHES:
         value = values[name]
         if not isinstance(value, bool):

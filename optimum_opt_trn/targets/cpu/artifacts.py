@@ -72,9 +72,10 @@ def use_artifacts(
     compiled = directory / COMPILED_DIR
     try:
         manifest = json.loads((compiled / MANIFEST_NAME).read_text())
-        artifacts = dict(manifest["artifacts"]) if manifest.get("format", 1) == 2 else {}
+        listed = dict(manifest["artifacts"]) if manifest.get("format", 1) == 2 else {}
+        artifacts = {name: dict(entry) for name, entry in listed.items()}
         sources = _checkpoint_hashes(directory) if artifacts else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{compiled / MANIFEST_NAME} is missing or broken ({error}): export the model again, or load it with "
             "eager=True."

@@ -84,7 +84,7 @@ def _read(file: Path) -> dict[str, Any]:
         wrong = [key for key in ("versions", "artifacts") if not isinstance(manifest[key], dict)]
         if wrong or not isinstance(manifest["graph"], str):
             raise ValueError("its entries are not those of a manifest")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is missing or broken ({error}): export the model again, or load it with eager=True."
         ) from error
