@@ -70,7 +70,12 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # tokenizers raise many errors; without files it can be an ImportError
+        if tokenizer.vocab_size:
+            tokenizer("a")  # what is wrong in tokenizer.json may show only here
+    except BaseException as error:
+        # tokenizers raise many errors; without files it can be an ImportError, and with broken ones a panic of Rust.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         cause = str(error).strip().partition("\n")[0]
         raise ValueError(f"{source} has no tokenizer that can be loaded ({cause})") from error
     if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer

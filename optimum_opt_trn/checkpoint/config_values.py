@@ -58,11 +58,7 @@ def check_values(given: Mapping[str, Any], source: Any) -> None:
         value = values[name]
         if not isinstance(value, bool):
             _refuse(source, name, value, "it must be true or false")
-    for name in _TOKENS:
-        value = values[name]
-        several = name == "eos_token_id" and isinstance(value, list) and value
-        if value is not None and not all(type(i) is int for i in (value if several else [value])):
-            _refuse(source, name, value, "it must be the number of a token, or null")
+    check_tokens(values, f"{source}: its config.json")
     activation = values["activation_function"]
     if not isinstance(activation, str) or activation not in ACT2FN:
         _refuse(source, "activation_function", activation, "OPT has 'relu', Galactica 'gelu'")
@@ -76,6 +72,22 @@ def check_values(given: Mapping[str, Any], source: Any) -> None:
             f"{source}: its config.json has a quantization_config ({method!r}), and exports are made from weights in "
             "float16, bfloat16 or float32: choose the model that it was quantized from."
         )
+
+
+def check_tokens(values: Mapping[str, Any], origin: str) -> None:
+    """Checks the special tokens in a config.json or generation_config.json; `origin` is what the message calls it.
+
+    Raises:
+        ValueError: for the first that is no number of a token.
+    """
+    for name in _TOKENS:
+        value = values.get(name)
+        ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+        if value is not None and not all(type(i) is int and abs(i) <= _LIMIT for i in ids):
+            raise ValueError(
+                f"{origin} has {name}={value!r}, and it must be the number of a token, or null. Correct the file, or "
+                "fetch it again."
+            )
 
 
 def _refuse(source: Any, name: str, value: Any, limit: str) -> None:
