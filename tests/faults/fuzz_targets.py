@@ -2,7 +2,7 @@
 
 A target puts bytes in the place of one file of a small sound export or checkpoint, reads it as users' calls do, and
 puts the sound file back. Reading may succeed, or raise one of `ANSWERS`, which commands print as one line. Anything
-else is a finding. `test_fuzz.py` feeds the targets by hypothesis, `fuzz_atheris.py` by coverage.
+else is a finding. `test_fuzz_targets.py` feeds the targets by hypothesis, `fuzz_atheris.py` by coverage.
 """
 
 from __future__ import annotations

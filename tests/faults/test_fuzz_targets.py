@@ -1,6 +1,6 @@
 """Damaged and foreign files, one kind after the other: each is read, or refused by an error that says why.
 
-For longer than a test run: FUZZ_EXAMPLES=20000 pytest tests/faults/test_fuzz.py
+For longer than a test run: FUZZ_EXAMPLES=20000 pytest tests/faults/test_fuzz_targets.py
 """
 
 import json
