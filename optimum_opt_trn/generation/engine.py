@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..model.sampling import SamplingInputs
 from ..targets import LOGITS_ONLY, Inner, Runtime, StepResult
+from .fork import survive_fork
 from .inputs import pack
 from .slots import SlotOwner, Slots
 
@@ -54,6 +55,7 @@ class Engine:
         self.lock = threading.RLock()
         # Whether a generate() of this thread may begin now.
         self._may_generate = True
+        survive_fork(self)
 
     @contextmanager
     def generating(self, assists_itself: bool) -> Iterator[None]:
