@@ -57,6 +57,15 @@ class Engine:
         self._may_generate = True
         survive_fork(self)
 
+    def after_fork(self) -> None:
+        """Makes the engine usable in a fork of the process that made it; called there."""
+        if self.lock.acquire(blocking=False):  # free, or held by the thread that called fork
+            self.lock.release()
+            return
+        # Another thread was in a call, which goes on only in the parent.
+        self.lock, self.slots = threading.RLock(), Slots(self.slots.batch_size)
+        self._may_generate = True
+
     @contextmanager
     def generating(self, assists_itself: bool) -> Iterator[None]:
         """Serves one call of `generate()`; calls of other threads wait.
