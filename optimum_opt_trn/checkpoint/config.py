@@ -53,7 +53,14 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
         raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
     if (values := opt_values(given)) is not None:
         check_values(values, source)
-    return check_opt(AutoConfig.from_pretrained(source, **hub), source)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: an AttributeError for a dtype that torch has not, for example
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{source}: its {CONFIG_NAME} cannot be read ({cause}). Correct the file.") from error
+    return check_opt(config, source)
 
 
 def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
@@ -64,7 +71,12 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # tokenizers raise many errors; without files it can be an ImportError
+        if tokenizer.vocab_size:
+            tokenizer("a")  # what is wrong in tokenizer.json may show only here
+    except BaseException as error:
+        # tokenizers raise many errors; without files it can be an ImportError, and with broken ones a panic of Rust.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         cause = str(error).strip().partition("\n")[0]
         raise ValueError(f"{source} has no tokenizer that can be loaded ({cause})") from error
     if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer

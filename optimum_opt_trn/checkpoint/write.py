@@ -8,12 +8,11 @@ that the next run continues from there.
 from __future__ import annotations
 
 import errno
-import filecmp
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from .config import load_config, save_config, save_small_files
 from .config_values import check_opt
 from .hub import open_checkpoint
 from .layout import INDEX_NAME, CheckpointError, FileSpecs, checkpoint_files
+from .listing import Listed, json_text, list_file, list_text, visible_files, write_json
 from .lock import one_writer
 from .manifest import (
     MANIFEST_NAME,
@@ -39,7 +39,7 @@ from .manifest import (
     Manifest,
     intact_files,
     linkable_files,
-    write_json,
+    read_manifest,
 )
 from .source import WeightSource, open_model
 from .stream import write_tensors
@@ -151,11 +151,15 @@ def write_split(weights: WeightSource, directory: Path, amp: str, write_small_fi
         shutil.rmtree(prepared, ignore_errors=True)
         prepared.mkdir()
         write_small_files(prepared)
-        if manifest.files.keys() == files.keys() and _is_finished(directory, prepared, index):
+        others = {name: list_file(file) for name, file in visible_files(prepared).items()}
+        others[INDEX_NAME] = list_text(json_text(index))
+        if manifest.files.keys() == files.keys() and _is_finished(directory, others):
             logger.info(f"{directory} is this split checkpoint already: nothing is written.")
             shutil.rmtree(prepared)
             return directory
         (directory / INDEX_NAME).unlink(missing_ok=True)
+        for name in _listed_others(directory).keys() - others.keys():
+            (directory / name).unlink(missing_ok=True)  # the tokenizer of another model, for example
         manifest.write(directory / UNFINISHED_NAME)
         (directory / MANIFEST_NAME).unlink(missing_ok=True)
         for file in prepared.iterdir():
@@ -163,7 +167,7 @@ def write_split(weights: WeightSource, directory: Path, amp: str, write_small_fi
         prepared.rmdir()
 
         _write_files(weights, directory, keys, linkable, manifest)
-        manifest.write(directory / MANIFEST_NAME)
+        replace(manifest, others=others).write(directory / MANIFEST_NAME)
         write_json(directory / INDEX_NAME, index)
         (directory / UNFINISHED_NAME).unlink()
     return directory
@@ -175,15 +179,20 @@ def _index(files: FileSpecs) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _is_finished(directory: Path, prepared: Path, index: dict[str, Any]) -> bool:
-    """Whether a directory has the index and the small files that it should have."""
-    try:
-        same = json.loads((directory / INDEX_NAME).read_text()) == index
-    except (OSError, ValueError):
+def _is_finished(directory: Path, others: Mapping[str, Listed]) -> bool:
+    """Whether a directory has the index and the small files that it should have, and lists them."""
+    if _listed_others(directory) != others or (directory / UNFINISHED_NAME).exists():
         return False
-    names = [file.name for file in prepared.iterdir()]
-    differing = filecmp.cmpfiles(prepared, directory, names, shallow=False)[1:]
-    return same and not any(differing) and not (directory / UNFINISHED_NAME).exists()
+    return all(entry.is_intact(directory / name) for name, entry in others.items())
+
+
+def _listed_others(directory: Path) -> dict[str, Listed]:
+    """The files besides the weights that the manifest of a directory lists."""
+    try:
+        manifest = read_manifest(directory / MANIFEST_NAME)
+    except ValueError:
+        return {}
+    return (manifest.others if manifest else None) or {}
 
 
 def _write_files(

@@ -36,6 +36,11 @@ CACHE_DIR: dict[str, Any] = {
     "metavar": "DIR",
     "help": "Where downloads are kept (default: the Hugging Face cache).",
 }
+TRUST_REMOTE_CODE: dict[str, Any] = {
+    "action": "store_true",
+    "help": "Load an export for Neuron devices that was compiled by somebody else, which runs code of it. Exports for "
+    "cpu hold no code.",
+}
 
 
 def describe(parser: ArgumentParser, description: str, epilog: str) -> None:

@@ -47,6 +47,7 @@ OUTPUT will hold:
   neuron_config.json    the options of the export
   checkpoint/           the weights: an ordinary Hugging Face checkpoint, one safetensors file per decoder layer
   compiled/             what was compiled for the target, and its manifest
+  export_manifest.json  size and SHA-256 of every file, for `optimum-cli neuron verify`
 
 use it:
   optimum-cli neuron generate opt-125m-cpu "Hello, my"

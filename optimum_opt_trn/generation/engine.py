@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..model.sampling import SamplingInputs
 from ..targets import LOGITS_ONLY, Inner, Runtime, StepResult
+from .fork import survive_fork
 from .inputs import pack
 from .slots import SlotOwner, Slots
 
@@ -53,6 +54,16 @@ class Engine:
         # transformers' loops call forward() within generate().
         self.lock = threading.RLock()
         # Whether a generate() of this thread may begin now.
+        self._may_generate = True
+        survive_fork(self)
+
+    def after_fork(self) -> None:
+        """Makes the engine usable in a fork of the process that made it; called there."""
+        if self.lock.acquire(blocking=False):  # free, or held by the thread that called fork
+            self.lock.release()
+            return
+        # Another thread was in a call, which goes on only in the parent.
+        self.lock, self.slots = threading.RLock(), Slots(self.slots.batch_size)
         self._may_generate = True
 
     @contextmanager

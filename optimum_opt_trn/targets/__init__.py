@@ -11,12 +11,13 @@ from .base import LOGITS_ONLY, Inner, Runtime, Step, StepResult, Target, TargetE
 __all__ = ["LOGITS_ONLY", "Inner", "Runtime", "Step", "StepResult", "Target", "TargetError", "get_target"]
 
 
-def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1) -> Target:
+def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1, trust_remote_code: bool = False) -> Target:
     """The target of an export.
 
     Args:
         neuron_config: of the export.
         tp_processes: how many processes share the model; only `cpu` has more than 1.
+        trust_remote_code: loads compiled models that were not made here, too; exports for `cpu` hold no code.
 
     Raises:
         TargetError: if this host does not have it; the message says why, and what it has.
@@ -40,4 +41,4 @@ def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1) -> Target:
         )
     from .neuron import NeuronTarget
 
-    return NeuronTarget()
+    return NeuronTarget(trust_remote_code)
