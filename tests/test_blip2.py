@@ -14,6 +14,7 @@ from small_models import rounded, tiny_opt
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTForCausalLM
 
 from optimum_opt_trn import NeuronOPTForCausalLM, save_pretrained_split
+from optimum_opt_trn.planning.plan import read_shape
 
 
 KINDS = {"pre_norm": {}, "post_norm": {"do_layer_norm_before": False}}
@@ -103,6 +104,14 @@ def test_takes_generation_options_from_the_text_config(tmp_path):
     opt = NeuronOPTForCausalLM.from_pretrained(tmp_path, eager=True, sequence_length=48)
     assert opt.generation_config.eos_token_id == 9
     assert opt.config.model_type == "opt"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_is_that_of_the_opt(tmp_path, kind):
+    blip2 = tiny_blip2(**KINDS[kind])
+    blip2.save_pretrained(tmp_path / "blip2")
+    tiny_opt(**KINDS[kind]).save_pretrained(tmp_path / "opt")
+    assert read_shape(str(tmp_path / "blip2")) == read_shape(str(tmp_path / "opt"))
 
 
 def test_refuses_another_language_model(tmp_path):

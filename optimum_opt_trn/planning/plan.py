@@ -36,7 +36,11 @@ SPLIT_BYTES = GiB // 2
 
 
 def read_shape(model: str, revision: str | None = None, cache_dir: str | None = None) -> OPTShape:
-    """The shape of `model`: a config.json, a directory that has one, or an id on the hub.
+    """The shape of an OPT, or of the OPT in a BLIP-2.
+
+    Args:
+        model: a config.json, a directory that has one, or an id on the hub.
+        revision, cache_dir: of an id, as in transformers.
 
     Raises:
         OSError: if there is no config.json.
@@ -60,9 +64,11 @@ def read_shape(model: str, revision: str | None = None, cache_dir: str | None = 
             raise OSError(f"{model} is not a local file or directory, and {reason}") from error
     try:
         values = json.loads(path.read_text())
-        kind = values["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        kind, text = values["model_type"], values.get("text_config")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a model's configuration ({error!r}).") from error
+    if isinstance(text, dict) and text.get("model_type") == "opt":  # of a BLIP-2
+        kind, values = "opt", text
     if kind != "opt":
         raise ValueError(f"{model} is of model_type {kind!r}, and optimum_opt_trn serves only 'opt'.")
     known = {field.name for field in fields(OPTShape)}
