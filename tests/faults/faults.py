@@ -191,7 +191,7 @@ def full_disk(ground: Ground, random: Random) -> str:
     """A file system that ends at a random place of an export, with an export of another model on it."""
     place = ground.place()
     size = sum(len(content) for content in contents(ground.exports[0]).values()) // 1024
-    with small_disk(place, random.randint(size + 40, 2 * size + 60)) as disk:
+    with small_disk(place, random.randint(size + 60, 3 * size)) as disk:
         shutil.copytree(ground.exports[1], disk / "out")
         ended = children.run(lambda: export_opt(ground.sources[0], disk / "out", CONFIG))
         said(ended)
@@ -209,6 +209,7 @@ def file_size_limit(ground: Ground, random: Random) -> str:
     limit = random.randint(100, 120_000)
 
     def limited() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # which may be a file, too
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at its start
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
