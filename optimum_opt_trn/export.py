@@ -66,7 +66,8 @@ def export_opt(
 
     Raises:
         ValueError: if the source is not an OPT, or does not fit `neuron_config`; DoesNotFitError if `neuron_config`
-            needs more memory than there is; CheckpointError if its weights do not fit its config.json.
+            needs more memory than there is; CheckpointError if its weights do not fit its config.json, or an adapter
+            cannot be merged.
         FileExistsError: if `output` holds anything but an export.
         OSError: if the source does not exist, the disk is full, or another process is writing this output.
         TargetError: if the target is not available on this host.
@@ -87,7 +88,7 @@ def export_opt(
     target = get_target(neuron_config)
 
     with _staged(output) as staging:
-        checkpoint = open_checkpoint(source, checkpoint_files(opt_config, amp), **hub)
+        checkpoint = open_checkpoint(source, checkpoint_files(opt_config, amp), adapter=neuron_config.adapter, **hub)
         write_split(checkpoint.weights, staging / CHECKPOINT_DIR, amp, partial(save_config, opt_config, amp))
         save_small_files(checkpoint.directory, opt_config, amp, staging, neuron_config.sequence_length)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)

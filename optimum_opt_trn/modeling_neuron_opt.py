@@ -16,7 +16,7 @@ from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
 from .checkpoint.config import load_config, load_tokenizer
 from .checkpoint.config_values import check_opt, check_tokens
 from .checkpoint.verify import find_unlisted
-from .configuration_opt import OPTNeuronConfig, reject_unknown
+from .configuration_opt import OPTNeuronConfig, normalize_adapters, reject_unknown
 from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export, save_generation_config
 from .generation.generate import OPTGenerationMixin
@@ -128,7 +128,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
             options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
-                `prompt_buckets`, `cache_buckets`; None stands for the default.
+                `prompt_buckets`, `cache_buckets`, `adapter`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.
@@ -243,7 +243,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
     @classmethod
     def _from_pretrained(cls, model_id: str | Path, config: PretrainedConfig, **options: Any) -> NeuronOPTForCausalLM:
         cls._check_options(options)
-        check_opt(config, model_id)
+        config = check_opt(config, model_id)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in export_options() and v is not None}
         how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force", "trust_remote_code")}
@@ -306,6 +306,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelFo
             made = getattr(neuron_config, field)
             if field in ("amp", "kv_cache_dtype"):
                 value = normalize_dtype(value, field)
+            elif field == "adapter":
+                value = normalize_adapters(value)
             elif isinstance(made, tuple):
                 value = tuple(value)
             if value != made:

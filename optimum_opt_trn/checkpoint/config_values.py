@@ -26,15 +26,37 @@ _SWITCHES = (
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def opt_values(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of the OPT: all of it, or, of a BLIP-2, its `text_config`; None if there is no OPT.
+
+    Args:
+        given: what config.json holds.
+    """
+    text = given.get("text_config")
+    for values in (given, text):
+        if isinstance(values, Mapping) and values.get("model_type") == "opt":
+            return values
+    return None
+
+
 def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
-    """`config`; raises ValueError if it is not an OPT's, or has a value that no OPT has."""
-    if config.model_type != "opt":
+    """`config`, or its `text_config` if that is the OPT, as in a BLIP-2.
+
+    Raises:
+        ValueError: if neither is an OPT's, or for a value that no OPT has.
+    """
+    text = getattr(config, "text_config", None)
+    opt = config if config.model_type == "opt" else text
+    if getattr(opt, "model_type", None) != "opt":
         raise ValueError(
-            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
-            "models see optimum-neuron."
+            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt', alone or as the "
+            "language model of a BLIP-2. For other models see optimum-neuron."
         )
-    check_values(config.to_dict(), source)
-    return config
+    assert opt is not None
+    if opt is not config:
+        opt._commit_hash = getattr(config, "_commit_hash", None)
+    check_values(opt.to_dict(), source)
+    return opt
 
 
 def check_values(given: Mapping[str, Any], source: Any) -> None:

@@ -8,35 +8,30 @@ threads (libgomp's) are waited for and never come. The kernels' own threads are 
 from __future__ import annotations
 
 import os
-import threading
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakSet
 
 import torch
 
-from .slots import Slots
+
+class Survivor(Protocol):
+    """What is made usable again in a fork."""
+
+    def after_fork(self) -> None: ...
 
 
-if TYPE_CHECKING:
-    from .engine import Engine
-
-_engines: WeakSet[Engine] = WeakSet()
+_survivors: WeakSet[Survivor] = WeakSet()
 
 
-def survive_fork(engine: Engine) -> None:
-    """Keeps `engine` usable in forks of this process. torch has one thread there, as in a DataLoader's workers."""
-    _engines.add(engine)
+def survive_fork(survivor: Survivor) -> None:
+    """Keeps it usable in forks of this process. torch has one thread there, as in a DataLoader's workers."""
+    _survivors.add(survivor)
 
 
 def _in_child() -> None:
-    for engine in list(_engines):
-        if engine.lock.acquire(blocking=False):  # free, or held by the thread that called fork
-            engine.lock.release()
-            continue
-        # Another thread was in a call, which goes on only in the parent.
-        engine.lock, engine.slots = threading.RLock(), Slots(engine.slots.batch_size)
-        engine._may_generate = True
-    if len(_engines):
+    for survivor in list(_survivors):
+        survivor.after_fork()
+    if len(_survivors):
         torch.set_num_threads(1)
 
 

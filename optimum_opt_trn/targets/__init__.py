@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..configuration_opt import OPTNeuronConfig
 from ..host_framework import INSTALLED, is_neuronx_available
 from ..version import NEEDED_FOR_NEURON
-from .base import Runtime, Step, StepResult, Target, TargetError
+from .base import LOGITS_ONLY, Inner, Runtime, Step, StepResult, Target, TargetError
 
 
-__all__ = ["Runtime", "Step", "StepResult", "Target", "TargetError", "get_target"]
+__all__ = ["LOGITS_ONLY", "Inner", "Runtime", "Step", "StepResult", "Target", "TargetError", "get_target"]
 
 
 def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1, trust_remote_code: bool = False) -> Target:
