@@ -162,7 +162,11 @@ def _padded(parts: Sequence[Tensor], fill: int) -> Tensor:
 
 def _joined_steps(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     steps = max(len(batch) for batch in batches)
-    missing = [torch.full_like(batch[0], -torch.inf) for batch in batches]
+    if not steps:
+        return ()
+    # Assisted generation may end without a step of its own. It goes row by row: all its batches have one row.
+    some = next(batch[0] for batch in batches if batch)
+    missing = [torch.full_like(batch[0] if batch else some, -torch.inf) for batch in batches]
     return tuple(
         torch.cat([batch[i] if i < len(batch) else nothing for batch, nothing in zip(batches, missing, strict=True)])
         for i in range(steps)

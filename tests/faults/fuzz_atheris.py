@@ -29,6 +29,23 @@ import atheris
 with atheris.instrument_imports(include=["optimum_opt_trn"]):
     import fuzz_targets
     import torch
+from report import where, write_section
+
+
+def report(findings: Path) -> None:
+    """Writes docs/reliability.md from the counts in `findings`."""
+    runs, answers, seconds = Counter[str](), Counter[str](), 0.0
+    for file in findings.glob("counts-*.json"):
+        counts = json.loads(file.read_text())
+        seconds += counts["cpu_s"]
+        runs.update(counts["runs"])
+        answers.update(counts["refused"])
+    found = len([*findings.glob("*.txt"), *findings.glob("crash-*"), *findings.glob("timeout-*")])
+    lines = [f"atheris, {where()}; {seconds / 60:.0f} minutes of processor time, {found} findings.", ""]
+    lines += ["| file | runs | refused by an error that says why |", "|---|---|---|"]
+    lines += [f"| {name} | {runs[name]:,} | {answers[name]:,} |" for name in fuzz_targets.TARGETS]
+    write_section("fuzz", "\n".join([*lines, f"| all | {sum(runs.values()):,} | {sum(answers.values()):,} |"]))
+
 
 # libFuzzer ends a process that hangs for so long, or takes so much memory.
 TIMEOUT_S, MEMORY_MB = 60, 4096
@@ -38,7 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu_minutes", type=float, default=1.0, help="processor time to spend")
     parser.add_argument("--findings", type=Path, required=True, help="where findings, corpus and counts are written")
+    parser.add_argument("--report", action="store_true", help="only write docs/reliability.md from what DIR has")
     arguments = parser.parse_args()
+    if arguments.report:
+        report(arguments.findings)
+        return
     arguments.findings.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

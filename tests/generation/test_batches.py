@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from optimum_opt_trn.generation.batches import Batches
+from optimum_opt_trn.generation.batches import Batches, _joined_steps
 from optimum_opt_trn.generation.transformers_versions import CACHE
 
 
@@ -180,3 +180,14 @@ def test_a_criterion_with_state_for_each_row(rows):
         length = theirs.index(end) + 1 if end in theirs else len(theirs)
         assert mine[:length] == theirs[:length]
     assert criteria[0].done == [False] * rows, "the caller's own is not changed by a batch"
+
+
+def test_a_batch_that_ends_without_a_step_joins_those_that_do():
+    """As with prompt lookup, whose scores for a row may be of no step. A soak found it."""
+    steps = (torch.arange(3.0)[None], torch.arange(3.0)[None] + 1)
+    joined = _joined_steps([(), steps, steps[:1]])
+    assert [step.tolist() for step in joined] == [
+        [[-torch.inf] * 3, [0, 1, 2], [0, 1, 2]],
+        [[-torch.inf] * 3, [1, 2, 3], [-torch.inf] * 3],
+    ]
+    assert _joined_steps([(), ()]) == ()
