@@ -37,6 +37,9 @@ from optimum_opt_trn.targets.neuron.rank_module import RANKS, DeviceOperators, R
 RECORD = Path(__file__).with_name("graph_version.json")
 TP_DEGREE = 2
 
+# torch-xla compares the indices of these with a 64-bit zero.
+WIDE = ("aten.index.Tensor", "aten.index_put")
+
 
 class Operations(TorchDispatchMode):
     """Notes each operation with the shapes and dtypes of its arguments and results."""
@@ -44,10 +47,15 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.noted: list[str] = []
+        self.wide: set[str] = set()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         leaves = tree_leaves((arguments, keywords, result))
+        if str(function).startswith(WIDE) or any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.int64 for x in leaves
+        ):
+            self.wide.add(str(function))
         described = [(tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]
         self.noted.append(f"{function} {described}")
         return result
@@ -72,8 +80,18 @@ def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]
     return shapes
 
 
+def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The SDK's operator in place of torch's, whose places are 64-bit."""
+    return torch.ops.neuron_double.top_k(x, k)
+
+
 def graphs() -> dict[str, str]:
     """A hash of the operations of each graph, for every kind of OPT."""
+    return {name: hashlib.sha256("\n".join(o.noted).encode()).hexdigest()[:16] for name, o in operations().items()}
+
+
+def operations() -> dict[str, Operations]:
+    """The operations of each graph, for every kind of OPT."""
     found = {}
     for kind, overrides in KINDS.items():
         config = tiny_config(**overrides)
@@ -87,13 +105,13 @@ def graphs() -> dict[str, str]:
                 DeviceOperators(
                     lambda x: x.clone(), lambda x: torch.cat([x] * TP_DEGREE, dim=-1),
                     lambda cache, new, slot: cache.index_select(0, slot) + new.sum(),
-                    torch.topk,
+                    top_k,
                 ),
             )  # fmt: skip
-            with torch.no_grad(), Operations() as operations:
+            with torch.no_grad(), Operations() as noted:
                 for arguments in examples:
                     module(*arguments)
-            found[f"{kind}: {graph}"] = hashlib.sha256("\n".join(operations.noted).encode()).hexdigest()[:16]
+            found[f"{kind}: {graph}"] = noted
     return found
 
 
@@ -105,6 +123,21 @@ def test_a_changed_graph_has_a_new_version():
         "The graphs differ from those of the recorded version: raise GRAPH_VERSION (targets/neuron/artifacts.py), and "
         f"run {Path(__file__).name} as a script."
     )
+
+
+def test_no_graph_has_64_bit_integers():
+    assert not set().union(*(noted.wide for noted in operations().values()))
+
+
+def test_64_bit_integers_are_noticed():
+    x, places = torch.zeros(3, 4), torch.zeros(2, dtype=torch.int32)
+    for operation in (lambda: x.index_put((places,), x[:2]), lambda: x[places], lambda: torch.topk(x, 2)):
+        with Operations() as noted:
+            operation()
+        assert noted.wide
+    with Operations() as noted:
+        x.index_select(0, places), x.scatter(0, places[:, None], x[:2])
+    assert not noted.wide
 
 
 def test_every_change_of_a_graph_is_noticed(monkeypatch):
