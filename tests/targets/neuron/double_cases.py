@@ -21,11 +21,11 @@ from double import runtime as cores  # noqa: E402
 from small_models import rounded, tiny_config, tiny_opt  # noqa: E402
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
+from optimum_opt_trn.buckets import EXTENSION  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
 from optimum_opt_trn.targets import TargetError  # noqa: E402
 from optimum_opt_trn.targets.neuron import host, process  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import _graph_key  # noqa: E402
-from optimum_opt_trn.targets.neuron.rank_module import EXTENSION  # noqa: E402
 
 
 SEQUENCE = 48
