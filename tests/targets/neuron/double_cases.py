@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))
 import double
 
@@ -217,6 +218,25 @@ def test_a_prompt_for_one_slot_touches_no_other(tmp_path):
     for cache in [cache for rank in model.nxd_model.state for cache in rank.values()]:
         assert (cache[[0, 2]] == 7).all() and (cache[slot, :, 16:] == 7).all()
         assert not (cache[slot, :, :length] == 7).any()
+
+
+@pytest.mark.parametrize("switch", ["attention_after_write", "all_reduce_f32", "topk_whole_vocabulary"])
+def test_switches_of_the_example_compute_the_same(switch, tmp_path):
+    from neuron_switches import switched
+
+    model = tiny_opt(vocab_size=203, num_hidden_layers=1)
+    prompts = ragged(model.config.vocab_size)
+    with switched(switch):
+        out = export(tmp_path, model, amp="f32", tp_degree=2)
+    loaded = NeuronOPTForCausalLM.from_pretrained(out)
+    reference = rounded(model, torch.float32)
+    assert loaded.generate(**prompts, **GREEDY).tolist() == reference.generate(**prompts, **GREEDY).tolist()
+    # And calls of several tokens after a cached prefix.
+    past = loaded(prompts["input_ids"][:, :17], attention_mask=prompts["attention_mask"][:, :17]).past_key_values
+    mask, rest = prompts["attention_mask"], prompts["input_ids"][:, 17:]
+    logits = loaded(rest, attention_mask=mask, past_key_values=past).logits[1]
+    expected = reference(prompts["input_ids"], attention_mask=mask).logits[1, 17:]
+    assert (logits - expected).abs().max() < 1e-3 * expected.std()
 
 
 def test_one_module_is_in_memory_at_a_time(tmp_path, monkeypatch):

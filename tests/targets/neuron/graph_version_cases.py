@@ -18,12 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))
 import double
 
 
 double.install()
 
+from neuron_switches import SWITCHES, switched  # noqa: E402
 from small_models import KINDS, tiny_config  # noqa: E402
 
 from optimum_opt_trn import OPTNeuronConfig  # noqa: E402
@@ -149,6 +151,29 @@ def test_every_change_of_a_graph_is_noticed(monkeypatch):
     assert {name for name in before if before[name] == after[name]} == {
         name for name in before if name.endswith("cache_copy")
     }
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_of_the_example_changes_what_it_says(switch):
+    from optimum_opt_trn.targets.neuron import builder
+
+    def compiled() -> dict[str, str]:
+        config = OPTNeuronConfig(instance_type="trn1")
+        return {graph: builder.compiler_arguments(config, graph) for graph in example_inputs(config)}
+
+    before, arguments = graphs(), compiled()
+    with switched(switch):
+        after, other_arguments = graphs(), compiled()
+    changed = {name.rpartition(": ")[2] for name in before if before[name] != after[name]}
+    decoding = {"token_generation", "speculation"}
+    all_but_copy = {"context_encoding", *decoding}
+    assert changed == {
+        "attention_after_write": decoding, "all_reduce_f32": all_but_copy, "topk_whole_vocabulary": all_but_copy,
+        "context_O2": set(),
+    }[switch]  # fmt: skip
+    differing = {graph for graph in arguments if arguments[graph] != other_arguments[graph]}
+    assert differing == ({"context_encoding"} if switch == "context_O2" else set())
+    assert graphs() == before
 
 
 if __name__ == "__main__":
