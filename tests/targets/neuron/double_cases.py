@@ -239,6 +239,30 @@ def test_switches_of_the_example_compute_the_same(switch, tmp_path):
     assert (logits - expected).abs().max() < 1e-3 * expected.std()
 
 
+def test_the_example_measures_a_switch(tmp_path, monkeypatch):
+    import argparse
+
+    import validate_on_trn
+
+    monkeypatch.setattr(validate_on_trn, "TIMED_STEPS", 4)
+    found = NeuronOPTForCausalLM.get_neuron_config
+    monkeypatch.setattr(
+        NeuronOPTForCausalLM, "get_neuron_config", lambda name, **options: found(name, **{**options, **on_trn1})
+    )
+    on_trn1, model = {"instance_type": "trn1"}, Path(validate_on_trn.__file__).parent / "models" / "opt-austen"
+    options = argparse.Namespace(
+        output=tmp_path, cpu=False, batch_size=1, sequence_length=64, tensor_parallel_size=2, auto_cast_type="f16",
+        switches=["all_reduce_f32"],
+    )  # fmt: skip
+    measured = validate_on_trn.switches(str(model), options, {"export": {"seconds": 1.0}})
+    values = measured["all_reduce_f32"]
+    assert "error" not in values, values["traceback"]
+    assert values["passed"] and values["prefill_ms"] > 0 and values["decode_ms"] > 0
+    own, other = validate_on_trn.comparison(measured)[2:]
+    assert own.startswith("| none | 1 | ") and other.startswith("| all_reduce_f32 | ")
+    assert other.count("|") == 6 and "|  |" not in other
+
+
 def test_one_module_is_in_memory_at_a_time(tmp_path, monkeypatch):
     import weakref
 
