@@ -7,6 +7,10 @@
 
 Each model is exported, loaded and compared with transformers on the CPU; its steps are timed and set against the
 roofline, and the memory that the driver counts against the plan. A part that fails is reported, and the rest goes on.
+On devices, each model is then exported once more for each of --switches, other ways to build its graphs
+(neuron_switches.py): attention that waits for the cache's write, all-reduces in float32, the best words looked for in
+the whole vocabulary on every rank, and prompts compiled with -O2. The report's last table sets them against the
+package's own way; --switches none leaves them out.
 --output gets report.json and report.md; attach both to a bug report. Exports are kept in the same directory, and the
 next run uses them again. On a trn1.2xlarge, opt-13b takes 55 GB of disk, and its compilation more host memory than
 there is: see docs/neuron.md for exporting elsewhere.
@@ -34,6 +38,7 @@ PACKAGES = (
     *("optimum-opt-trn", "optimum", "optimum-neuron", "transformers", "torch", "torch-xla", "torch-neuronx"),
     *("neuronx-distributed", "neuronx-cc", "libneuronxla", "aws-neuronx-runtime-discovery", "safetensors"),
 )
+SWITCHES = ("attention_after_write", "all_reduce_f32", "topk_whole_vocabulary", "context_O2")
 PROMPTS = ("It was a fine morning, and", "The capital of France is", "In the beginning", "To whom it may concern:")
 NEW_TOKENS, TIMED_STEPS = 24, 64
 
@@ -50,6 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--sequence_length", type=int, default=512, help="(default: %(default)s)")
     add("--tensor_parallel_size", type=int, help="(default: all NeuronCores)")
     add("--auto_cast_type", default="f16", choices=TOLERANCE, help="(default: %(default)s)")
+    add("--switches", nargs="+", default=SWITCHES, choices=(*SWITCHES, "none"), metavar="SWITCH",
+        help=f"of {', '.join(SWITCHES)}; none (default: all, on devices)")  # fmt: skip
     add("--cpu", action="store_true", help="on the host's CPU, uncompiled: whether the script itself works")
     return parser.parse_args()
 
@@ -193,7 +200,7 @@ def speed(model: Any, plan: Any, config: Any) -> dict[str, Any]:
         from optimum_opt_trn.planning.roofline import roofline
 
         line = roofline(config, plan)
-        found.update(roofline_decode_ms=1e3 * line.decode_seconds, share_of_roofline=line.decode_seconds / step)
+        found.update(roofline_decode_ms=1e3 * line.decode_seconds, share_of_roofline=line.decode_seconds / median)
     return found
 
 
@@ -246,12 +253,55 @@ def validate(name: str, options: argparse.Namespace, instance: str | None) -> di
     return report
 
 
+def switches(name: str, options: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
+    """Compile time, speed and parity of a model in each of `options.switches`, one after the other; `own` is the
+    model's report in the package's way."""
+    import gc
+
+    from neuron_switches import switched
+
+    from optimum_opt_trn import NeuronOPTForCausalLM
+
+    def measure(switch: str) -> dict[str, Any]:
+        directory = options.output / f"{name.strip('/').replace('/', '--')}--{switch}"
+        with switched(switch):
+            exported = attempt(export, name, directory, options)
+        if "error" in exported:
+            return exported
+        model = NeuronOPTForCausalLM.from_pretrained(directory)
+        found = {"export_seconds": exported["seconds"], **speed(model, None, model.config)}
+        return {**found, **parity(model, directory)}
+
+    ours = {"export_seconds": own["export"]["seconds"], **own.get("speed", {}), **own.get("parity", {})}
+    found = {"none": ours}
+    for switch in options.switches:
+        found[switch] = attempt(measure, switch)
+        gc.collect()  # the model's memory, on the cores too
+    return found
+
+
+def comparison(found: dict[str, Any]) -> list[str]:
+    """A table of what `switches` found."""
+    columns = ("export_seconds", "prefill_ms", "decode_ms", "largest_logit_error_sigma")
+    lines = [f"| switch | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for switch, values in found.items():
+        if "error" in values:
+            lines.append(f"| {switch} | {values['error']} |")
+        else:
+            cells = (values.get(column) for column in columns)
+            lines.append(f"| {switch} | {' | '.join('' if x is None else f'{x:.4g}' for x in cells)} |")
+    return lines
+
+
 def readable(report: dict[str, Any]) -> str:
     lines = [f"# Validation on {report['environment'].get('instance') or 'a host without Neuron devices'}", ""]
     for title, found in report.items():
         lines += [f"## {title}", ""]
         for part, values in found.items() if title != "environment" else [("", found)]:
             lines += [f"### {part}", ""] if part else []
+            if part == "switches":
+                lines += [*comparison({k: v for k, v in values.items() if isinstance(v, dict)}), ""]
+                continue
             for key, value in values.items():
                 if key == "traceback":
                     lines += ["", "```", str(value).rstrip(), "```"]
@@ -271,6 +321,11 @@ def main() -> int:
         print(f"{name} …", flush=True)
         report[name] = validate(name, options, report["environment"].get("instance"))
         # After each model, in case the next one takes the machine down.
+        (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (options.output / "report.md").write_text(readable(report))
+    for name in options.models if report["environment"].get("instance") and "none" not in options.switches else ():
+        print(f"{name} in other ways …", flush=True)
+        report[name]["switches"] = attempt(switches, name, options, report[name])
         (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (options.output / "report.md").write_text(readable(report))
     models = [found for title, found in report.items() if title != "environment"]

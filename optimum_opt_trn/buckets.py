@@ -17,6 +17,12 @@ SHORTEST_SEQUENCE = 4
 # Neuron compiles each bucket separately, so that a few doubling ones are best.
 NEURON_SMALLEST_BUCKET = 128
 
+# Tokens a row that one run of the graph `speculation` takes; longer calls are cut, shorter ones filled up. The weights
+# are read once for all of them, and a NeuronCore's matrix unit works on up to 128 rows at a time (awsdocs-neuron,
+# "NeuronCore-v2 Architecture"), so that sixteen cost hardly more than one; assisted generation asks for 5 to 21
+# (transformers' num_assistant_tokens, plus one).
+EXTENSION = 16
+
 # On `cpu`, the attention kernel reads the cache again for each token of a slot. From this many new tokens of a slot
 # on, matrix products are faster and are used instead.
 LONG_RUN = 16
@@ -43,6 +49,11 @@ def default_prompt_buckets(sequence_length: int, target: str) -> tuple[int, ...]
 def default_cache_buckets(sequence_length: int, target: str) -> tuple[int, ...]:
     """Cache lengths (positions), ascending, the last `sequence_length`."""
     return default_prompt_buckets(sequence_length, target)
+
+
+def extension_length(sequence_length: int) -> int:
+    """Tokens a row that one run of `speculation` takes."""
+    return min(EXTENSION, sequence_length)
 
 
 def check_buckets(option: str, buckets: Sequence[int], sequence_length: int) -> tuple[int, ...]:

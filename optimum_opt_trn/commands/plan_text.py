@@ -64,10 +64,12 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _host(plan: Plan) -> Iterator[str]:
     host = plan.host
-    disk, split, load = (in_units(host[name]) for name in ("disk", "split", "load"))
+    disk, split, trace, load = (in_units(host[name]) for name in ("disk", "split", "trace", "load"))
     yield f"disk                           {disk} for the split checkpoint, in addition to the source"
     total = f"of {in_units(plan.memory.instance.host_bytes)}"
     yield f"host memory                    {split} to split, {load} to load, {total}"
+    if host["trace"]:
+        yield f"                               {trace} to trace an export, and what the compiler takes"
 
 
 def _speed(plan: Plan) -> Iterator[str]:

@@ -114,7 +114,7 @@ def write_tokens(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     """
     # Comparing with a tensor: compared with a number, torch-xla makes 64-bit integers of both.
     busy = (positions >= torch.zeros_like(positions))[:, None, :, None]
-    # Adjacent indices: with a slice among them, XLA would transpose the whole cache and back.
-    rows, heads = (torch.arange(size, dtype=torch.int32, device=cache.device) for size in cache.shape[:2])
-    places = (rows[:, None, None], heads[:, None], positions.clamp(min=0)[:, None])
-    return cache.index_put(places, torch.where(busy, new.to(cache.dtype), cache[places]))
+    # An idle row writes its first position to itself. torch.scatter, as in optimum-neuron's cache, takes 32-bit
+    # indices; index_put would compare them with a 64-bit zero.
+    new = torch.where(busy, new.to(cache.dtype), cache[:, :, :1])
+    return cache.scatter(2, positions.clamp(min=0)[:, None, :, None].expand_as(new), new)

@@ -100,17 +100,21 @@ class Plan:
 
     @property
     def host(self) -> dict[str, int]:
-        """Bytes that the host needs: on disk for the split checkpoint, in memory to write it and to load it.
+        """Bytes that the host needs: on disk for the split checkpoint, in memory to write it, to trace and to load it.
 
         These are estimates, without the 0.4 GB or so of Python with torch. A checkpoint is written in chunks, and
-        loaded to a device file by file. On `cpu` its files are mapped, and everything else in the plan is allocated.
-        (A source file in PyTorch's format from before 1.6 has to be in memory as a whole.)
+        loaded to a device file by file. To trace, one rank's weights and caches are copied once, however many graphs
+        there are; the compiler's memory is not included. On `cpu` nothing is traced, files of the checkpoint are
+        mapped, and everything else in the plan is allocated. (A source file in PyTorch's format from before 1.6 has
+        to be in memory as a whole.)
         """
         setup = self.memory.setup
         total, largest_file = checkpoint_bytes(self.config, setup)
         memory = self.memory
-        load = largest_file if memory.instance.on_neuron else memory.total - sum(memory.weights.values())
-        return {"disk": total, "split": SPLIT_BYTES, "load": load}
+        on_core = sum(memory.weights.values()) + memory.cache
+        if memory.instance.on_neuron:
+            return {"disk": total, "split": SPLIT_BYTES, "trace": on_core, "load": largest_file}
+        return {"disk": total, "split": SPLIT_BYTES, "trace": 0, "load": memory.total - on_core + memory.cache}
 
     def to_dict(self) -> dict[str, Any]:
         """What `optimum-cli neuron plan --json` prints: bytes, seconds and tokens per second."""
@@ -137,6 +141,7 @@ class Plan:
             "max_sequence_length": self.max_sequence_length,
             "disk_bytes": host["disk"],
             "host_bytes_to_split": host["split"],
+            "host_bytes_to_trace": host["trace"],
             "host_bytes_to_load": host["load"],
             "host_bytes": instance.host_bytes,
             "realistic_share": REALISTIC_SHARE,

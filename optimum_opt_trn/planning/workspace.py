@@ -4,10 +4,11 @@ The sums follow the tensors of `model/program.py`, whose dtypes and shapes they 
 cached positions, `R` ranks. For each part of a graph (attention, MLP, head) the moment with the most bytes is counted.
 The largest of these sums is what the graph needs, since its parts use the same memory one after the other.
 
-- On `neuron` it is what one core needs. The scores of a prompt, `(b, heads / R, n, n)`, are not counted: the compiler
-  works on tiles of them that fit the core's 24 MiB of on-chip memory ("For an inference kernel, scratchpad usage is
-  usually determined by the size of hidden states": AWS Neuron documentation, "Neuron Device Memory"). `prompt_scores`
-  says how much they would take without tiles.
+- On `neuron` it is what one core needs. A prompt is a call of its own, of one row; all rows of a batch share the calls
+  of the other graphs. The scores of a prompt, `(1, heads / R, n, n)`, are not counted: the compiler works on tiles of
+  them that fit the core's 24 MiB of on-chip memory ("For an inference kernel, scratchpad usage is usually determined
+  by the size of hidden states": AWS Neuron documentation, "Neuron Device Memory"). `prompt_scores` says how much they
+  would take without tiles.
 - On `cpu` it is what the process that holds all ranks needs, with the kernels. They read 16-bit
   weights directly, and allocate only their results. Tokens are packed, and the longest prompts fill every slot. Long
   prompts go through PyTorch's flash attention, one slot after the other, which makes no scores. A thread's own buffers
@@ -16,7 +17,7 @@ The largest of these sums is what the graph needs, since its parts use the same 
 
 from __future__ import annotations
 
-from ..buckets import LONG_RUN
+from ..buckets import LONG_RUN, extension_length
 from ..dtypes import DTYPES
 from ..model.shapes import ModelShape
 from .setup import Setup
@@ -24,6 +25,7 @@ from .setup import Setup
 
 CONTEXT_ENCODING = "context_encoding"
 TOKEN_GENERATION = "token_generation"
+SPECULATION = "speculation"
 
 _F32 = DTYPES["f32"].bytes
 
@@ -35,34 +37,43 @@ CPU_THREAD_BYTES = 3 * 2**19
 
 def graph_workspace(config: ModelShape, setup: Setup, on_neuron: bool) -> dict[str, int]:
     """Bytes that each graph needs at most at a time, at its largest bucket."""
-    moments = _neuron_moments if on_neuron else _cpu_moments
+    if on_neuron:
+        calls = {
+            CONTEXT_ENCODING: (1, setup.sequence_length),
+            TOKEN_GENERATION: (setup.batch_size, 1),
+            SPECULATION: (setup.batch_size, extension_length(setup.sequence_length)),
+        }
+        return {graph: max(_neuron_moments(config, setup, graph, *call)) for graph, call in calls.items()}
     return {
-        CONTEXT_ENCODING: max(moments(config, setup, setup.sequence_length)),
-        TOKEN_GENERATION: max(moments(config, setup, 1)),
+        CONTEXT_ENCODING: max(_cpu_moments(config, setup, setup.sequence_length)),
+        TOKEN_GENERATION: max(_cpu_moments(config, setup, 1)),
     }
 
 
 def prompt_scores(config: ModelShape, setup: Setup) -> int:
-    """Bytes of the float32 attention scores of one rank and layer, for the longest prompts."""
-    return _scores(config, setup, setup.sequence_length)
+    """Bytes of the float32 attention scores of one rank and layer, for the longest prompt."""
+    return _scores(config, setup, setup.sequence_length, setup.sequence_length)
 
 
-def _scores(config: ModelShape, setup: Setup, n: int) -> int:
-    heads = config.num_attention_heads // setup.tp_degree
-    return setup.batch_size * heads * n * setup.sequence_length * _F32
+def _scores(config: ModelShape, setup: Setup, tokens: int, positions: int) -> int:
+    return config.num_attention_heads // setup.tp_degree * tokens * positions * _F32
 
 
-def _neuron_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
-    tokens, ranks = setup.batch_size * n, setup.tp_degree
+def _neuron_moments(config: ModelShape, setup: Setup, graph: str, rows: int, n: int) -> tuple[int, ...]:
+    tokens, ranks = rows * n, setup.tp_degree
+    prompt = graph == CONTEXT_ENCODING
     hidden = tokens * config.hidden_size
     residual, normed, summand = hidden * _F32, hidden * setup.compute_bytes, hidden * _F32
-    scores = 0 if n > 1 else 2 * _scores(config, setup, n)
+    # Of cached positions and of new tokens, each before and after the softmax.
+    scores = 0 if prompt else 2 * _scores(config, setup, tokens, setup.sequence_length + n)
     # Query, key, value, and the weighted sum of values.
     attention = residual + normed + 4 * hidden // ranks * _F32 + scores + summand
     mlp = residual + normed + tokens * config.ffn_dim // ranks * _F32 + summand
-    # The rank's logits, the logits of all ranks, and a copy without the suppressed tokens.
-    head = setup.batch_size * (config.hidden_size + 3 * config.vocab_size) * _F32
-    return attention, mlp, head
+    # For the tokens whose logits are returned, the rank's logits and those of all ranks; and for each row a copy of
+    # the rank's without the suppressed tokens.
+    wanted, words = rows if prompt else tokens, -(-config.vocab_size // ranks)
+    head = wanted * (config.hidden_size + words * (1 + ranks)) + rows * words
+    return attention, mlp, head * _F32
 
 
 def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:

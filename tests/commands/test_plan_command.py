@@ -69,8 +69,10 @@ def test_the_table_says_what_goes_where_in_100_columns(opt_13b, plan):
         assert max(map(len, lines)) <= 100
         assert next(line for line in lines if line.strip().startswith("free ")).endswith(verdict)
         assert all(part in text for part in (*shown, "inf2.48xlarge", "trn2.48xlarge"))
-    assert "longest sequence that fits     1941 positions at batch size 3" in text
+    assert "longest sequence that fits     1963 positions at batch size 3" in text
     assert "host memory                    512.00 MiB to split, 600.17 MiB to load, of 32.00 GiB" in text
+    assert "                               14.35 GiB to trace an export, and what the compiler takes" in text
+    assert "to trace" not in plan("-m", opt_13b, "--instance", "cpu")
 
 
 @pytest.mark.parametrize("instance", ["cpu", "trn1.2xlarge"])

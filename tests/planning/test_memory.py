@@ -30,7 +30,7 @@ from optimum_opt_trn.planning.memory import (
     tp_degrees,
 )
 from optimum_opt_trn.planning.setup import Setup
-from optimum_opt_trn.planning.workspace import cpu_buffers
+from optimum_opt_trn.planning.workspace import CONTEXT_ENCODING, cpu_buffers
 
 
 def family(hidden: int, layers: int, heads: int) -> OPTConfig:
@@ -117,12 +117,13 @@ def test_opt_13b_on_a_trn1_2xlarge_fits_at_batch_2_and_not_at_3():
 
 
 def test_the_reserve_holds_however_scores_and_pages_are_counted():
+    """In the program that the statement is about, which ran the prompts of all rows at once."""
     two, three = (plan_memory(OPT_13B, Setup(batch, 2048, 2), TRN1) for batch in (2, 3))
     for scores in (0, 1):
         for page in (1, SCRATCHPAD_PAGE):
             free = []
             for plan in (two, three):
-                needed = max(plan.graphs.values()) + scores * plan.scores
+                needed = plan.setup.batch_size * (plan.graphs[CONTEXT_ENCODING] + scores * plan.scores)
                 free.append(plan.free + plan.workspace - -(-needed // page) * page)
             assert free[0] >= 0 > free[1]
 
@@ -145,7 +146,7 @@ def test_what_aws_says_of_batch_1_are_the_sums_of_batch_2(config, published):
 
 
 def test_workspace_is_in_pages_shared_by_the_graphs_only_on_neuron():
-    setup = Setup(3, 2048, 2)
+    setup = Setup(128, 2048, 2)
     plan = plan_memory(OPT_13B, setup, TRN1)
     assert plan.workspace == 2 * SCRATCHPAD_PAGE >= max(plan.graphs.values()) > SCRATCHPAD_PAGE
     host = plan_memory(OPT_13B, setup, this_host())

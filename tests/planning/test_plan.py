@@ -84,7 +84,7 @@ def test_json_has_what_callers_read_and_adds_up():
     assert values["hbm_bytes_per_core"] == sum(values[f"{part}_bytes_per_core"] for part in parts)
     assert values["fits"] is False
     assert values["free_bytes_per_core"] < 0
-    assert (values["max_batch_size"], values["max_sequence_length"]) == (2, 1941)
+    assert (values["max_batch_size"], values["max_sequence_length"]) == (2, 1963)
     assert values["decode_tokens_per_second_realistic"] < values["decode_tokens_per_second"]
     assert sum(values["weights_by_part"].values()) == values["weights_bytes_per_core"]
 
@@ -101,5 +101,9 @@ def test_the_host_splits_a_model_of_any_size_in_as_much_memory():
         memory = plan.memory
         everything_else = memory.cache + memory.workspace + memory.reserve
         assert plan.host["load"] == (largest if memory.instance.on_neuron else everything_else)
+        # The copy that the tracer makes of one rank's weights and caches.
+        on_core = sum(memory.weights.values()) + memory.cache
+        assert plan.host["trace"] == (on_core if memory.instance.on_neuron else 0)
     values = plans[0].to_dict()
-    assert (values["host_bytes_to_split"], values["host_bytes_to_load"]) == (GiB // 2, plans[0].host["load"])
+    told = [values[f"host_bytes_to_{what}"] for what in ("split", "trace", "load")]
+    assert told == [GiB // 2, plans[0].host["trace"], plans[0].host["load"]]

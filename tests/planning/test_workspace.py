@@ -16,6 +16,7 @@ from optimum_opt_trn.planning.setup import Setup
 from optimum_opt_trn.planning.workspace import (
     CONTEXT_ENCODING,
     CPU_THREAD_BYTES,
+    SPECULATION,
     TOKEN_GENERATION,
     graph_workspace,
     prompt_scores,
@@ -146,8 +147,27 @@ def test_on_neuron_it_has_the_size_of_hidden_states_without_scores():
     config = tiny_config(hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, max_position_embeddings=512)
     setup = Setup(batch_size=2, sequence_length=512, tp_degree=2)
     # The residual, the MLP's summand and its 256 inner units in float32, the layernorm in float16.
-    assert graph_workspace(config, setup, on_neuron=True)[CONTEXT_ENCODING] == 2 * 512 * (
-        4 * (128 + 128 + 256) + 2 * 128
-    )
+    # A prompt is one row, whatever the batch size.
+    assert graph_workspace(config, setup, on_neuron=True)[CONTEXT_ENCODING] == 512 * (4 * (128 + 128 + 256) + 2 * 128)
     # Two of the four heads, all pairs of positions, in float32.
-    assert prompt_scores(config, setup) == 2 * 2 * 512 * 512 * 4
+    assert prompt_scores(config, setup) == 2 * 512 * 512 * 4
+
+
+def test_on_neuron_the_rows_of_a_batch_share_calls_for_new_tokens():
+    config = tiny_config(hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, max_position_embeddings=512)
+    for batch in (3, 64):
+        planned = graph_workspace(config, Setup(batch, 512, 2), on_neuron=True)
+        # Residual, summand, half of query, key, value and result in float32, layernorm in float16; and for two of the
+        # four heads, scores of 512 cached positions and of the new tokens, before and after the softmax.
+        for graph, tokens in ((TOKEN_GENERATION, 1), (SPECULATION, 16)):
+            hidden = 128 * (4 + 4 + 4 * 4 // 2 + 2)
+            assert planned[graph] == batch * tokens * (hidden + 2 * 2 * (512 + tokens) * 4)
+    assert planned[SPECULATION] > planned[CONTEXT_ENCODING]
+
+
+def test_on_neuron_a_large_vocabulary_is_the_most_of_a_small_model():
+    config = tiny_config(vocab_size=10001)
+    planned = graph_workspace(config, Setup(2, 16, 4), on_neuron=True)
+    # Of four ranks 2,501 words each: the rank's logits and all ranks', and the rank's without suppressed words.
+    for graph, wanted, rows in ((CONTEXT_ENCODING, 1, 1), (TOKEN_GENERATION, 2, 2), (SPECULATION, 32, 2)):
+        assert planned[graph] == 4 * (wanted * (config.hidden_size + 2501 * 5) + rows * 2501)

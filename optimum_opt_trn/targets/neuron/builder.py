@@ -31,6 +31,7 @@ from transformers import OPTConfig
 from ...configuration_opt import OPTNeuronConfig
 from ...hardware import FAMILIES
 from ..base import TargetError
+from .allocator import large_blocks_return
 from .rank_module import VISIBLE_RESULTS, DeviceOperators, RankModule, example_inputs
 
 
@@ -84,6 +85,8 @@ class _Instance(BaseModelInstance):
     """Tells the builder which results are which states."""
 
     def get(self, bucket_rank: int, **kwargs: Any) -> tuple[nn.Module, dict[Tensor, int]]:
+        # Called before each graph is traced. What the tracer copied for the last one can be in reference cycles.
+        gc.collect()
         states = enumerate(self.module.states)
         return self.module, {self.module.get_parameter(name): VISIBLE_RESULTS + index for index, name in states}
 
@@ -116,7 +119,6 @@ def make_builder(
         # is in memory at a time.
         for instance in instances:
             instance.module = None
-        gc.collect()
         return RankModule(graph, config, neuron_config, shapes, operators).eval()
 
     for graph, examples in example_inputs(config, neuron_config).items():
@@ -151,7 +153,7 @@ def compile_model(
         # NxD 0.15 wants it for four ranks on this hardware; 0.18 has this default (parallel_layers/parallel_state.py).
         "LOCAL_WORLD_SIZE": str(neuron_config.tp_degree),
     }
-    with _workdir() as workdir, _environment(**variables):
+    with _workdir() as workdir, _environment(**variables), large_blocks_return():
         builder = make_builder(config, neuron_config, shapes, workdir / "graphs")
         try:
             with hub_neuronx_cache(entry=entry):
@@ -172,14 +174,16 @@ def load_model(file: Path, parts: Iterable[list[dict[str, Tensor]]], ranks: int)
     `initialize_with_saved_weights` (trace/spmd.py, NxDModel), can be had piece by piece.
 
     Args:
-        parts: the weights, a dictionary for each rank at a time; see `parameters_of`.
+        parts: the weights, a dictionary for each rank at a time; see `parameters_of`. One part at a time is made
+            contiguous.
     """
     model = torch.jit.load(str(file))
     placed: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for part in parts:
-        for on_core, tensors in zip(placed, torch.ops.neuron._parallel_load(part), strict=True):
+        staged = [{name: tensor.contiguous() for name, tensor in tensors.items()} for tensors in part]
+        for on_core, tensors in zip(placed, torch.ops.neuron._parallel_load(staged), strict=True):
             on_core.update(tensors)
-        del part  # before the next is made
+        del part, staged  # before the next is made
     model.nxd_model.weights = placed
     model.nxd_model.initialize_with_saved_weights(torch.tensor([0], dtype=torch.int32))
     return model

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
+from ...buckets import extension_length
 from ...checkpoint import ModelWeights
 from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
@@ -36,12 +37,6 @@ from ...model.program import OPTRankProgram
 from ...model.sampling import Candidates, SamplingInputs, TopK, candidates, draw_tokens, join_candidates
 from ...model.shapes import cache_shape
 
-
-# Tokens that one run of `speculation` takes; longer calls are cut, shorter ones filled up. The weights are read once
-# for all of them, and a NeuronCore's matrix unit works on up to 128 rows at a time (awsdocs-neuron, "NeuronCore-v2
-# Architecture"), so that sixteen cost hardly more than one; assisted generation asks for 5 to 21 (transformers'
-# num_assistant_tokens, plus one).
-EXTENSION = 16
 
 # Results that callers see; the states come behind them.
 VISIBLE_RESULTS = 2
@@ -175,7 +170,7 @@ class RankModule(nn.Module):
 
 def example_inputs(config: OPTConfig, neuron_config: OPTNeuronConfig) -> dict[str, list[tuple[Tensor, ...]]]:
     """For each graph, the arguments that it is traced with, a tuple for each bucket."""
-    b, k = neuron_config.batch_size, extension_length(neuron_config)
+    b, k = neuron_config.batch_size, extension_length(neuron_config.sequence_length)
     one, sampling = (sampling_arguments(SamplingInputs.greedy(rows)) for rows in (1, b))
 
     def integers(*shape: int) -> Tensor:
@@ -194,11 +189,6 @@ def example_inputs(config: OPTConfig, neuron_config: OPTNeuronConfig) -> dict[st
     return graphs
 
 
-def extension_length(neuron_config: OPTNeuronConfig) -> int:
-    """Tokens that one run of `speculation` takes."""
-    return min(EXTENSION, neuron_config.sequence_length)
-
-
 def sampling_arguments(sampling: SamplingInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The last three arguments of every graph."""
     return sampling.params.float(), sampling.uniforms.float(), sampling.suppressed.to(torch.int32)
@@ -207,15 +197,15 @@ def sampling_arguments(sampling: SamplingInputs) -> tuple[Tensor, Tensor, Tensor
 def parameters_of(weights: ModelWeights, ranks: int) -> Iterator[list[dict[str, Tensor]]]:
     """The weights part by part (the ranks' numbers, embeddings, head, each layer), each as one dictionary a rank.
 
-    A part is dropped from `weights` before the next is made, and only then are its shards made contiguous: no more
-    than one is staged at a time. A head that is tied to the embedding is left out.
+    The tensors are those of `weights`, views of the mapped checkpoint, which are not read here. A part is dropped from
+    `weights` before the next is made. A head that is tied to the embedding is left out.
 
     Args:
         weights: of `ranks` local ranks; left empty.
     """
     if weights.head["lm_head.weight"] is weights.embed["embed_tokens.weight"]:
         del weights.head["lm_head.weight"]
-    yield [{RANKS: weights.ranks[rank : rank + 1].contiguous()} for rank in range(ranks)]
+    yield [{RANKS: weights.ranks[rank : rank + 1]} for rank in range(ranks)]
     yield _of_ranks("embed", weights.embed, ranks)
     yield _of_ranks("head", weights.head, ranks)
     for index in range(len(weights.layers)):
@@ -227,6 +217,5 @@ def _of_ranks(part: str, weights: Weights, ranks: int) -> list[dict[str, Tensor]
     while weights:
         name, tensors = weights.popitem()
         for rank, named in enumerate(shards):
-            tensor = tensors[rank if len(tensors) > 1 else 0]
-            named[f"{part}.{name}".replace(".", "__")] = tensor.contiguous()
+            named[f"{part}.{name}".replace(".", "__")] = tensors[rank if len(tensors) > 1 else 0]
     return shards

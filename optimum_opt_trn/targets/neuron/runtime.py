@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...buckets import smallest_bucket
+from ...buckets import extension_length, smallest_bucket
 from ...configuration_opt import OPTNeuronConfig
 from ...model.sampling import SamplingInputs
 from ..base import Runtime, Step, StepResult
 from .process import check_fork
-from .rank_module import NO_PLACE, extension_length, sampling_arguments
+from .rank_module import NO_PLACE, sampling_arguments
 
 
 # A slot with its tokens in a step.
@@ -109,7 +109,7 @@ class NeuronRuntime(Runtime):
 
         `given` are the step's tokens, as ids `(t,)` or as embeddings `(t, dim)`, which another graph takes.
         """
-        size = extension_length(self.neuron_config)
+        size = extension_length(self.neuron_config.sequence_length)
         longest = max(tokens.stop - tokens.start for _, tokens in runs)
         for start in range(0, longest, size):
             ids = torch.zeros(call.batch_size, size, *given.shape[1:], dtype=given.dtype)

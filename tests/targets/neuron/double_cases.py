@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))
 import double
 
@@ -21,11 +22,11 @@ from double import runtime as cores  # noqa: E402
 from small_models import rounded, tiny_config, tiny_opt  # noqa: E402
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
+from optimum_opt_trn.buckets import EXTENSION  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
 from optimum_opt_trn.targets import TargetError  # noqa: E402
 from optimum_opt_trn.targets.neuron import host, process  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import _graph_key  # noqa: E402
-from optimum_opt_trn.targets.neuron.rank_module import EXTENSION  # noqa: E402
 
 
 SEQUENCE = 48
@@ -260,6 +261,49 @@ def test_a_prompt_for_one_slot_touches_no_other(tmp_path):
     for cache in [cache for rank in model.nxd_model.state for cache in rank.values()]:
         assert (cache[[0, 2]] == 7).all() and (cache[slot, :, 16:] == 7).all()
         assert not (cache[slot, :, :length] == 7).any()
+
+
+@pytest.mark.parametrize("switch", ["attention_after_write", "all_reduce_f32", "topk_whole_vocabulary"])
+def test_switches_of_the_example_compute_the_same(switch, tmp_path):
+    from neuron_switches import switched
+
+    model = tiny_opt(vocab_size=203, num_hidden_layers=1)
+    prompts = ragged(model.config.vocab_size)
+    with switched(switch):
+        out = export(tmp_path, model, amp="f32", tp_degree=2)
+    loaded = NeuronOPTForCausalLM.from_pretrained(out)
+    reference = rounded(model, torch.float32)
+    assert loaded.generate(**prompts, **GREEDY).tolist() == reference.generate(**prompts, **GREEDY).tolist()
+    # And calls of several tokens after a cached prefix.
+    past = loaded(prompts["input_ids"][:, :17], attention_mask=prompts["attention_mask"][:, :17]).past_key_values
+    mask, rest = prompts["attention_mask"], prompts["input_ids"][:, 17:]
+    logits = loaded(rest, attention_mask=mask, past_key_values=past).logits[1]
+    expected = reference(prompts["input_ids"], attention_mask=mask).logits[1, 17:]
+    assert (logits - expected).abs().max() < 1e-3 * expected.std()
+
+
+def test_the_example_measures_a_switch(tmp_path, monkeypatch):
+    import argparse
+
+    import validate_on_trn
+
+    monkeypatch.setattr(validate_on_trn, "TIMED_STEPS", 4)
+    found = NeuronOPTForCausalLM.get_neuron_config
+    monkeypatch.setattr(
+        NeuronOPTForCausalLM, "get_neuron_config", lambda name, **options: found(name, **{**options, **on_trn1})
+    )
+    on_trn1, model = {"instance_type": "trn1"}, Path(validate_on_trn.__file__).parent / "models" / "opt-austen"
+    options = argparse.Namespace(
+        output=tmp_path, cpu=False, batch_size=1, sequence_length=64, tensor_parallel_size=2, auto_cast_type="f16",
+        switches=["all_reduce_f32"],
+    )  # fmt: skip
+    measured = validate_on_trn.switches(str(model), options, {"export": {"seconds": 1.0}})
+    values = measured["all_reduce_f32"]
+    assert "error" not in values, values["traceback"]
+    assert values["passed"] and values["prefill_ms"] > 0 and values["decode_ms"] > 0
+    own, other = validate_on_trn.comparison(measured)[2:]
+    assert own.startswith("| none | 1 | ") and other.startswith("| all_reduce_f32 | ")
+    assert other.count("|") == 6 and "|  |" not in other
 
 
 def test_one_module_is_in_memory_at_a_time(tmp_path, monkeypatch):

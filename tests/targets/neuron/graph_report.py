@@ -23,6 +23,7 @@ TYPES = {
     12: ("f64", 8),
     16: ("bf16", 2),
 }
+WIDE = [number for number, (name, _) in TYPES.items() if name in ("s64", "u64")]
 COLLECTIVES = ("all-reduce", "all-gather")
 UPDATES = ("scatter", "dynamic-update-slice")
 # They name tensors, and move nothing.
@@ -43,7 +44,7 @@ class GraphReport:
         waiting_dots: products that need the result of a write to the cache.
         writes_in_chain: the most writes to the cache that need each other's results.
         sorted: the longest row that is sorted.
-        wide: instructions with 64-bit integers, by opcode.
+        wide: instructions with 64-bit integers, by opcode; those of functions that instructions call included.
     """
 
     instructions: int = 0
@@ -89,8 +90,9 @@ def report_graph(module: Any, cache_shape: tuple[int, ...]) -> GraphReport:
                     sent[1] += prod(shape) * size
         if opcode == "sort":
             report.sorted = max(report.sorted, *sizes[0])
-        if any(name in ("s64", "u64") for name, _ in dtypes):
-            report.wide[opcode] += 1
+    for instruction in (i for computation in module.computations for i in computation.instructions):
+        report.wide[instruction.opcode] += any(shape.element_type in WIDE for shape in _shapes(instruction))
+    report.wide = +report.wide
     report.depth, report.writes_in_chain = max(depth.values()), max(writes.values())
     return report
 

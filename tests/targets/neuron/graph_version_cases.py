@@ -18,12 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))
 import double
 
 
 double.install()
 
+from neuron_switches import SWITCHES, switched  # noqa: E402
 from small_models import KINDS, tiny_config  # noqa: E402
 
 from optimum_opt_trn import OPTNeuronConfig  # noqa: E402
@@ -37,6 +39,9 @@ from optimum_opt_trn.targets.neuron.rank_module import RANKS, DeviceOperators, R
 RECORD = Path(__file__).with_name("graph_version.json")
 TP_DEGREE = 2
 
+# torch-xla compares the indices of these with a 64-bit zero.
+WIDE = ("aten.index.Tensor", "aten.index_put")
+
 
 class Operations(TorchDispatchMode):
     """Notes each operation with the shapes and dtypes of its arguments and results."""
@@ -44,10 +49,15 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.noted: list[str] = []
+        self.wide: set[str] = set()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         leaves = tree_leaves((arguments, keywords, result))
+        if str(function).startswith(WIDE) or any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.int64 for x in leaves
+        ):
+            self.wide.add(str(function))
         described = [(tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]
         self.noted.append(f"{function} {described}")
         return result
@@ -72,8 +82,18 @@ def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]
     return shapes
 
 
+def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The SDK's operator in place of torch's, whose places are 64-bit."""
+    return torch.ops.neuron_double.top_k(x, k)
+
+
 def graphs() -> dict[str, str]:
     """A hash of the operations of each graph, for every kind of OPT."""
+    return {name: hashlib.sha256("\n".join(o.noted).encode()).hexdigest()[:16] for name, o in operations().items()}
+
+
+def operations() -> dict[str, Operations]:
+    """The operations of each graph, for every kind of OPT."""
     found = {}
     for kind, overrides in KINDS.items():
         config = tiny_config(**overrides)
@@ -87,13 +107,13 @@ def graphs() -> dict[str, str]:
                 DeviceOperators(
                     lambda x: x.clone(), lambda x: torch.cat([x] * TP_DEGREE, dim=-1),
                     lambda cache, new, slot: cache.index_select(0, slot) + new.sum(),
-                    torch.topk,
+                    top_k,
                 ),
             )  # fmt: skip
-            with torch.no_grad(), Operations() as operations:
+            with torch.no_grad(), Operations() as noted:
                 for arguments in examples:
                     module(*arguments)
-            found[f"{kind}: {graph}"] = hashlib.sha256("\n".join(operations.noted).encode()).hexdigest()[:16]
+            found[f"{kind}: {graph}"] = noted
     return found
 
 
@@ -107,6 +127,21 @@ def test_a_changed_graph_has_a_new_version():
     )
 
 
+def test_no_graph_has_64_bit_integers():
+    assert not set().union(*(noted.wide for noted in operations().values()))
+
+
+def test_64_bit_integers_are_noticed():
+    x, places = torch.zeros(3, 4), torch.zeros(2, dtype=torch.int32)
+    for operation in (lambda: x.index_put((places,), x[:2]), lambda: x[places], lambda: torch.topk(x, 2)):
+        with Operations() as noted:
+            operation()
+        assert noted.wide
+    with Operations() as noted:
+        x.index_select(0, places), x.scatter(0, places[:, None], x[:2])
+    assert not noted.wide
+
+
 def test_every_change_of_a_graph_is_noticed(monkeypatch):
     from optimum_opt_trn.model.arithmetic import Arithmetic
 
@@ -116,6 +151,29 @@ def test_every_change_of_a_graph_is_noticed(monkeypatch):
     assert {name for name in before if before[name] == after[name]} == {
         name for name in before if name.endswith("cache_copy")
     }
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_of_the_example_changes_what_it_says(switch):
+    from optimum_opt_trn.targets.neuron import builder
+
+    def compiled() -> dict[str, str]:
+        config = OPTNeuronConfig(instance_type="trn1")
+        return {graph: builder.compiler_arguments(config, graph) for graph in example_inputs(config)}
+
+    before, arguments = graphs(), compiled()
+    with switched(switch):
+        after, other_arguments = graphs(), compiled()
+    changed = {name.rpartition(": ")[2] for name in before if before[name] != after[name]}
+    decoding = {"token_generation", "speculation"}
+    all_but_copy = {"context_encoding", *decoding}
+    assert changed == {
+        "attention_after_write": decoding, "all_reduce_f32": all_but_copy, "topk_whole_vocabulary": all_but_copy,
+        "context_O2": set(),
+    }[switch]  # fmt: skip
+    differing = {graph for graph in arguments if arguments[graph] != other_arguments[graph]}
+    assert differing == ({"context_encoding"} if switch == "context_O2" else set())
+    assert graphs() == before
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ class TopK:
 
     @staticmethod
     def apply(tensor: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
-        best, places = torch.topk(tensor, k, dim=dim)
-        return best, places.to(torch.int32)
+        if dim not in (-1, tensor.dim() - 1):
+            raise TypeError("this TopK takes the last dimension only")
+        return torch.ops.neuron_double.top_k(tensor, k)
 
 
 class _Shape:
@@ -56,6 +57,13 @@ def dynamic_update_slice(operand: Tensor, update: Tensor, start: list[Tensor]) -
     return result
 
 
+def top_k(tensor: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best, places = torch.topk(tensor, k)
+    return best, places.to(torch.int32)
+
+
 _library = torch.library.Library("neuron_double", "FRAGMENT")
 _library.define("dynamic_update_slice(Tensor operand, Tensor update, Tensor[] start) -> Tensor")
 _library.impl("dynamic_update_slice", dynamic_update_slice, "CompositeExplicitAutograd")
+_library.define("top_k(Tensor tensor, int k) -> (Tensor, Tensor)")
+_library.impl("top_k", top_k, "CompositeExplicitAutograd")
