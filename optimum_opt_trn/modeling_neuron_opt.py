@@ -18,7 +18,6 @@ from .checkpoint.config_values import check_opt
 from .configuration_opt import OPTNeuronConfig, reject_unknown
 from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export
-from .generation.generate import OPTGenerationMixin
 from .hardware import FAMILIES
 from .host_framework import (
     INSTALLED,
@@ -29,6 +28,7 @@ from .host_framework import (
 )
 from .module_methods import ModuleMethodsMixin
 from .planning.fit import check_fit
+from .serving import ContinuousBatchingMixin
 from .targets import Runtime, get_target
 from .version import NEEDED_FOR_NEURON
 
@@ -48,7 +48,7 @@ _IGNORED_OPTIONS = ("trust_remote_code", "_commit_hash")
 _ALIASES = {"tp_degree": "tensor_parallel_size", "dtype": "amp", "torch_dtype": "amp"}
 
 
-class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelForCausalLM):
+class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronModelForCausalLM):
     """An exported OPT, with `generate()` as in transformers.
 
     Made by `from_pretrained` or `export`.

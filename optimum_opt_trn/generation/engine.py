@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -14,6 +13,7 @@ from ..model.sampling import SamplingInputs
 from ..targets import Runtime, StepResult
 from .inputs import pack
 from .slots import SlotOwner, Slots
+from .turns import TurnLock
 
 
 class Sequences(SlotOwner, Protocol):
@@ -50,8 +50,9 @@ class Engine:
         self.sequence_length = sequence_length
         self.slots = Slots(batch_size)
         # Held for a whole call of the user's, since calls may evict one another's slots. Reentrant, since
-        # transformers' loops call forward() within generate().
-        self.lock = threading.RLock()
+        # transformers' loops call forward() within generate(). Who keeps evicted rows' tokens, and encodes them
+        # again, may hold it for a step at a time.
+        self.lock = TurnLock()
         # Whether a generate() of this thread may begin now.
         self._may_generate = True
 

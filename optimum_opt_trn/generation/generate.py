@@ -24,7 +24,7 @@ from .arguments import (
 from .batches import Batches
 from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
-from .inputs import check_inputs
+from .inputs import check_inputs, check_room
 from .samplers import make_sampler
 from .transformers_versions import (
     ARGUMENTS,
@@ -127,7 +127,7 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         asked, others = prepare_options(self, generation_config, kwargs)
         if kwargs.get("custom_generate") is None:  # which has arguments of its own
             check_options(asked, others, {*ARGUMENTS, *_FORWARDED, *inspect.signature(self.forward).parameters})
-        _refuse(asked)
+        refuse_options(asked)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:  # then it begins with bos_token_id
             input_ids = self._prepare_model_inputs(None, asked.bos_token_id, dict(others))[0]
@@ -142,9 +142,13 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
                 # At least 1, so that a prompt that leaves no room is refused by its own error.
                 kwargs["max_new_tokens"] = max(1, min(asked.max_new_tokens, room))
             batches = Batches(input_ids, asked, kwargs, self.neuron_config.batch_size)
-            if len(batches) > 1:
+            if len(batches) > 1 and not self._takes_any_number(asked, kwargs):
                 return batches.run(super().generate, generation_config)
             return super().generate(input_ids, generation_config, **kwargs)
+
+    def _takes_any_number(self, asked: GenerationConfig, arguments: dict[str, Any]) -> bool:
+        """Whether `_sample` takes more rows than there are slots, for these options and arguments of `generate()`."""
+        return False
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         for name in ("tokenizer", "assistant_tokenizer"):  # which transformers' beam search passes on to forward()
@@ -258,17 +262,7 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         mask = model_kwargs["attention_mask"]
         width, longest, limit = mask.shape[1], int(mask.sum(-1).max()), self.neuron_config.sequence_length
         added = (generation_config.max_length or 0) - width
-        if longest >= limit:
-            raise ValueError(
-                f"A prompt of {longest} tokens leaves no room in the sequence_length={limit} that the model was "
-                f"exported for: shorten it to {limit - 1} or fewer, or export with a larger sequence_length."
-            )
-        if longest + added > limit:
-            raise ValueError(
-                f"A prompt of {longest} tokens and {added} new ones do not fit the sequence_length={limit} that the "
-                f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
-                "sequence_length."
-            )
+        check_room(longest, added, limit)
         past = model_kwargs.pop(CACHE, None)
         # transformers 5 looks at the cache of assisted generation before the model is called.
         if past is not None or generation_mode == GenerationMode.ASSISTED_GENERATION:
@@ -288,7 +282,8 @@ class _SharedCriteria(StoppingCriteriaList):
         return self._decide(super().__call__(input_ids, scores, **kwargs))
 
 
-def _refuse(asked: GenerationConfig) -> None:
+def refuse_options(asked: GenerationConfig) -> None:
+    """Raises NotImplementedError for an option that no export serves."""
     for name, reason in REFUSED_OPTIONS.items():
         value = getattr(asked, name, None)
         if value and value not in _HARMLESS.get(name, ()):

@@ -90,6 +90,11 @@ class Runtime(ABC):
     Slots that a step does not name stay as they are.
     """
 
+    # How many tokens of prompts a step takes well while other rows wait for their next token; None for whole prompts.
+    prompt_chunk: int | None = None
+    # Whether several processes share the model, and make the same calls.
+    is_shared = False
+
     @abstractmethod
     def step(self, step: Step) -> StepResult:
         """Computes a step; the keys and values of its tokens are in the cache then."""

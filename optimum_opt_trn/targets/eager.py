@@ -19,6 +19,9 @@ from .packed_attention import PackedAttention
 class EagerRuntime(Runtime):
     """Holds all ranks of the group in this process, in lockstep, with memory-mapped weights and the cache."""
 
+    # Products with fewer rows take longer for each; with more, rows that decode wait for long.
+    prompt_chunk = 64
+
     def __init__(
         self, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup, weights: ModelWeights
     ) -> None:
