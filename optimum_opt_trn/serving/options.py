@@ -79,8 +79,10 @@ class RequestMaker:
         rest = {name: value for name, value in options.items() if name not in own}
         if own.get("n") is not None:
             rest.setdefault("num_return_sequences", own["n"])
-        asked = self.settle(rest)
+        if rest.get("max_length") is not None:  # and not the max_new_tokens of all requests
+            rest.setdefault("max_new_tokens", None)
         _check(own)
+        asked = self.settle(rest)
         tensor = as_tensor(input_ids, "input_ids")
         tensor = tensor.long() if tensor.numel() == 0 else tensor
         prompt = tensor.reshape(-1).tolist() if tensor.shape[:-1] in ((), (1,)) else None
@@ -193,10 +195,12 @@ def own_generator(seed: int | None = None) -> torch.Generator:
 
 
 def _check(own: dict[str, Any]) -> None:
-    for name in ("seed", "priority"):
+    for name in ("seed", "priority", "n"):
         value = own.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{name}={value!r} must be a whole number.")
+    if own.get("n") is not None and own["n"] < 1:
+        raise ValueError(f"n={own['n']} must be 1 or more.")
     for name in ("logits_processor", "stopping_criteria"):
         if own.get(name) is not None and not isinstance(own[name], (list, tuple)):
             raise ValueError(f"{name}={own[name]!r} must be a list of them.")

@@ -94,8 +94,8 @@ class Request:
 
     @property
     def cached(self) -> list[int]:
-        """The tokens that are in its slot."""
-        return self.tokens(0, self.filled)
+        """The tokens that are in its slot: its own, or those of an earlier sequence, still untouched."""
+        return self.tokens(0, self.filled) if self.filled else self.left_over
 
     @property
     def width(self) -> int:

@@ -117,11 +117,9 @@ class Scheduler:
             False if a request before it is about to compute more of them: then it is worth waiting.
         """
         tokens = (request.prompt + request.generated)[:-1]
-        others = [other for other in self.running if other is not request and other.filled]
-        length, source = longest(tokens, [*others, *self.prefixes.held()])
-        kept = common(tokens, request.left_over)
-        if kept >= max(length, SHORTEST_PREFIX):
-            length, source = kept, request.slot
+        # Its own slot first, which needs no copy.
+        others = [other for other in self.running if other is not request]
+        length, source = longest(tokens, [request, *others, *self.prefixes.held()])
         for other in self.running[: self.running.index(request)]:
             if other.pending > 1 and common(tokens, other.prompt) >= length + SHORTEST_PREFIX:
                 return False
