@@ -81,8 +81,9 @@ def pipeline(
         feature_extractor, image_processor, input_shapes, compiler_args: only part of the signature. OPT has no use
             for the first two; shapes and compilation are options of the export.
         kwargs: `batch_size` (prompts in a call to the model, by default eight for each row that it was exported for;
-            with `export=True`, rows to export it for), `num_workers`, `eager` (run without kernels), and the options of the pipeline and of `generate`, as
-            defaults for each call. Without a length, 256 new tokens, or as many as `sequence_length` leaves room for.
+            with `export=True`, rows to export it for), `num_workers`, `eager` (run without kernels), and the options
+            of the pipeline and of `generate`, as defaults for each call. Without a length, 256 new tokens, or as many
+            as `sequence_length` leaves room for.
 
     Returns:
         A `transformers.TextGenerationPipeline`. Prompts of different lengths in a batch do not change each other's
