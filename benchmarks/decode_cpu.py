@@ -41,12 +41,13 @@ DEFAULT_SHAPES = [shape for shape in SHAPES if shape != "tiny"]
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # Inductor's search takes minutes for each batch size and context.
-    default_groups = [name for name in groups() if "-tuned-" not in name]
+    default_groups = [name for name in groups() if "-tuned-" not in name and not name.endswith("-passive")]
     what = parser.add_argument_group("what to measure")
     what.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, choices=list(SHAPES), metavar="SHAPE",
                       help=f"of {', '.join(SHAPES)} (default: all but tiny)")  # fmt: skip
-    what.add_argument("--peers", nargs="+", default=default_groups, choices=list(groups()), metavar="PEER",
-                      help=f"of {', '.join(groups())} (default: without transformers-tuned-*)")  # fmt: skip
+    what.add_argument("--peers", nargs="+", choices=list(groups()), metavar="PEER",
+                      help=f"of {', '.join(groups())} (default: without transformers-tuned-*, and with *-passive, "
+                      "whose OpenMP threads sleep while they wait, only if --busy)")  # fmt: skip
     what.add_argument("--figures", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="FIGURE",
                       help=f"of {', '.join(FIGURES)} (default: all)")  # fmt: skip
     what.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N",
@@ -58,7 +59,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                       help="tokens of prompts whose first token is timed, at batch 1 (default: 32 512, and with "
                       "--full 1536)")  # fmt: skip
     what.add_argument("--full", action="store_true", help="all contexts at all batch sizes, and the longest prompt")
+    what.add_argument("--zeros", type=float, metavar="SHARE",
+                      help="plant so many zeros among fc2's inputs, as trained models have them, 0.5 to 0.99, by a "
+                      "shift of fc1's bias (default: as random weights make them, half)")  # fmt: skip
     how = parser.add_argument_group("how")
+    how.add_argument("--busy", type=int, default=0, metavar="N",
+                     help="run so many processes of plain work beside each measurement, and measure each without them "
+                     "too (default: 0)")  # fmt: skip
     how.add_argument("--rounds", type=int, default=5, help="timed runs of each figure (default: 5)")
     how.add_argument("--steps", type=int, help="of a timed run of decoding (default: 32 of 125m, else 8)")
     how.add_argument("--loads", type=int, default=3, help="timed starts and loads of each peer (default: 3)")
@@ -82,6 +89,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--output", type=Path, default=HERE / "results",
                        help="for the report (default: benchmarks/results)")  # fmt: skip
     given = parser.parse_args(arguments)
+    if given.peers is None:
+        passive = [name for name in groups() if name.endswith("-passive")]
+        given.peers = default_groups + (passive if given.busy else [])
+    if given.busy < 0:
+        parser.error(f"--busy {given.busy}: it must be 0 or more")
+    if given.zeros is not None and not 0.5 <= given.zeros < 1:
+        parser.error(f"--zeros {given.zeros}: choose a share from 0.5 to below 1")
     if given.prompts is None:
         given.prompts = [32, 512, 1536] if given.full else [32, 512]
     for name in ("batches", "contexts", "prompts", "rounds", "steps", "loads", "threads"):
@@ -115,6 +129,8 @@ def _choice(given: argparse.Namespace) -> Choice:
         loads=given.loads,
         steps=given.steps,
         full=given.full,
+        busy=given.busy,
+        zeros=given.zeros,
     )
 
 
@@ -128,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         session = Session(_choice(given), place, given.output, given.keep, lambda text: print(text, flush=True))
         session.run()
     print(f"\nWritten to {given.output}.\n")
-    for claim in check(session.records):
+    for claim in check(session.records, given.busy, given.zeros):
         print(claim)
     return 0
 

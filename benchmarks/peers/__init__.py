@@ -6,7 +6,7 @@ file pins (`peers/NAME.txt`). Nothing but the standard library is imported here,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -27,6 +27,7 @@ class Contender:
         conversion: what the checkpoint is converted to first, a folder's name; None if it is loaded as it is.
         options: for the class in `module`.
         processes: that torchrun starts; 1 for none of it.
+        variables: of its environment, more than others have.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Contender:
     conversion: str | None = None
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     processes: int = 1
+    variables: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def is_ours(self) -> bool:
@@ -51,6 +53,11 @@ def _ours(name: str, amp: str, tp_degree: int = 1, processes: int = 1) -> Conten
 def _transformers(dtype: str, how: str = "eager") -> Contender:
     name = f"transformers-{dtype}" if how == "eager" else f"transformers-{how}-{dtype}"
     return Contender(name, "transformers", dtype, dtype, "transformers", None, {"dtype": dtype, "how": how})
+
+
+def _passive(peer: Contender) -> Contender:
+    """OpenMP's threads sleep while they wait, so that a busy machine does not stall those that spin."""
+    return replace(peer, name=f"{peer.name}-passive", variables={"OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def _openvino(name: str, weights: str, hint: str) -> Contender:
@@ -87,6 +94,9 @@ PEERS = {
         _transformers("f16"),
         _transformers("bf16"),
         _transformers("f32"),
+        _passive(_transformers("f16")),
+        _passive(_transformers("bf16")),
+        _passive(_transformers("f32")),
         _transformers("f16", "compiled"),
         _transformers("bf16", "compiled"),
         _transformers("f32", "compiled"),

@@ -36,8 +36,18 @@ def _judge(text: str, value: float | None, limit: float, numbers: str = "", at_m
     return Claim(text, numbers, PASS if holds else SHORT)
 
 
-def check(records: Records) -> list[Claim]:
-    """Every line: decoding, prompts, loading, exporting, ranks."""
+def check(records: Records, busy: int = 0, zeros: float | None = None) -> list[Claim]:
+    """Every line: decoding, prompts, loading, exporting, ranks; other ones of a run with neighbours or planted zeros.
+
+    Args:
+        records: what was measured.
+        busy: processes of plain work beside it.
+        zeros: the share of fc2's inputs that was planted.
+    """
+    if busy:
+        return list(_busy(records, busy))
+    if zeros is not None:
+        return list(_planted(records, zeros))
     return [
         *_decoding(records),
         _against("125m: 1.5 times the fastest 16- or 32-bit peer, batch 1", records, "125m", 1, 1.5, floats()),
@@ -52,6 +62,25 @@ def check(records: Records) -> list[Claim]:
 
 def floats() -> list[str]:
     return [name for name, peer in PEERS.items() if peer.weights != "int8"]
+
+
+def _busy(records: Records, busy: int) -> Iterator[Claim]:
+    for shape in ("125m", "1.3b"):
+        for batch in (1, 4):
+            beside = f"beside {busy} busy process{'es' if busy > 1 else ''}, batch {batch}"
+            yield _against(f"{shape}: 1.2 times the fastest peer {beside}", records, shape, batch, 1.2, PEERS)
+            slowdowns = [record.slowdown for record in _shortest(records, shape, batch) if record.slowdown is not None]
+            worst = statistics.median(slowdowns) if slowdowns else None
+            shown = f"{worst:.2f} times (median of {len(slowdowns)} groups)" if worst is not None else ""
+            yield _judge(f"{shape}: at most 2.2 times its quiet time {beside}", worst, 2.2, shown, at_most=True)
+
+
+def _planted(records: Records, zeros: float) -> Iterator[Claim]:
+    sixteen = [name for name, peer in PEERS.items() if peer.weights in ("f16", "bf16")]
+    for shape in ("1.3b", "2.7b"):
+        for batch, times in ((1, 1.5), (4, 1.3)):
+            text = f"{shape}: {times} times the fastest peer with 16-bit weights, {zeros:.0%} zeros, batch {batch}"
+            yield _against(text, records, shape, batch, times, sixteen)
 
 
 def _decoding(records: Records) -> Iterator[Claim]:

@@ -19,8 +19,10 @@ import torch
 from peers import WEIGHT_BYTES, Contender
 
 from .checkpoints import cache_bytes, read_headers, weight_bytes
+from .neighbours import Neighbours
 from .records import Record
 from .workers import Worker, Workplace
+from .zeros import Zeros, fc2_bytes
 
 
 # Of the prompt that a process is started for: the first token after loading, and tokens to compare.
@@ -64,6 +66,7 @@ class Plan:
         steps: of one timed run of decoding.
         rounds: of each figure.
         loads: how often each is started and loaded.
+        runs_a_round: 2 with neighbours, for one is without them.
     """
 
     batch: int
@@ -72,10 +75,11 @@ class Plan:
     steps: int
     rounds: int
     loads: int
+    runs_a_round: int = 1
 
     def room(self, length: int) -> int:
         """Tokens that a row has at most, decoding from a prompt of `length`: a run to warm up, and the timed ones."""
-        return length + 1 + self.steps * (self.rounds + 1)
+        return length + 1 + self.steps * (self.rounds * self.runs_a_round + 1)
 
     @property
     def length(self) -> int:
@@ -94,6 +98,8 @@ class Pairs:
         place: where contenders run.
         probe: of the read bandwidth.
         say: told what is being done.
+        zeros: of fc2's inputs in the checkpoint.
+        neighbours: that run beside each measurement; None for a quiet machine.
     """
 
     def __init__(
@@ -104,8 +110,11 @@ class Pairs:
         place: Workplace,
         probe: Probe,
         say: Callable[[str], None],
+        zeros: Zeros,
+        neighbours: Neighbours | None = None,
     ):
         self.shape, self.config, self.place, self.probe, self.say = shape, config, place, probe, say
+        self.zeros, self.neighbours = zeros, neighbours
         self.header = read_headers(checkpoint)
         # Bytes of weights in our exports, by contender: of those the files are known.
         self.exported: dict[str, int] = {}
@@ -199,7 +208,8 @@ class Pairs:
         self._in_turns(plan.rounds, made, run)
         for contender, figure in made.items():
             # A step attends to the positions before it and its own; run i begins after a warm-up and i runs.
-            middles = [length + plan.steps * (index + 1.5) for index in range(len(figure.runs))]
+            taken = plan.steps * (1 if self.neighbours is None else 2)
+            middles = [length + taken * (index + 1) + plan.steps / 2 for index in range(len(figure.runs))]
             figure.bytes = [self.step_bytes(contender, plan.batch, middle) for middle in middles]
         return list(made.values())
 
@@ -207,7 +217,13 @@ class Pairs:
         before = self._probe()
         for _ in range(rounds):
             for contender, figure in made.items():
-                figure.runs.append(run(contender))
+                if self.neighbours is None:
+                    figure.runs.append(run(contender))
+                else:
+                    figure.quiet.append(run(contender))
+                    with self.neighbours.working():
+                        time.sleep(PAUSE)
+                        figure.runs.append(run(contender))
                 after = self._probe()
                 figure.bandwidths.append((before + after) / 2)
                 before = after
@@ -219,9 +235,14 @@ class Pairs:
         return seen
 
     def step_bytes(self, contender: Contender, batch: int, context: float) -> float:
-        """What a step reads, with matrices and cache in the contender's dtype of weights (int8: a 16-bit cache)."""
+        """What a step reads, with matrices and cache in the contender's dtype of weights (int8: a 16-bit cache).
+
+        Ours does not read the weights of fc2 whose inputs are 0 in every row.
+        """
         matrix = WEIGHT_BYTES[contender.weights]
-        weights = self.exported.get(contender.name) or weight_bytes(self.header, matrix)
+        weights: float = self.exported.get(contender.name) or weight_bytes(self.header, matrix)
+        if contender.is_ours and not self.place.eager:
+            weights -= fc2_bytes(self.header) * self.zeros.idle.get(batch, 0.0)
         return weights + cache_bytes(self.config, batch, context, max(2, matrix))
 
     def _prompts(self, batch: int, length: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ class Record:
         length: tokens of the prompt, which for `decode` is the context that steps begin with; for `compile` the
             number of layers.
         runs: one number each.
+        quiet: as runs, taken just before them without the neighbours; empty if there are none.
         bandwidths: for each run, bytes per second that the probe saw before and after it, their mean.
         bytes: for each run, those that a step has to read.
     """
@@ -32,12 +33,18 @@ class Record:
     batch: int = 1
     length: int = 0
     runs: list[float] = field(default_factory=list)
+    quiet: list[float] = field(default_factory=list)
     bandwidths: list[float] = field(default_factory=list)
     bytes: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         return statistics.median(self.runs)
+
+    @property
+    def slowdown(self) -> float | None:
+        """How many times its quiet time a run takes beside the neighbours; of medians."""
+        return self.median / statistics.median(self.quiet) if self.quiet else None
 
     @property
     def quartiles(self) -> tuple[float, float]:

@@ -21,12 +21,12 @@ def write_report(output: Path, about: dict[str, Any], records: Records, failures
 
     Args:
         output: a folder, made if need be.
-        about: of the machine, the versions and the options.
+        about: of the machine, the versions and the options; `busy` and `zeros` as in `claims.check`.
         records: all that was measured.
         failures: what went wrong, with `shape`, `group` and `error`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    claims = [vars(claim) for claim in check(records)]
+    claims = [vars(claim) for claim in check(records, about["busy"], about["zeros"])]
     content = {**about, "claims": claims, "failures": failures, "records": records.as_json()}
     _replace(output / f"{NAME}.json", lambda file: file.write_text(as_lines(content)))
     text = markdown(about, records, failures)
@@ -72,7 +72,7 @@ def markdown(about: dict[str, Any], records: Records, failures: list[dict[str, s
         lines += [f"- {f['shape']}, {f['group']}: {f['error']}" for f in failures]
         lines += [""]
     lines += ["## Claims", ""]
-    lines += [f"- {claim}" for claim in check(records)]
+    lines += [f"- {claim}" for claim in check(records, about["busy"], about["zeros"])]
     return "\n".join(lines) + "\n"
 
 
@@ -106,6 +106,17 @@ def _compared(records: Records, figure: str, unit: str, length: str) -> list[str
         row = [record.contender, str(record.batch), str(record.length), _spread(record, 1e3), base.contender]
         row += [_spread(base, 1e3), f"{record.median / base.median:.2f}", str(len(record.runs))]
         rows.append([*row, _share(record), _share(base)] if figure == "decode" else row)
+    return _table(*rows) + _slowdowns(records, figure, unit, length)
+
+
+def _slowdowns(records: Records, figure: str, unit: str, length: str) -> list[str]:
+    """What the neighbours cost each contender."""
+    rows = [["beside neighbours", "measured with", "batch", length, f"{unit}, quiet", unit, "times"]]
+    for record in records.select(figure=figure):
+        if (slowdown := record.slowdown) is not None:
+            quiet = f"{record.median / slowdown * 1e3:.1f}"
+            where = [record.contender, record.group, str(record.batch), str(record.length)]
+            rows.append([*where, quiet, _spread(record, 1e3), f"{slowdown:.2f}"])
     return _table(*rows)
 
 

@@ -15,10 +15,13 @@ from peers import OURS, Contender, groups
 
 from .checkpoints import make_checkpoint, shape_options
 from .environments import EnvironmentFailed
+from .neighbours import Neighbours
 from .pairs import Pairs, Plan, Probe
 from .records import Record, Records
 from .report import write_report
 from .workers import ContenderFailed, Worker, Workplace, fresh_cache, keep_fresh_cache
+from .zeros import measure as measure_zeros
+from .zeros import plant
 
 
 # Of one timed run of decoding: some 0.1 to 1 s of a 2-core machine.
@@ -42,6 +45,8 @@ class Choice:
     loads: int
     steps: int | None
     full: bool
+    busy: int = 0
+    zeros: float | None = None
 
     def plan(self, shape: str, batch: int) -> Plan:
         """Without `full`, only the shortest context beyond batch 1. Prompts and repeated loads at batch 1 alone."""
@@ -53,6 +58,7 @@ class Choice:
             steps=self.steps or STEPS[shape],
             rounds=self.rounds,
             loads=self.loads if batch == 1 and "load" in self.figures else 1,
+            runs_a_round=2 if self.busy else 1,
         )
 
 
@@ -75,28 +81,43 @@ class Session:
         # Batch size and length of the exports that were made from checkpoints.
         self._made: dict[Path, tuple[int, int]] = {}
         self.probe = Probe(place.threads)
+        self.neighbours: Neighbours | None = None
         self.about: dict[str, Any] = {
             "processor": _processor(),
             "threads": place.threads,
             "started": time.strftime("%Y-%m-%d %H:%M"),
+            "busy": choice.busy,
+            "zeros": choice.zeros,
             "choice": vars(choice),
             "versions": {},
             "agreement": {},
         }
 
     def run(self) -> None:
-        for shape in self.choice.shapes:
-            folder = self.place.directory / shape
-            try:
-                self._shape(shape, folder)
-            finally:
-                if not self.keep:
-                    shutil.rmtree(folder, ignore_errors=True)
+        self.neighbours = Neighbours(self.choice.busy) if self.choice.busy else None
+        try:
+            for shape in self.choice.shapes:
+                folder = self.place.directory / shape
+                try:
+                    self._shape(shape, folder)
+                finally:
+                    if not self.keep:
+                        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            if self.neighbours is not None:
+                self.neighbours.close()
 
     def _shape(self, shape: str, folder: Path) -> None:
         self.say(f"{shape}: making the checkpoint")
         checkpoint = make_checkpoint(shape, folder / "checkpoint")
-        pairs = Pairs(shape, shape_options(shape), checkpoint, self.place, self.probe, self.say)
+        if self.choice.zeros is not None:
+            self.say(f"{shape}: planting zeros")
+            checkpoint = plant(checkpoint, self.choice.zeros, folder / "planted")
+        zeros = measure_zeros(checkpoint)
+        self.about[f"zeros found, {shape}"] = zeros.describe()
+        pairs = Pairs(
+            shape, shape_options(shape), checkpoint, self.place, self.probe, self.say, zeros, self.neighbours
+        )
         self.about["agreement"][shape], self.about["versions"][shape] = pairs.agreement, pairs.versions
         if "export" in self.choice.figures:
             self._attempt(shape, "export", lambda: self._time_exports(shape, checkpoint, folder))

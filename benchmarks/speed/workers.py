@@ -97,7 +97,7 @@ class Worker:
                 stderr=log,
                 text=True,
                 cwd=place.directory,
-                env={**place.variables(), **own, **variables},
+                env={**place.variables(), **own, **contender.variables, **variables},
             )
         self.versions: dict[str, str] = self._answer()["versions"]
         self.seconds = time.perf_counter() - started

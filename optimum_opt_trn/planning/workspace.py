@@ -102,8 +102,8 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
 def cpu_buffers(config: ModelShape, threads: int) -> int:
     """Bytes that the kernels and PyTorch hold on `cpu` between steps: those of each thread, and fc2's partial sums.
 
-    Of fc2 there are sums of 8 rows (MOST_UNIT_ROWS) for every 256 units (GROUP in csrc/units.h), and the values of
+    Of fc2 there are sums of 8 rows (MOST_UNIT_ROWS) for every 512 units (GROUP in csrc/units.h), and the values of
     its units.
     """
-    sums = -(-config.ffn_dim // 256) * 8 * config.hidden_size * _F32
+    sums = -(-config.ffn_dim // 512) * 8 * config.hidden_size * _F32
     return threads * CPU_THREAD_BYTES + sums + config.ffn_dim * (8 + 1) * _F32

@@ -27,12 +27,16 @@ from peers import OURS, PEERS, groups  # noqa: E402
 from speed import environments, report  # noqa: E402
 from speed.checkpoints import cache_bytes, make_checkpoint, read_headers, shape_options, weight_bytes  # noqa: E402
 from speed.claims import PASS, SHORT, UNKNOWN, check  # noqa: E402
+from speed.neighbours import Neighbours  # noqa: E402
 from speed.pairs import Pairs, Plan, agreeing  # noqa: E402
 from speed.records import Record, Records, quartiles  # noqa: E402
 from speed.workers import ContenderFailed, Worker, Workplace  # noqa: E402
+from speed.zeros import Zeros, measure, plant  # noqa: E402
 
 
 TINY = ["--shapes", "tiny", "--in_place", "--eager", "--threads", "1", "--contexts", "8", "--prompts", "8"]
+ABOUT = {"threads": 2, "busy": 0, "zeros": None}
+NO_ZEROS = Zeros([0.0, 0.0], {})
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=9))
@@ -191,7 +195,7 @@ def test_a_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     first = Records(
         [decoded("transformers-f16", "ours-f16", 0.06), decoded("transformers-f16", "transformers-f16", 0.1)]
     )
-    report.write_report(tmp_path, {"threads": 2}, first, [])
+    report.write_report(tmp_path, ABOUT, first, [])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert set(before) == {f"decode_cpu.{kind}" for kind in ("json", "md", "png")}
     assert "| transformers-f16 | 1 | 64 | 100.0 [100.0, 100.0] | ours-f16 | 60.0" in before["decode_cpu.md"].decode()
@@ -202,7 +206,7 @@ def test_a_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        report.write_report(tmp_path, {"threads": 2}, Records(), [])
+        report.write_report(tmp_path, ABOUT, Records(), [])
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
@@ -288,7 +292,69 @@ def test_a_run_that_is_ended_leaves_what_it_has(tmp_path):
 
 
 def test_steps_of_peers_are_counted_in_their_own_dtype(checkpoint, tmp_path):
-    pairs = Pairs("tiny", shape_options("tiny"), checkpoint, Workplace(tmp_path, None, 1, 60), lambda: 1.0, print)
+    pairs = Pairs(
+        "tiny", shape_options("tiny"), checkpoint, Workplace(tmp_path, None, 1, 60), lambda: 1.0, print, NO_ZEROS
+    )
     both = [pairs.step_bytes(PEERS[name], 1, 0) for name in ("transformers-f16", "transformers-f32")]
     norms = sum(size for shape, size in read_headers(checkpoint).values() if len(shape) == 1)
     assert both[1] - norms == 2 * (both[0] - norms)
+
+
+def test_planted_zeros_are_the_inputs_of_fc2(checkpoint, tmp_path):
+    planted = plant(checkpoint, 0.9, tmp_path / "planted")
+    model, ids = OPTForCausalLM.from_pretrained(planted, dtype=torch.float32), torch.randint(4, 512, (4, 40))
+    seen = []
+    for layer in model.model.decoder.layers:
+        layer.fc2.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0] == 0).float().mean().item()))
+    with torch.inference_mode():
+        model(ids)
+    assert seen == pytest.approx([0.9] * 2, abs=0.04)
+    found = measure(planted)
+    assert found.zero == pytest.approx([0.9] * 2, abs=0.02)
+    assert found.idle[1] == pytest.approx(0.9, abs=0.02) and found.idle[4] < found.idle[2] < found.idle[1]
+    before, after = load_file(checkpoint / "model-00001.safetensors"), load_file(planted / "model-00001.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.decoder.layers.0.fc1.bias"}
+
+
+def test_neighbours_work_only_when_told():
+    neighbours = Neighbours(1)
+    process = neighbours._processes[0]
+
+    def spent() -> float:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])
+
+    try:
+        time.sleep(0.1)
+        before = spent()
+        time.sleep(0.3)
+        assert spent() == before
+        with neighbours.working():
+            while spent() < before + 3:
+                time.sleep(0.05)
+    finally:
+        neighbours.close()
+    assert process.returncode is not None
+
+
+def test_claims_of_a_busy_run():
+    ours, peer = decoded("ctranslate2-f32", "ours-f16", 0.1), decoded("ctranslate2-f32", "ctranslate2-f32", 0.13)
+    ours.quiet = [0.04] * 5
+    found = {claim.text: claim.verdict for claim in check(Records([ours, peer]), busy=1)}
+    assert found["1.3b: 1.2 times the fastest peer beside 1 busy process, batch 1"] == PASS
+    assert found["1.3b: at most 2.2 times its quiet time beside 1 busy process, batch 1"] == SHORT
+    assert found["125m: 1.2 times the fastest peer beside 1 busy process, batch 4"] == UNKNOWN
+
+
+def test_claims_with_planted_zeros():
+    ours, peer = decoded("openvino-f16-f32", "ours-f16", 0.1), decoded("openvino-f16-f32", "openvino-f16-f32", 0.149)
+    found = {claim.text: claim.verdict for claim in check(Records([ours, peer]), zeros=0.9)}
+    assert found["1.3b: 1.5 times the fastest peer with 16-bit weights, 90% zeros, batch 1"] == SHORT
+
+
+@pytest.mark.parametrize("options", [["--zeros", "0.3"], ["--busy", "-1"]])
+def test_conditions_are_checked(options, capsys):
+    with pytest.raises(SystemExit):
+        parse([*TINY, *options])
+    assert f"{options[0]} {options[1]}" in capsys.readouterr().err

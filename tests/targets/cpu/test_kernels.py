@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Below, at and beyond what a piece, a tile and a panel take at once; many rows start at 49, and by unit at 9.
 ROWS = [1, 2, 3, 4, 7, 8, 9, 17, 48, 49, 56, 61]
 OUTPUTS = [1, 3, 4, 15, 16, 17, 47, 48, 49, 100, 257]
-DEPTHS = [1, 5, 15, 16, 17, 64, 100, 256, 257, 1023, 1025, 2100]
+DEPTHS = [1, 5, 15, 16, 17, 64, 100, 256, 257, 512, 513, 1023, 1025, 2100]
 
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -79,7 +79,7 @@ def test_linear_sum(arithmetic, m, ks, n, dtype, with_bias, with_residual, view)
     arithmetics,
     st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 50]),
     st.lists(depths, min_size=1, max_size=4),
-    outputs,
+    outputs | st.sampled_from([511, 512, 1025]),  # from 512 on a group of units is divided by outputs
     st.sampled_from(DTYPES),
     *[st.booleans()] * 2,
     views,
@@ -115,7 +115,7 @@ def test_skipped_weights_are_not_read():
 
 
 def test_results_do_not_depend_on_threads():
-    x, weight = random(1, 2, 3000).relu(), random(2, 3000, 500, dtype=torch.float16)
+    x, weight = random(1, 2, 3000).relu(), random(2, 3000, 1100, dtype=torch.float16)
     before, results = torch.get_num_threads(), []
     for count in (1, 2, 3, 8, 1):
         torch.set_num_threads(count)

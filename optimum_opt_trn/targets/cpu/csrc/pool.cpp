@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t MOST_THREADS = 128, JOBS = 256;
 // How long a thread without work waits awake: longer than what Python does between two calls of a step.
 constexpr int64_t IDLE_NANOSECONDS = 60'000;
-// How long a caller waits for a piece that another thread computes before it computes the piece itself. A piece takes
-// some 3 to 30 microseconds, and a thread that lost its core comes back after milliseconds.
+// How long a caller waits for a piece that another thread computes before it computes the piece itself: as long as two
+// of its own pieces took, and at least this. A thread that lost its core comes back after milliseconds.
 constexpr int64_t PATIENCE_NANOSECONDS = 40'000;
 
 enum State : unsigned char { OPEN, COMMITTING, DONE };
@@ -34,12 +34,18 @@ inline void relax() {
 #endif
 }
 
-// A ticket says which piece is next: 32 bits of a number that grows with every call, 8 of the job's place, 12 of how
-// many pieces there are, 12 of the next one. Taking a piece compares all of it, so that nobody takes one of a call
-// that has ended.
+// A ticket says which piece of a share is next: 32 bits of a number that grows with every call, 8 of the job's place,
+// 12 of where the share ends, 12 of the next piece. Taking a piece compares all of it, so that nobody takes one of a
+// call that has ended.
 constexpr uint64_t next_of(uint64_t ticket) { return ticket & 0xfff; }
-constexpr uint64_t count_of(uint64_t ticket) { return ticket >> 12 & 0xfff; }
+constexpr uint64_t end_of(uint64_t ticket) { return ticket >> 12 & 0xfff; }
 constexpr uint64_t place_of(uint64_t ticket) { return ticket >> 24 & 0xff; }
+
+// The pieces of a call are divided into a share for each thread: neighbours, so that what a kernel prefetches at the
+// end of a piece is what the same thread reads next. Who has no piece left takes from the shares of others.
+struct alignas(64) Share {
+  std::atomic<uint64_t> ticket;
+};
 
 }  // namespace
 
@@ -59,7 +65,8 @@ struct Pool {
   pthread_mutex_t calls;  // held by the thread whose call runs
   pthread_mutex_t sleep;
   pthread_cond_t work, finished;
-  std::atomic<uint64_t> ticket;
+  Share shares[MOST_THREADS + 1];  // the caller's first
+  std::atomic<uint64_t> newest;    // handle of the newest call whose pieces can be taken
   std::atomic<int64_t> limit, sleeping, waiting;
   int64_t workers;
   uint32_t number;
@@ -90,26 +97,31 @@ void compute_piece(Pool* pool, Job* job, int64_t piece, float* scratch) {
   }
 }
 
-// Takes a piece, if there is one, and computes it.
-bool take(Pool* pool, float* scratch) {
-  uint64_t ticket = pool->ticket.load(std::memory_order_acquire);
+// Takes a piece of a share, if there is one, and computes it.
+bool take_from(Pool* pool, Share* share, float* scratch) {
+  uint64_t ticket = share->ticket.load(std::memory_order_acquire);
   do {
-    if (next_of(ticket) >= count_of(ticket)) return false;
-  } while (!pool->ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
+    if (next_of(ticket) >= end_of(ticket)) return false;
+  } while (!share->ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
   Job* job = &pool->jobs[place_of(ticket)];
   compute_piece(pool, job, next_of(ticket), scratch);
   job->left.fetch_add(1, std::memory_order_release);
   return true;
 }
 
-bool has_work(Pool* pool, int64_t index) {
-  const uint64_t ticket = pool->ticket.load();
-  return index < pool->limit.load() && next_of(ticket) < count_of(ticket);
+// Takes pieces until there are none: of the thread's own share, then of those after it; how many. `index` 0 is the
+// caller.
+int64_t take_all(Pool* pool, int64_t index, float* scratch) {
+  const int64_t shares = pool->limit.load() + 1;
+  int64_t taken = 0;
+  for (int64_t i = 0; i < shares; i++)
+    while (take_from(pool, &pool->shares[(index + i) % shares], scratch)) taken++;
+  return taken;
 }
 
 struct Start {
   Pool* pool;
-  int64_t index;
+  int64_t index;  // from 1
   float* scratch;
 };
 
@@ -120,21 +132,26 @@ void* work(void* given) {
   pthread_setname_np(pthread_self(), "opt-kernels");
 #endif
   Pool* pool = start.pool;
+  uint64_t seen = 0;
   int64_t since = now();
   for (;;) {
-    if (has_work(pool, start.index) && take(pool, start.scratch)) {
-      since = 0;
+    const uint64_t newest = pool->newest.load();
+    if (newest != seen) {
+      seen = newest;
+      if (start.index <= pool->limit.load()) {
+        take_all(pool, start.index, start.scratch);
+        since = now();
+      }
       continue;
     }
     for (int i = 0; i < 16; i++) relax();
-    if (since == 0) since = now();
     if (now() - since < IDLE_NANOSECONDS) continue;
     pool->sleeping.fetch_add(1);
     pthread_mutex_lock(&pool->sleep);
-    while (!has_work(pool, start.index)) pthread_cond_wait(&pool->work, &pool->sleep);
+    while (pool->newest.load() == seen) pthread_cond_wait(&pool->work, &pool->sleep);
     pthread_mutex_unlock(&pool->sleep);
     pool->sleeping.fetch_sub(1);
-    since = 0;
+    since = now();
   }
 }
 
@@ -152,7 +169,7 @@ void hire(Pool* pool, int64_t count) {
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     bool started = start != nullptr && scratch != nullptr;
     if (started) {
-      *start = {pool, pool->workers, scratch};
+      *start = {pool, pool->workers + 1, scratch};
       started = pthread_create(&thread, &detached, work, start) == 0;
     }
     pthread_attr_destroy(&detached);
@@ -226,18 +243,22 @@ uint64_t pool_run(Job* job, int threads, int64_t pieces, Compute compute, Commit
   } else {
     if (pool->workers < helpers) hire(pool, helpers);
     pool->limit.store(helpers);
-    pool->ticket.store(handle << 24 | static_cast<uint64_t>(pieces) << 12);
+    for (int64_t share = 0; share <= helpers; share++) {
+      const uint64_t first = pieces * share / (helpers + 1), end = pieces * (share + 1) / (helpers + 1);
+      pool->shares[share].ticket.store(handle << 24 | end << 12 | first);
+    }
+    pool->newest.store(handle);
     if (pool->sleeping.load() > 0) {
       pthread_mutex_lock(&pool->sleep);
       pthread_cond_broadcast(&pool->work);
       pthread_mutex_unlock(&pool->sleep);
     }
-    while (take(pool, pool->scratch)) {
-    }
-    const int64_t since = now();
+    const int64_t begun = now(), taken = take_all(pool, 0, pool->scratch), since = now();
+    const int64_t two_pieces = taken > 0 ? 2 * (since - begun) / taken : 0;
+    const int64_t patience = two_pieces > PATIENCE_NANOSECONDS ? two_pieces : PATIENCE_NANOSECONDS;
     bool again = commit != nullptr;
     while (job->done.load(std::memory_order_acquire) < pieces) {
-      if (now() - since < PATIENCE_NANOSECONDS) {
+      if (now() - since < patience) {
         relax();
       } else if (again) {
         for (int64_t piece = 0; piece < pieces; piece++)

@@ -9,13 +9,15 @@
 
 namespace {
 
-// Units of a piece.
-constexpr int64_t GROUP = 256;
+// Units that are summed together. More are read faster; fewer would fit more threads, so that groups are divided by
+// outputs too: a piece is a group's sums for `width` outputs, which changes no bit of them.
+constexpr int64_t GROUP = 512;
+constexpr int64_t LEAST_WIDTH = 256, PIECES_OF_A_THREAD = 3;
 // Units whose weights are added at a time, a row of each; they and the next ones fit the second-level cache.
-constexpr int64_t BLOCK = 16;
+constexpr int64_t BLOCK = 8;
 template <typename T>
 struct UnitsCall {
-  int64_t m, n, groups;
+  int64_t m, n, groups, parts, width;  // parts of a group, of `width` outputs
   const T* bias;
   const float* residual;
   float *y, *sums;  // sums (groups, m, n)
@@ -25,7 +27,7 @@ struct UnitsCall {
     const int32_t* units;     // which; null for the first ones
     const float* x;           // (m, count), of these units, rows ldx apart
   };
-  Group* parts;
+  Group* all;
 };
 
 // sums (M, n) += x (M, count) times the weights of `count` units, at most BLOCK; the weights in `next` are asked for.
@@ -70,16 +72,22 @@ inline void add_units(int64_t n, int64_t count, const T* const* w, const T* cons
       for (int64_t u = 0; u < count; u++) sums[m * n + c] = fmaf(scalar(w[u][c]), x[m * ldx + u], sums[m * n + c]);
 }
 
+// The sums (M, outputs of the piece) of a piece.
 template <int M, typename T>
 inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
   if constexpr (M > 1) {
     if (call.m < M) return add_group<M - 1, T>(call, piece, sums);
   }
-  const auto& group = call.parts[piece];
-  memset(sums, 0, M * call.n * sizeof(float));
+  const int64_t place = piece / call.parts, begin = piece % call.parts * call.width;
+  const int64_t width = lesser(call.width, call.n - begin);
+  const auto& group = call.all[place];
+  memset(sums, 0, M * width * sizeof(float));
+  // After the last unit of a group come the first ones of the next, which the same thread probably adds next.
+  const auto& after = call.all[place + 1 < call.groups && call.all[place + 1].count > 0 ? place + 1 : place];
   const auto unit = [&](int64_t j) {
-    j = lesser(j, group.count - 1);
-    return group.w + (group.units != nullptr ? group.units[j] : j) * group.ldw;
+    const auto& of = j < group.count ? group : after;
+    j = lesser(j < group.count ? j : j - group.count, of.count - 1);
+    return of.w + (of.units != nullptr ? of.units[j] : j) * of.ldw + begin;
   };
   for (int64_t j = 0; j < group.count; j += BLOCK) {
     const T *w[BLOCK], *next[BLOCK];
@@ -87,7 +95,7 @@ inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
       w[u] = unit(j + u);
       next[u] = unit(j + BLOCK + u);
     }
-    add_units<M, T>(call.n, lesser(BLOCK, group.count - j), w, next, group.x + j, group.ldx, sums);
+    add_units<M, T>(width, lesser(BLOCK, group.count - j), w, next, group.x + j, group.ldx, sums);
   }
 }
 
@@ -99,7 +107,10 @@ void units_piece(const void* given, int64_t piece, float* scratch) {
 template <typename T>
 void units_commit(const void* given, int64_t piece, const float* scratch) {
   const UnitsCall<T>& call = *static_cast<const UnitsCall<T>*>(given);
-  memcpy(call.sums + piece * call.m * call.n, scratch, call.m * call.n * sizeof(float));
+  const int64_t begin = piece % call.parts * call.width, width = lesser(call.width, call.n - begin);
+  float* sums = call.sums + piece / call.parts * call.m * call.n + begin;
+  for (int64_t row = 0; row < call.m; row++)
+    memcpy(sums + row * call.n, scratch + row * width, width * sizeof(float));
 }
 
 // Adds the groups' sums up.
@@ -147,7 +158,7 @@ inline int64_t find_units(const float* x, int64_t m, int64_t k, int64_t count, i
 inline bool takes_units(int64_t m, int64_t n, int64_t count, const Input* inputs) {
   int64_t groups = 0;
   for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
-  return m <= MOST_UNIT_ROWS && m * n <= SCRATCH && groups <= MOST_PIECES;
+  return m <= MOST_UNIT_ROWS && m * n <= SCRATCH && groups * pieces_of(n, LEAST_WIDTH) <= MOST_PIECES;
 }
 
 template <typename T>
@@ -166,7 +177,10 @@ uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const T* bias, 
   float* sums = reinterpret_cast<float*>(group + groups);
   float* values = sums + groups * m * n;
   int32_t* units = reinterpret_cast<int32_t*>(values + groups * GROUP * m);
-  *call = {m, n, groups, bias, residual, y, sums, group};
+  int64_t parts = 1;
+  while (groups * parts < PIECES_OF_A_THREAD * threads && n >= 2 * parts * LEAST_WIDTH) parts *= 2;
+  const int64_t width = pieces_of(pieces_of(n, parts), LANES) * LANES;
+  *call = {m, n, groups, pieces_of(n, width), width, bias, residual, y, sums, group};
   for (int64_t i = 0; i < count; i++) {
     const Input& input = inputs[i];
     for (int64_t first = 0; first < input.k; first += GROUP, group++) {
@@ -185,7 +199,7 @@ uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const T* bias, 
       }
     }
   }
-  return pool_run(job, threads, groups, units_piece<T>, units_commit<T>, units_finish<T>);
+  return pool_run(job, threads, groups * call->parts, units_piece<T>, units_commit<T>, units_finish<T>);
 }
 
 }  // namespace
