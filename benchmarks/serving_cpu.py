@@ -5,8 +5,8 @@
     python benchmarks/serving_cpu.py --shapes 125m --batches 8 --peers vllm-f32       # one comparison
     python benchmarks/serving_cpu.py --directory /scratch/opt                         # everything, for hours
 
-64 requests are there from the beginning, prompts of 8 to 512 and answers of 8 to 256 tokens, both log-uniform, from one
-seed. Ours and a peer are loaded, each in its process, and answer all of them in turns. What is printed:
+64 requests are there from the beginning, prompts of 8 to 512 and answers of 8 to 256 tokens, both log-uniform, from
+one seed. Ours and a peer are loaded, each in its process, and answer all of them in turns. What is printed:
 
 - **requests**: tokens per second of ours and of the peer, and the ratio of each turn; the share of slots in use; and
   of what the mix allows how much was reached. That bound is the time of as many steps as the answers take with every
@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -66,7 +65,9 @@ class Benchmark:
             for batch in given.batches:
                 if "requests" in given.figures:
                     for peer in given.peers:
-                        self._attempt("requests", shape, batch, peer, lambda s=shape, b=batch, p=peer: self._requests(s, b, p))
+                        self._attempt(
+                            "requests", shape, batch, peer, lambda s=shape, b=batch, p=peer: self._requests(s, b, p)
+                        )
                 for figure in ("gaps", "prefix"):
                     if figure in given.figures:
                         measure = getattr(self, f"_{figure}")
@@ -137,7 +138,9 @@ class Benchmark:
         with self._loaded(self.ours, shape, batch, 2048) as worker:
             worker.ask("gaps", long=200, neighbours=batch - 1)  # warm
             measured = [
-                worker.ask("gaps", long=1500, neighbours=rows)[1] for rows in (1, batch - 1) for _ in range(self.given.rounds)
+                worker.ask("gaps", long=1500, neighbours=rows)[1]
+                for rows in (1, batch - 1)
+                for _ in range(self.given.rounds)
             ]
         half = self.given.rounds
         return {
@@ -211,10 +214,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)),
                         help="of each contender (default: as many as there are cores)")  # fmt: skip
     parser.add_argument("--patience", type=float, default=3600, metavar="S",
-                        help="seconds after which a contender that does not answer is ended (default: 3600)")  # fmt: skip
-    parser.add_argument("--directory", type=Path, help="for checkpoints and conversions, which stay (default: a temporary one)")
+                        help="seconds to wait for a contender's answer (default: 3600)")  # fmt: skip
+    parser.add_argument(
+        "--directory", type=Path, help="for checkpoints and conversions, which stay (default: a temporary one)"
+    )
     parser.add_argument("--environments", type=Path, default=HERE / ".venv",
-                        help="for the peers' virtual environments, which stay (default: benchmarks/.venv)")  # fmt: skip
+                        help="for the peers' environments, which stay (default: benchmarks/.venv)")  # fmt: skip
     parser.add_argument("--in_place", action="store_true",
                         help="run peers in this interpreter, without environments of their own")  # fmt: skip
     parser.add_argument("--eager", action="store_true",

@@ -20,7 +20,7 @@ class Peer(Server):
     def convert(self, source: str, directory: str, batch_size: int, length: int) -> None:
         from openvino_tokenizers import convert_tokenizer
 
-        kind = {"load_in_8bit": self.options["weights"] == "int8"}
+        kind = {"load_in_8bit": self.options["kind"] == "int8"}
         OVModelForCausalLM.from_pretrained(source, export=True, compile=False, **kind).save_pretrained(directory)
         tokenizers = convert_tokenizer(AutoTokenizer.from_pretrained(source), with_detokenizer=True)
         for tokenizer, name in zip(tokenizers, ("tokenizer", "detokenizer"), strict=True):

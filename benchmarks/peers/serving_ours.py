@@ -148,4 +148,3 @@ class Peer(Server):
             seen["threads"].append(threading.active_count())
             seen["files"].append(len(os.listdir("/proc/self/fd")))
         return seen
-

@@ -25,8 +25,8 @@ class Mix:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request, prompt and answer."""
-        return max(len(prompt) + new for prompt, new in zip(self.prompts, self.lengths, strict=True))
+        """Tokens of the longest prompt and the longest answer: a static batch may have both."""
+        return max(map(len, self.prompts)) + max(self.lengths)
 
 
 def make_mix(
