@@ -19,8 +19,9 @@ from .packed_attention import PackedAttention
 class EagerRuntime(Runtime):
     """Holds all ranks of the group in this process, in lockstep, with memory-mapped weights and the cache."""
 
-    # Products with fewer rows take longer for each; with more, rows that decode wait for long.
-    prompt_chunk = 64
+    # Arithmetic for some ten rows takes as long as reading the weights: with more, rows that decode wait longer, and
+    # the prompt is not done sooner (benchmarks/serving_cpu.py).
+    prompt_chunk = 16
 
     def __init__(
         self, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup, weights: ModelWeights
