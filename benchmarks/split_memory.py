@@ -8,9 +8,11 @@ The checkpoint is made of random numbers, layer by layer, in one form after the 
 safetensors file, one pytorch_model.bin. Each is split by `save_pretrained_split` in a process of its own, with
 `cp --reflink=never` and `sync` of the same files before and after it, and by
 `OPTForCausalLM.from_pretrained(low_cpu_mem_usage=True).save_pretrained`, unless --ours. Then the split checkpoint is
-loaded at tensor-parallel degrees 1, 2 and 4. Memory is RssAnon of /proc/PID/status, read every few milliseconds from
-outside: what a process has that is no file's, so that the kernel cannot drop it. It includes the interpreter and the
-libraries, a few hundred megabytes, which the first line says; the seconds do not include loading them.
+loaded at tensor-parallel degrees 1, 2 and 4. With --adapter, each is also split with an adapter.
+
+Memory is RssAnon of /proc/PID/status, read every few milliseconds from outside: what a process has that is no file's,
+so that the kernel cannot drop it. It includes the interpreter and the libraries, a few hundred megabytes, which the
+first line says; the seconds do not include loading them.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from pathlib import Path
 SPLIT = """
 import sys, time
 from optimum_opt_trn import save_pretrained_split
-source, output, amp = sys.argv[1:]
+source, output, amp, *adapter = sys.argv[1:]
 start = time.perf_counter()
-save_pretrained_split(source, output, amp=amp)
+save_pretrained_split(source, output, amp=amp, adapter=adapter)
 print(time.perf_counter() - start)
 """
 TRANSFORMERS = """
@@ -154,6 +156,26 @@ torch.save(load_file(sys.argv[1]), sys.argv[2])
     single.unlink()
 
 
+def write_adapter(config, rank: int, directory: Path) -> None:
+    """A LoRA adapter of all matrices of the layers, in float32 as PEFT saves it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from optimum_opt_trn.checkpoint.layout import layer_prefix, layer_specs
+
+    directory.mkdir()
+    tensors = {}
+    for index in range(config.num_hidden_layers):
+        for name, spec in layer_specs(config, "f32").items():
+            if len(spec.shape) == 2:
+                module = f"base_model.model.{layer_prefix(index)}{name.removesuffix('.weight')}"
+                tensors[f"{module}.lora_A.weight"] = torch.randn(rank, spec.shape[1])
+                tensors[f"{module}.lora_B.weight"] = torch.randn(spec.shape[0], rank) * 1e-3
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+
+
 FORMS = {"sharded safetensors": write_sharded, "one safetensors": write_single, "one .bin": write_bin}
 
 
@@ -167,6 +189,7 @@ def main() -> None:
     parser.add_argument("--amp", default="f16", choices=["f16", "bf16", "f32"], help="of the split checkpoint")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--repeat", type=int, default=2, help="splits of each form, between copies")
+    parser.add_argument("--adapter", type=int, metavar="RANK", help="also split with a LoRA adapter of all matrices")
     parser.add_argument("--ours", action="store_true", help="leave transformers out")
     arguments = parser.parse_args()
 
@@ -204,6 +227,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="split-memory-", dir=arguments.directory) as made:
         root = Path(made)
         split = root / "split"
+        variants: dict[str, list[Path]] = {"ours": []}
+        if arguments.adapter:
+            write_adapter(config, arguments.adapter, root / "adapter")
+            variants[f"ours, merging rank {arguments.adapter}"] = [root / "adapter"]
         for form in arguments.forms:
             source = root / "source"
             source.mkdir()
@@ -216,17 +243,17 @@ def main() -> None:
                 seconds, peak = measured(TRANSFORMERS, source, root / "theirs", arguments.amp)
                 shutil.rmtree(root / "theirs")
                 print(f"| {form} | transformers | {peak / 1e6:.0f} | {seconds:.1f} | {size / seconds / 1e9:.2f} | |")
-            for _ in range(arguments.repeat):
+            for variant in [*variants] * arguments.repeat:
                 before = copied(files, root)
                 shutil.rmtree(split, ignore_errors=True)
                 os.sync()
-                seconds, peak = measured(SPLIT, source, split, arguments.amp)
+                seconds, peak = measured(SPLIT, source, split, arguments.amp, *variants[variant])
                 after = copied(files, root)
                 cp = size / ((before + after) / 2) / 1e9
                 speed = size / seconds / 1e9
                 print(
-                    f"| {form} | ours | {peak / 1e6:.0f} | {seconds:.1f} | {speed:.2f} | {speed / cp:.0%} of {cp:.2f} "
-                    f"({size / before / 1e9:.2f}, {size / after / 1e9:.2f}) |",
+                    f"| {form} | {variant} | {peak / 1e6:.0f} | {seconds:.1f} | {speed:.2f} | "
+                    f"{speed / cp:.0%} of {cp:.2f} ({size / before / 1e9:.2f}, {size / after / 1e9:.2f}) |",
                     flush=True,
                 )
             shutil.rmtree(source)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,6 +36,53 @@ def reject_unknown(options: Iterable[str], known: Iterable[str], where: str) -> 
             raise TypeError(f"{where} has no option {option!r}: {hint}")
 
 
+def normalize_adapters(value: Any) -> tuple[str, ...]:
+    """LoRA adapters, in the form in which an OPTNeuronConfig has them.
+
+    Args:
+        value: a directory or an id on the hub, several of them, or a dictionary with the weight of each. A weight may
+            also stand behind a name (`DIR=0.5`).
+
+    Returns:
+        Each name, with its weight behind it where that is not 1.
+
+    Raises:
+        ValueError: for a weight that is not a finite number, for an empty name, and for one that is given twice.
+        TypeError: for anything else than names.
+    """
+    if value is None:
+        return ()
+    given = list(value.items()) if isinstance(value, Mapping) else [value] if is_name(value) else list(value)
+    normal: dict[str, str] = {}
+    for item in given:
+        name, weight = item if isinstance(item, tuple) else (item, None)
+        if not is_name(name):
+            raise TypeError(f"adapter={value!r}: an adapter is a directory or an id on the hub, not {name!r}.")
+        if weight is None:
+            name, weight = split_adapter(os.fspath(name))
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"adapter={value!r}: the weight of {name} must be a number, not {weight!r}.")
+        name = os.fspath(name)
+        if not name or name in normal:
+            raise ValueError(f"adapter={value!r}: {f'{name} is given twice' if name else 'a name is empty'}.")
+        normal[name] = name if weight == 1 and split_adapter(name)[0] == name else f"{name}={float(weight)}"
+    return tuple(normal.values())
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value may name a directory or an id on the hub."""
+    return isinstance(value, (str, os.PathLike))
+
+
+def split_adapter(text: str) -> tuple[str, float]:
+    """The name and the weight of `NAME=WEIGHT`; without a number behind it, the weight is 1."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 @register_neuron_config
 @dataclass(eq=False, repr=False, kw_only=True)
 class OPTNeuronConfig(NeuronConfig):
@@ -53,6 +102,7 @@ class OPTNeuronConfig(NeuronConfig):
             target: on `cpu`, which takes any length, only that one.
         cache_buckets: static lengths of the part of the cache that a step attends to, ascending; the last is
             `sequence_length`. `cpu` does not use them.
+        adapter: LoRA adapters that were merged into the weights (see `normalize_adapters`).
         checkpoint_id, checkpoint_revision: hub id and commit of the source; None for a local one.
         format_version: the format of the export directory; only this decides whether a directory can be read.
 
@@ -72,6 +122,7 @@ class OPTNeuronConfig(NeuronConfig):
     target: str | None = None
     prompt_buckets: tuple[int, ...] = ()
     cache_buckets: tuple[int, ...] = ()
+    adapter: tuple[str, ...] = ()
     checkpoint_id: str | None = None
     checkpoint_revision: str | None = None
     format_version: int = FORMAT_VERSION
@@ -108,6 +159,7 @@ class OPTNeuronConfig(NeuronConfig):
         caches = self.cache_buckets or default_cache_buckets(length, target)
         self.prompt_buckets = check_buckets("prompt_buckets", prompts, length)
         self.cache_buckets = check_buckets("cache_buckets", caches, length)
+        self.adapter = normalize_adapters(self.adapter)
         self._frozen = True
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .checkpoint.config import load_config, save_config, save_small_files
 from .checkpoint.config_values import check_opt
 from .checkpoint.hub import open_checkpoint
 from .checkpoint.layout import CHECKPOINT_DIR, CheckpointError, checkpoint_files
+from .checkpoint.listing import Listed, checkpoint_entries, read_export_manifest, record, write_export_manifest
 from .checkpoint.lock import one_writer
+from .checkpoint.manifest import MANIFEST_NAME, read_manifest
 from .checkpoint.write import write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
@@ -44,9 +46,10 @@ def export_opt(
     """Exports an OPT checkpoint.
 
     `output` gets config.json, generation_config.json, neuron_config.json, the tokenizer, `checkpoint/` (an ordinary
-    Hugging Face checkpoint, one file a layer) and `compiled/`. It is written to a directory next to `output`, which is
-    renamed when it is complete: an interrupted export leaves what was there before. If the source is a split
-    checkpoint in the same amp, or an export with one, the files are linked where the file system allows.
+    Hugging Face checkpoint, one file a layer), `compiled/`, and export_manifest.json with a hash of each file. It is
+    written to a directory next to `output`, which is renamed when it is complete: an interrupted export leaves what
+    was there before. If the source is a split checkpoint in the same amp, or an export with one, the files are linked
+    where the file system allows.
 
     Args:
         source: a local directory or an id on the hub. An export is exported again from its `checkpoint/`.
@@ -63,7 +66,8 @@ def export_opt(
 
     Raises:
         ValueError: if the source is not an OPT, or does not fit `neuron_config`; DoesNotFitError if `neuron_config`
-            needs more memory than there is; CheckpointError if its weights do not fit its config.json.
+            needs more memory than there is; CheckpointError if its weights do not fit its config.json, or an adapter
+            cannot be merged.
         FileExistsError: if `output` holds anything but an export.
         OSError: if the source does not exist, the disk is full, or another process is writing this output.
         TargetError: if the target is not available on this host.
@@ -84,11 +88,12 @@ def export_opt(
     target = get_target(neuron_config)
 
     with _staged(output) as staging:
-        checkpoint = open_checkpoint(source, checkpoint_files(opt_config, amp), **hub)
+        checkpoint = open_checkpoint(source, checkpoint_files(opt_config, amp), adapter=neuron_config.adapter, **hub)
         write_split(checkpoint.weights, staging / CHECKPOINT_DIR, amp, partial(save_config, opt_config, amp))
         save_small_files(checkpoint.directory, opt_config, amp, staging, neuron_config.sequence_length)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)
+        write_export_manifest(staging, _checkpoint_hashes(staging))
     return output
 
 
@@ -124,7 +129,21 @@ def copy_export(source: Path, output: Path, generation_config: GenerationConfig)
     _check_output(output, source)
     with _staged(output, keep=()) as staging:
         shutil.copytree(source, staging, copy_function=_link_or_copy, dirs_exist_ok=True)
-        generation_config.save_pretrained(staging)
+        save_generation_config(staging, generation_config)
+        if read_export_manifest(staging) is None:  # of an earlier version
+            write_export_manifest(staging)
+
+
+def save_generation_config(directory: Path, generation_config: GenerationConfig) -> None:
+    """Writes the generation config of the export in `directory`."""
+    generation_config.save_pretrained(directory)
+    record(directory, (GENERATION_CONFIG_NAME,))
+
+
+def _checkpoint_hashes(directory: Path) -> dict[str, Listed]:
+    """What the manifest of an export's checkpoint has of its weights, so that they are not read again."""
+    manifest = read_manifest(directory / CHECKPOINT_DIR / MANIFEST_NAME)
+    return checkpoint_entries(manifest.files) if manifest else {}
 
 
 def _is_export(directory: Path) -> bool:

@@ -14,10 +14,11 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
 from .checkpoint.config import load_config, load_tokenizer
-from .checkpoint.config_values import check_opt
-from .configuration_opt import OPTNeuronConfig, reject_unknown
+from .checkpoint.config_values import check_opt, check_tokens
+from .checkpoint.verify import find_unlisted
+from .configuration_opt import OPTNeuronConfig, normalize_adapters, reject_unknown
 from .dtypes import normalize_dtype
-from .export import copy_export, export_opt, find_export
+from .export import copy_export, export_opt, find_export, save_generation_config
 from .hardware import FAMILIES
 from .host_framework import (
     INSTALLED,
@@ -43,8 +44,8 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("_neuron_opt", "NeuronOPTForCausalL
 LONGEST_DEFAULT_SEQUENCE = 4096
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-# Accepted and without effect: an OPT has no code of its own, and pipelines pass them to every model.
-_IGNORED_OPTIONS = ("trust_remote_code", "_commit_hash")
+# Accepted and without effect: pipelines pass it to every model.
+_IGNORED_OPTIONS = ("_commit_hash",)
 _ALIASES = {"tp_degree": "tensor_parallel_size", "dtype": "amp", "torch_dtype": "amp"}
 
 
@@ -127,7 +128,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
             options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
-                `prompt_buckets`, `cache_buckets`; None stands for the default.
+                `prompt_buckets`, `cache_buckets`, `adapter`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.
@@ -182,6 +183,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
         eager: bool = False,
         force: bool = False,
         tp_processes: int = 1,
+        trust_remote_code: bool = False,
         **hub_options: Any,
     ) -> NeuronOPTForCausalLM:
         """What `export` calls: exports to a temporary directory, which lives as long as the model.
@@ -204,6 +206,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             )
 
         directory = get_target(neuron_config, tp_processes).once(neuron_config, write)
+        how["trust_remote_code"] = trust_remote_code
         model = cls._open(directory, load=bool(load_weights), tp_processes=tp_processes, **how)
         model._temporary = made[0] if made else None
         return model
@@ -216,8 +219,10 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             model_id: a local directory or an id on the hub.
             options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` as in transformers;
                 `eager=True` to run the graphs uncompiled; `force=True` to go on where memory does not suffice;
-                `verify=True` to compare the weights with the hashes that they were written with, which reads all of
-                them; `export=True` to export anew what is an export already, `export=False` to load exports only;
+                `verify=True` to read every file and compare it with the hash that it was written with;
+                `trust_remote_code=True` to load an export for `neuron` that was compiled by somebody else, which
+                runs code of it (exports for `cpu` hold none);
+                `export=True` to export anew what is an export already, `export=False` to load exports only;
                 `tp_processes=N` if N processes, started by `torchrun` or alike, share this model (by default
                 each process has a model of its own); and for a checkpoint that is not exported yet, what
                 `get_neuron_config` takes (`tp_degree` is another name of `tensor_parallel_size`; `dtype` and
@@ -225,7 +230,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
 
         Raises:
             TypeError: for an unknown option, naming the nearest.
-            ValueError: if the model is not an OPT, or with `export=False` not an export; if an option does not suit
+            ValueError: if the model is not an OPT, or with `export=False` not an export; if it holds code that was
+                compiled elsewhere, without `trust_remote_code`; if an option does not suit
                 it, or differs from what the export was made with; DoesNotFitError if there is too little memory;
                 CheckpointError if files are missing or broken.
             OSError: if there is no such model.
@@ -237,10 +243,10 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
     @classmethod
     def _from_pretrained(cls, model_id: str | Path, config: PretrainedConfig, **options: Any) -> NeuronOPTForCausalLM:
         cls._check_options(options)
-        check_opt(config, model_id)
+        config = check_opt(config, model_id)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         chosen = {_ALIASES.get(k, k): v for k, v in options.items() if k in export_options() and v is not None}
-        how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force")}
+        how: dict[str, Any] = {name: bool(options.get(name)) for name in ("eager", "force", "trust_remote_code")}
         how["tp_processes"] = options.get("tp_processes") or 1
         directory = find_export(model_id, hub)
         if directory is None and options.get("export") is False:
@@ -251,6 +257,11 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
         if directory is not None and not options.get("export"):
             if options.get("verify"):
                 verify_checkpoint(directory)
+                if unlisted := find_unlisted(directory):
+                    logger.warning(
+                        f"{directory}: an earlier version recorded no hash of {', '.join(unlisted)}: these were "
+                        "not verified. Export the model again to record them."
+                    )
             return cls._open(directory, load=True, **how, expected=chosen)
         where = {name: hub[name] for name in ("token", "revision") if name in hub}
         neuron_config = cls.get_neuron_config(model_id, config=config, **where, **chosen)
@@ -266,6 +277,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             "verify",
             "export",
             "tp_processes",
+            "trust_remote_code",
             *export_options(),
         )
         reject_unknown(options, known, f"{cls.__name__}.from_pretrained")
@@ -284,6 +296,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
         eager: bool,
         force: bool,
         tp_processes: int = 1,
+        trust_remote_code: bool = False,
         expected: dict[str, Any] | None = None,
     ) -> NeuronOPTForCausalLM:
         """The export in `directory`; `expected` are options that it must have been made with."""
@@ -293,6 +306,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             made = getattr(neuron_config, field)
             if field in ("amp", "kv_cache_dtype"):
                 value = normalize_dtype(value, field)
+            elif field == "adapter":
+                value = normalize_adapters(value)
             elif isinstance(made, tuple):
                 value = tuple(value)
             if value != made:
@@ -304,7 +319,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
         neuron_config.check_model(config)
         if load:
             check_fit(config, neuron_config, force)
-        target = get_target(neuron_config, tp_processes)
+        target = get_target(neuron_config, tp_processes, trust_remote_code)
         runtime = target.load(config, neuron_config, directory, eager) if load else None
         return cls(config, neuron_config, directory, runtime)
 
@@ -330,7 +345,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
         if self._loaded is not None and not self._loaded.is_first:
             return
         if target.resolve() == self.directory.resolve():
-            self.generation_config.save_pretrained(target)
+            save_generation_config(target, self.generation_config)
         else:
             copy_export(self.directory, target, self.generation_config)
         if push_to_hub:
@@ -382,7 +397,9 @@ def _generation_config(directory: Path, config: OPTConfig) -> GenerationConfig:
         logger.warning(f"{directory} has no {GENERATION_CONFIG_NAME}: generate() has the defaults of config.json.")
         return GenerationConfig.from_model_config(config)
     try:
-        return GenerationConfig.from_pretrained(directory)
+        generation_config = GenerationConfig.from_pretrained(directory)
+        check_tokens(generation_config.to_dict(), str(file))
+        return generation_config
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}): correct it, or remove it for the defaults of config.json."

@@ -6,14 +6,18 @@ it is already do nothing; the others raise an error that says what to do.
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import OPTConfig
 
-from .checkpoint.layout import TensorSpec, checkpoint_files
+from .checkpoint.layout import CHECKPOINT_DIR, OUTER_FILE, TOKEN_EMBEDDINGS, TensorSpec, checkpoint_files
 from .configuration_opt import OPTNeuronConfig
 from .dtypes import AMP_DTYPES, DTYPES
 
@@ -100,6 +104,22 @@ class ModuleMethodsMixin:
     def double(self: Self) -> Self:
         return self.to(torch.float64)
 
+    def get_input_embeddings(self) -> InputEmbeddings:
+        """The embedding of tokens: ids → what `generate(inputs_embeds=…)` takes."""
+        return InputEmbeddings(self._token_embeddings)
+
+    @cached_property
+    def _token_embeddings(self) -> Tensor:
+        """`(vocabulary, word_embed_proj_dim)` in `dtype`, mapped from the checkpoint, where every target has it."""
+        with safe_open(self.directory / CHECKPOINT_DIR / OUTER_FILE, framework="pt") as file:
+            weight: Tensor = file.get_tensor(TOKEN_EMBEDDINGS)
+        return weight
+
+    def as_module(self) -> nn.Module:
+        """The model as a `torch.nn.Module` without parameters, for models that have it as a part, such as BLIP-2:
+        `blip2.language_model = model.as_module()`."""
+        return _ModelAsModule(self)
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many parameters the model has; tied ones count once.
 
@@ -132,6 +152,34 @@ class ModuleMethodsMixin:
             "A loaded model cannot be pickled or copied: keep it with save_pretrained(DIRECTORY), pass that name on, "
             f"and call {type(self).__name__}.from_pretrained(DIRECTORY) there (it is loaded from {self.directory})."
         )
+
+
+class InputEmbeddings(nn.Module):
+    """Looks up the embeddings of token ids.
+
+    Args:
+        weight: `(vocabulary, word_embed_proj_dim)`, in any dtype.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Integers `(…)` → float32 `(…, word_embed_proj_dim)`."""
+        return F.embedding(input_ids, self.weight).float()
+
+
+class _ModelAsModule(nn.Module):
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
 
 
 def _refuse_training(call: str) -> NoReturn:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextGenerati
 from transformers.generation import GenerationMixin
 
 from .checkpoint.config import load_config, load_tokenizer
+from .checkpoint.listing import record
 from .configuration_opt import reject_unknown
 from .export import find_export
 from .generation.transformers_versions import default_new_tokens
@@ -51,6 +52,11 @@ class OPTTextGenerationPipeline(TextGenerationPipeline):
             generate_kwargs["max_new_tokens"] = min(default, room)
         return super()._forward(model_inputs, **generate_kwargs)
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As in transformers: the export and the tokenizer, which has padding on the left here."""
+        super().save_pretrained(save_directory, **kwargs)
+        record(Path(save_directory))
+
 
 def pipeline(
     task: str | None = None,
@@ -73,7 +79,8 @@ def pipeline(
         task: `"text-generation"`, also the meaning of None.
         model: an export (directory or Hub id), a loaded model, or, with `export=True`, an OPT checkpoint.
         tokenizer: by default, the one in the model's directory.
-        use_fast, trust_remote_code: for loading the tokenizer.
+        use_fast: for loading the tokenizer.
+        trust_remote_code: loads an export for `neuron` that was compiled by somebody else, and code of a tokenizer.
         export: export `model` first, to a temporary directory. The export's options (`batch_size`,
             `sequence_length`, `tensor_parallel_size`, `amp`, `kv_cache_dtype`, …, see
             `NeuronOPTForCausalLM.get_neuron_config`) go into `kwargs`.
@@ -133,6 +140,7 @@ def pipeline(
     if not isinstance(model, NeuronOPTForCausalLM):
         if export:
             loading["batch_size"] = batch_size
+        loading["trust_remote_code"] = trust_remote_code
         model = NeuronOPTForCausalLM.from_pretrained(model, **hub, **loading)
 
     if batch_size is None or export:

@@ -38,7 +38,17 @@ class Combination:
         pinned = {"torch": self.torch, "transformers": self.transformers, "optimum": self.optimum}
         named = [name if version == "newest" else f"{name}=={version}" for name, version in pinned.items()]
         others = ["filelock>=3.30", "huggingface_hub", "requests", "safetensors", "tqdm"]
-        tools = ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "scipy", "setuptools>=77", "wheel"]
+        tools = [
+            "hypothesis",
+            "matplotlib",
+            "peft",
+            "pillow",
+            "pytest",
+            "pytest-xdist",
+            "scipy",
+            "setuptools>=77",
+            "wheel",
+        ]
         return [*named, *others, *tools, *(["optimum-neuron==0.4.5"] if self.optimum_neuron else [])]
 
 

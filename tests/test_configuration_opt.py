@@ -56,6 +56,7 @@ def test_defaults():
         "target": "cpu",
         "prompt_buckets": (2048,),
         "cache_buckets": (2048,),
+        "adapter": (),
         "checkpoint_id": None,
         "checkpoint_revision": None,
         "format_version": FORMAT_VERSION,

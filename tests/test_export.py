@@ -62,7 +62,8 @@ def test_directory(with_tokenizer, tmp_path):
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
     }
     assert len(tokenizer) >= 2
-    own = {"config.json", "generation_config.json", "neuron_config.json", "checkpoint", "compiled"}
+    configs = {"config.json", "generation_config.json", "neuron_config.json", "export_manifest.json"}
+    own = {*configs, "checkpoint", "compiled"}
     assert {path.name for path in output.iterdir()} == own | tokenizer
     assert {path.name for path in (output / "checkpoint").iterdir()} == {
         *("config.json", INDEX_NAME, MANIFEST_NAME, "embeddings_and_head.safetensors"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, logging
 
 from ..dtypes import to_torch
-from .config_values import check_opt, check_values
+from .config_values import check_opt, check_values, opt_values
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +29,7 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
     """The configuration of the OPT `source`, a local directory or an id on the hub.
 
     Args:
-        source: which model.
+        source: which model: an OPT, or one that has an OPT as its language model, as BLIP-2.
         hub: revision, token, cache_dir, force_download, local_files_only, as in transformers.
 
     Raises:
@@ -50,9 +51,16 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
                 f"{source}: its {CONFIG_NAME} is not valid JSON. Correct the file, or fetch it again."
             ) from error
         raise OSError(f"{source} is not a local directory, and cannot be fetched from the hub: {error}") from error
-    if given.get("model_type") == "opt":
-        check_values(given, source)
-    return check_opt(AutoConfig.from_pretrained(source, **hub), source)
+    if (values := opt_values(given)) is not None:
+        check_values(values, source)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: an AttributeError for a dtype that torch has not, for example
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{source}: its {CONFIG_NAME} cannot be read ({cause}). Correct the file.") from error
+    return check_opt(config, source)
 
 
 def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
@@ -63,7 +71,12 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # tokenizers raise many errors; without files it can be an ImportError
+        if tokenizer.vocab_size:
+            tokenizer("a")  # what is wrong in tokenizer.json may show only here
+    except BaseException as error:
+        # tokenizers raise many errors; without files it can be an ImportError, and with broken ones a panic of Rust.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         cause = str(error).strip().partition("\n")[0]
         raise ValueError(f"{source} has no tokenizer that can be loaded ({cause})") from error
     if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer
@@ -91,10 +104,11 @@ def save_small_files(source: Path, config: OPTConfig, amp: str, directory: Path,
         longest: tokens that the model takes at most, for the tokenizer to know; None leaves that as it is.
     """
     save_config(config, amp, directory)
-    try:
-        generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:
-        generation_config = GenerationConfig.from_model_config(config)
+    generation_config = GenerationConfig.from_model_config(config)
+    # That of a BLIP-2 is not its language model's, which has one from its configuration there, too.
+    if PretrainedConfig.get_config_dict(source)[0].get("model_type") == "opt":
+        with suppress(OSError):
+            generation_config = GenerationConfig.from_pretrained(source)
     generation_config.save_pretrained(directory)
     try:
         tokenizer = load_tokenizer(source)

@@ -17,6 +17,8 @@ _COUNTS = (
     *("vocab_size", "hidden_size", "word_embed_proj_dim", "num_hidden_layers", "num_attention_heads", "ffn_dim"),
     "max_position_embeddings",
 )
+# Far beyond any OPT. Larger numbers would be a damaged file, and take all memory before anything else is compared.
+_LIMIT, _LIMITS = 2**24, {"num_hidden_layers": 10_000}
 _SWITCHES = (
     *("do_layer_norm_before", "_remove_final_layer_norm", "layer_norm_elementwise_affine"),
     *("enable_bias", "tie_word_embeddings"),
@@ -24,15 +26,37 @@ _SWITCHES = (
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def opt_values(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of the OPT: all of it, or, of a BLIP-2, its `text_config`; None if there is no OPT.
+
+    Args:
+        given: what config.json holds.
+    """
+    text = given.get("text_config")
+    for values in (given, text):
+        if isinstance(values, Mapping) and values.get("model_type") == "opt":
+            return values
+    return None
+
+
 def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
-    """`config`; raises ValueError if it is not an OPT's, or has a value that no OPT has."""
-    if config.model_type != "opt":
+    """`config`, or its `text_config` if that is the OPT, as in a BLIP-2.
+
+    Raises:
+        ValueError: if neither is an OPT's, or for a value that no OPT has.
+    """
+    text = getattr(config, "text_config", None)
+    opt = config if config.model_type == "opt" else text
+    if getattr(opt, "model_type", None) != "opt":
         raise ValueError(
-            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt'. For other "
-            "models see optimum-neuron."
+            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt', alone or as the "
+            "language model of a BLIP-2. For other models see optimum-neuron."
         )
-    check_values(config.to_dict(), source)
-    return config
+    assert opt is not None
+    if opt is not config:
+        opt._commit_hash = getattr(config, "_commit_hash", None)
+    check_values(opt.to_dict(), source)
+    return opt
 
 
 def check_values(given: Mapping[str, Any], source: Any) -> None:
@@ -50,15 +74,13 @@ def check_values(given: Mapping[str, Any], source: Any) -> None:
         value = values[name]
         if type(value) is not int or value < 1:
             _refuse(source, name, value, "it must be a positive whole number")
+        if value > _LIMITS.get(name, _LIMIT):
+            _refuse(source, name, value, f"no OPT has more than {_LIMITS.get(name, _LIMIT)}")
     for name in _SWITCHES:
         value = values[name]
         if not isinstance(value, bool):
             _refuse(source, name, value, "it must be true or false")
-    for name in _TOKENS:
-        value = values[name]
-        several = name == "eos_token_id" and isinstance(value, list) and value
-        if value is not None and not all(type(i) is int for i in (value if several else [value])):
-            _refuse(source, name, value, "it must be the number of a token, or null")
+    check_tokens(values, f"{source}: its config.json")
     activation = values["activation_function"]
     if not isinstance(activation, str) or activation not in ACT2FN:
         _refuse(source, "activation_function", activation, "OPT has 'relu', Galactica 'gelu'")
@@ -72,6 +94,22 @@ def check_values(given: Mapping[str, Any], source: Any) -> None:
             f"{source}: its config.json has a quantization_config ({method!r}), and exports are made from weights in "
             "float16, bfloat16 or float32: choose the model that it was quantized from."
         )
+
+
+def check_tokens(values: Mapping[str, Any], origin: str) -> None:
+    """Checks the special tokens in a config.json or generation_config.json; `origin` is what the message calls it.
+
+    Raises:
+        ValueError: for the first that is no number of a token.
+    """
+    for name in _TOKENS:
+        value = values.get(name)
+        ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+        if value is not None and not all(type(i) is int and abs(i) <= _LIMIT for i in ids):
+            raise ValueError(
+                f"{origin} has {name}={value!r}, and it must be the number of a token, or null. Correct the file, or "
+                "fetch it again."
+            )
 
 
 def _refuse(source: Any, name: str, value: Any, limit: str) -> None:

@@ -140,7 +140,7 @@ def _piece(files: Files, name: str, tensors: list[str] | None = None, index: str
         if file is None:
             raise CheckpointError(f"{files.origin} lacks {name}, which its {index} names.")
         try:
-            return _open_tensor(file, *(tensors or ())) if index == OLD_SPLIT_INDEX else _open_file(file)
+            return _open_tensor(file, *(tensors or ())) if index == OLD_SPLIT_INDEX else open_file(file)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{file} is broken or not a checkpoint file ({error}).") from error
 
@@ -168,7 +168,7 @@ def _read_index(file: Path, key: str | None = "weight_map") -> dict[str, str]:
     return names
 
 
-def _open_file(file: Path) -> Readers:
+def open_file(file: Path) -> Readers:
     """The tensors of a safetensors or PyTorch file, as views of the mapped file.
 
     Raises:
@@ -178,7 +178,7 @@ def _open_file(file: Path) -> Readers:
 
 
 def _open_tensor(file: Path, name: str) -> Readers:
-    """The only tensor of a PyTorch file, under the name `name`; raises as `_open_file`."""
+    """The only tensor of a PyTorch file, under the name `name`; raises as `open_file`."""
     if file.suffix == ".empty_json":
         raise ValueError("it describes random values instead of holding a tensor")
     tensor = _load(file)

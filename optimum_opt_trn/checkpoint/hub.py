@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_lo
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from ..host_framework import NEURON_CONFIG_NAME
+from .adapter import Adapter, open_adapters
 from .formats import Files, LocalFiles, find_pieces
 from .layout import CHECKPOINT_DIR, CheckpointError, FileSpecs
 from .source import WeightSource
@@ -38,6 +40,7 @@ def open_checkpoint(
     source: str | os.PathLike,
     specs: FileSpecs,
     *,
+    adapter: Sequence[str] = (),
     scratch: Path | None = None,
     revision: str | None = None,
     token: bool | str | None = None,
@@ -50,6 +53,7 @@ def open_checkpoint(
     Args:
         source: a local directory or an id on the hub. The weights of an export are those in its `checkpoint/`.
         specs: what the model consists of (`layout.checkpoint_files`), in the dtypes to read it in.
+        adapter: LoRA adapters that are merged into the weights, see `open_adapters`.
         scratch: where to put files of weights that are not in the cache. They are deleted as soon as they are not
             needed any more. None keeps them in the cache.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
@@ -70,12 +74,12 @@ def open_checkpoint(
     files: Files = LocalFiles(directory / subfolder)
     if not local:
         files = _HubFiles(str(source), directory, subfolder, scratch, hub)
-    return Checkpoint(directory, open_files(files, specs))
+    return Checkpoint(directory, open_files(files, specs, open_adapters(adapter, specs, **hub)))
 
 
-def open_files(files: Files, specs: FileSpecs) -> WeightSource:
+def open_files(files: Files, specs: FileSpecs, adapters: Sequence[Adapter] = ()) -> WeightSource:
     """The weights in the files of a checkpoint; see `open_checkpoint`."""
-    return WeightSource(find_pieces(files), files.origin, specs, files.directory)
+    return WeightSource(find_pieces(files), files.origin, specs, files.directory, adapters)
 
 
 def _fetch_small_files(source: str, revision: str | None, hub: dict[str, Any]) -> Path:

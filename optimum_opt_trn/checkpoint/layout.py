@@ -16,10 +16,14 @@ INDEX_NAME = "model.safetensors.index.json"
 # Where an export directory keeps its split checkpoint.
 CHECKPOINT_DIR = "checkpoint"
 
+# What the names of the OPT's tensors begin with in a model that has it as its language model, as BLIP-2.
+LANGUAGE_MODEL = "language_model."
+
 # The tensors outside of the decoder layers.
 OUTER_FILE = "embeddings_and_head.safetensors"
 
 _DECODER = "model.decoder."
+TOKEN_EMBEDDINGS = f"{_DECODER}embed_tokens.weight"
 
 
 class CheckpointError(ValueError):
@@ -40,6 +44,15 @@ class TensorSpec:
 
 # The name of a file of the split format -> its tensors by their full names.
 FileSpecs = dict[str, dict[str, TensorSpec]]
+
+
+def canonical_name(name: str) -> str:
+    """The name as transformers' OPTForCausalLM spells it.
+
+    OPTModel's checkpoints lack the prefix `model.`; in a BLIP-2 there is another one before it.
+    """
+    name = name.removeprefix(LANGUAGE_MODEL)
+    return f"model.{name}" if name.startswith("decoder.") else name
 
 
 def layer_prefix(index: int) -> str:
@@ -68,7 +81,7 @@ def outer_specs(config: ModelShape, amp: str) -> dict[str, TensorSpec]:
     """The tensors outside the layers, by their names in a Hugging Face checkpoint."""
     hidden, words, dim = config.hidden_size, config.vocab_size, config.word_embed_proj_dim
     specs = {
-        f"{_DECODER}embed_tokens.weight": TensorSpec((words, dim), amp),
+        TOKEN_EMBEDDINGS: TensorSpec((words, dim), amp),
         # Two more rows than positions: OPTLearnedPositionalEmbedding's offset.
         f"{_DECODER}embed_positions.weight": TensorSpec((config.max_position_embeddings + 2, hidden), "f32"),
     }

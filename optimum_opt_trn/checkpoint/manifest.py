@@ -1,4 +1,4 @@
-"""The split checkpoint's manifest: the size and hash of each file, and what it was made from.
+"""The split checkpoint's manifest: the size and hash of each file, and what the files of weights were made from.
 
 With it, a run of the writer finds files that need not be written again: its own and those of the source.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
@@ -19,7 +17,7 @@ from transformers.utils import logging
 
 from ..dtypes import to_torch
 from .layout import FileSpecs, TensorSpec
-from .stream import Progress, sha256_file
+from .listing import Listed, check_seal, name_error, parse_entry, sealed, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -33,54 +31,62 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class FileEntry:
-    """A file: its size in bytes, its SHA-256, and the key of what it was made from (see `source_key`)."""
+class FileEntry(Listed):
+    """A file of weights, with the key of what it was made from (see `source_key`)."""
 
-    bytes: int
-    sha256: str
     source: str
-
-    def fits(self, file: Path) -> bool:
-        """Whether the file is there and of this size."""
-        return file.is_file() and file.stat().st_size == self.bytes
-
-    def is_intact(self, file: Path, progress: Progress = lambda _: None) -> bool:
-        """Whether the file is there, whole and unchanged; reads all of it."""
-        return self.fits(file) and sha256_file(file, progress) == self.sha256
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a split checkpoint in `amp` (`f16`, `bf16` or `f32`), by their names."""
+    """The files of a split checkpoint in `amp` (`f16`, `bf16` or `f32`), by their names.
+
+    Args:
+        amp: dtype of the weights.
+        files: the files of weights.
+        others: all other files except for the manifest. None in a manifest of an earlier version, which had no entry
+            for them and no hash of itself.
+    """
 
     amp: str
     files: dict[str, FileEntry]
+    others: dict[str, Listed] | None = None
 
     def write(self, path: Path, sync: bool = True) -> None:
         """Writes the manifest; see `write_json`."""
         files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
-        write_json(path, {"format": _FORMAT, "amp": self.amp, "files": files}, sync)
+        others = {name: asdict(entry) for name, entry in sorted((self.others or {}).items())}
+        write_json(path, sealed({"format": _FORMAT, "amp": self.amp, "files": files, "others": others}), sync)
 
 
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest in the file `path`; None if there is none.
 
     Raises:
-        ValueError: if it is broken, or of a later version.
+        ValueError: if it is broken, has changed, or is of a later version.
     """
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+        content = json.loads(text)
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}")
-        files = {str(name): FileEntry(**entry) for name, entry in content["files"].items()}
-        for entry in files.values():
-            if not (isinstance(entry.bytes, int) and isinstance(entry.sha256, str) and isinstance(entry.source, str)):
-                raise ValueError("an entry without size or hash")
-        return Manifest(str(content["amp"]), files)
+        others = None
+        if "others" in content or "sha256" in content:
+            check_seal(text, content)
+            others = {name: parse_entry(name, entry) for name, entry in content["others"].items()}
+        files = {}
+        for name, entry in content["files"].items():
+            listed = parse_entry(name, entry)
+            if not isinstance(entry["source"], str):
+                raise ValueError("an entry without source")
+            files[name] = FileEntry(listed.bytes, listed.sha256, entry["source"])
+        return Manifest(str(content["amp"]), files, others)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is broken, or of a later version of optimum_opt_trn ({error!r}).") from error
+        raise ValueError(
+            f"{path} is broken, or of a later version of optimum_opt_trn ({name_error(error)})."
+        ) from error
 
 
 def source_key(specs: Mapping[str, TensorSpec], identity: str) -> str:
@@ -150,14 +156,3 @@ def header_problems(file: Path, specs: Mapping[str, TensorSpec]) -> Iterator[str
                     f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration makes it "
                     f"{dtype} {specs[name].shape}."
                 )
-
-
-def write_json(path: Path, content: dict[str, Any], sync: bool = True) -> None:
-    """Writes a JSON file completely or not at all; with `sync`, even if the power fails."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..dtypes import to_torch
+from .adapter import Adapter
 from .formats import Piece, Readers
-from .layout import CheckpointError, FileSpecs
+from .layout import LANGUAGE_MODEL, CheckpointError, FileSpecs, canonical_name
 from .manifest import source_key
 
 
@@ -33,23 +34,34 @@ class WeightSource:
         origin: what error messages call the source.
         files: what the model consists of, in which dtypes the tensors are read, and which belong together.
         directory: the source's directory, if it is a local one.
+        adapters: what is merged into the weights, in this order; they have been checked.
 
     Raises:
         CheckpointError: naming tensors that the model has and the source lacks, or the other way round, or that are
             of another shape, as far as their pieces are open.
     """
 
-    def __init__(self, pieces: list[Piece], origin: str, files: FileSpecs, directory: Path | None = None):
+    def __init__(
+        self,
+        pieces: list[Piece],
+        origin: str,
+        files: FileSpecs,
+        directory: Path | None = None,
+        adapters: Sequence[Adapter] = (),
+    ):
         self.origin = origin
         self.files = files
         self.directory = directory
+        self._adapters = adapters
         self._specs = {name: spec for specs in files.values() for name, spec in specs.items()}
         self._pieces = pieces
         # Our name -> the piece that has it, and the name there.
         self._tensors: dict[str, tuple[int, str]] = {}
+        is_part = any(name.startswith(LANGUAGE_MODEL) for piece in pieces for name in piece.names)
         for index, piece in enumerate(pieces):
             for name in piece.names:
-                self._tensors[_canonical_name(name)] = index, name
+                if name.startswith(LANGUAGE_MODEL) or not is_part:
+                    self._tensors[canonical_name(name)] = index, name
         self._check()
 
     def _check(self) -> None:
@@ -71,8 +83,13 @@ class WeightSource:
         for name in sorted(specs):
             index, theirs = self._tensors[name]
             pieces.setdefault(index, []).append(theirs)
-        identity = "\n".join(self._pieces[index].identity(theirs) for index, theirs in sorted(pieces.items()))
-        return source_key(specs, identity)
+        identities = [self._pieces[index].identity(theirs) for index, theirs in sorted(pieces.items())]
+        identities += [adapter.identity for adapter in self._adapters if any(map(adapter.changes, specs))]
+        return source_key(specs, "\n".join(identities))
+
+    def is_merged(self, file: str) -> bool:
+        """Whether an adapter changes a tensor of `file`."""
+        return any(adapter.changes(name) for adapter in self._adapters for name in self.files[file])
 
     def in_order(self, files: Collection[str]) -> Iterator[str]:
         """Yields some of `self.files` in the order that opens each piece once.
@@ -99,9 +116,19 @@ class WeightSource:
                 that are not finite after the cast.
         """
         tensor, dtype = self._tensor(name), to_torch(self._specs[name].dtype)
-        row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), dtype.itemsize))
+        adapters = [adapter for adapter in self._adapters if adapter.changes(name)]
+        item_bytes = max(tensor.element_size(), dtype.itemsize)
+        if adapters:  # there are two copies then: the sum in float32, and what it is cast to
+            item_bytes = torch.float32.itemsize + dtype.itemsize
+        row_bytes = max(1, tensor[0].numel() * item_bytes)
+        start = 0
         for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
             try:
+                if adapters:
+                    rows = rows.to("cpu", torch.float32, copy=True)
+                    for adapter in adapters:
+                        adapter.add_to(rows, name, start)
+                    start += len(rows)
                 cast = rows.to("cpu", dtype).contiguous()
                 # Both are NaN if any element is. This is several times faster than isfinite of each element.
                 extremes = torch.stack(torch.aminmax(cast))
@@ -136,8 +163,8 @@ class WeightSource:
         return tensor
 
 
-def open_model(model: PreTrainedModel, files: FileSpecs) -> WeightSource:
-    """The weights of a loaded `OPTForCausalLM`, which is not changed; `files` and errors as `WeightSource`."""
+def open_model(model: PreTrainedModel, files: FileSpecs, adapters: Sequence[Adapter] = ()) -> WeightSource:
+    """The weights of a loaded `OPTForCausalLM`, which is not changed; other arguments and errors as `WeightSource`."""
     state = model.state_dict()
 
     def identity(names: Collection[str]) -> str:
@@ -150,9 +177,4 @@ def open_model(model: PreTrainedModel, files: FileSpecs) -> WeightSource:
         return digest.hexdigest()
 
     readers: Readers = {name: tensor.detach for name, tensor in state.items()}
-    return WeightSource([Piece(lambda: readers, identity)], "the loaded model", files)
-
-
-def _canonical_name(name: str) -> str:
-    """The name as transformers' OPTForCausalLM spells it: OPTModel's checkpoints lack the prefix `model.`."""
-    return f"model.{name}" if name.startswith("decoder.") else name
+    return WeightSource([Piece(lambda: readers, identity)], "the loaded model", files, None, adapters)

@@ -8,12 +8,11 @@ that the next run continues from there.
 from __future__ import annotations
 
 import errno
-import filecmp
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..configuration_opt import normalize_adapters
 from ..dtypes import normalize_dtype
 from ..hardware import in_units
+from .adapter import open_adapters
 from .config import load_config, save_config, save_small_files
 from .config_values import check_opt
 from .hub import open_checkpoint
 from .layout import INDEX_NAME, CheckpointError, FileSpecs, checkpoint_files
+from .listing import Listed, json_text, list_file, list_text, visible_files, write_json
 from .lock import one_writer
 from .manifest import (
     MANIFEST_NAME,
@@ -37,7 +39,7 @@ from .manifest import (
     Manifest,
     intact_files,
     linkable_files,
-    write_json,
+    read_manifest,
 )
 from .source import WeightSource, open_model
 from .stream import write_tensors
@@ -54,6 +56,7 @@ def save_pretrained_split(
     directory: str | os.PathLike,
     amp: str | torch.dtype = "f16",
     *,
+    adapter: Any = (),
     delete_source_shards: bool = False,
     revision: str | None = None,
     token: bool | str | None = None,
@@ -72,6 +75,8 @@ def save_pretrained_split(
             directory with a split checkpoint in `amp`, the files are linked where the file system allows.
         directory: where to write; created if it does not exist.
         amp: `f16`, `bf16` or `f32`.
+        adapter: LoRA adapters of PEFT to merge into the weights, in float32 before they are cast: a directory or an id
+            on the hub, a list of them, or a dictionary with the weight of each.
         delete_source_shards: keeps no copy of the weights of an id on the hub: a file that is not in the cache is
             fetched to `directory`, and deleted when it has been split.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
@@ -80,14 +85,17 @@ def save_pretrained_split(
         The directory.
 
     Raises:
-        CheckpointError: if the weights are not those of an OPT model with the source's config.json.
+        CheckpointError: if the weights are not those of an OPT model with the source's config.json, or an adapter
+            cannot be merged.
         ValueError: if the source is not an OPT, or `amp` not one of the three.
         OSError: if the source does not exist, the disk is full, or another process is writing to `directory`.
     """
-    amp, directory = normalize_dtype(amp), Path(directory)
+    amp, directory, adapter = normalize_dtype(amp), Path(directory), normalize_adapters(adapter)
     if isinstance(source, PreTrainedModel):
         config = check_opt(source.config, type(source).__name__)
-        weights = open_model(source, checkpoint_files(config, amp))
+        files = checkpoint_files(config, amp)
+        where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        weights = open_model(source, files, open_adapters(adapter, files, **where))
         return write_split(weights, directory, amp, partial(_save_small_files_of, source, amp))
     hub: dict[str, Any] = {
         "revision": revision,
@@ -103,7 +111,7 @@ def save_pretrained_split(
         raise FileExistsError(f"{directory} is the source itself: choose another output directory.")
     shards = directory / _SHARDS_DIR if delete_source_shards else None
     files = checkpoint_files(config, amp)
-    checkpoint = open_checkpoint(source, files, scratch=shards, force_download=force_download, **hub)
+    checkpoint = open_checkpoint(source, files, adapter=adapter, scratch=shards, force_download=force_download, **hub)
     write_small_files = partial(save_small_files, checkpoint.directory, config, amp)
     written = write_split(checkpoint.weights, directory, amp, write_small_files)
     shutil.rmtree(directory / _SHARDS_DIR, ignore_errors=True)
@@ -137,16 +145,21 @@ def write_split(weights: WeightSource, directory: Path, amp: str, write_small_fi
             raise CheckpointError(f"{directory} already holds {clash[0]}, which is foreign to a split checkpoint.")
         keys = {file: weights.key(file) for file in files}
         manifest = Manifest(amp, intact_files(directory, keys))
-        linkable = linkable_files(weights.directory, files, amp) if weights.directory else {}
+        unmerged = {file: specs for file, specs in files.items() if not weights.is_merged(file)}
+        linkable = linkable_files(weights.directory, unmerged, amp) if weights.directory else {}
         prepared = directory / _SMALL_FILES_DIR
         shutil.rmtree(prepared, ignore_errors=True)
         prepared.mkdir()
         write_small_files(prepared)
-        if manifest.files.keys() == files.keys() and _is_finished(directory, prepared, index):
+        others = {name: list_file(file) for name, file in visible_files(prepared).items()}
+        others[INDEX_NAME] = list_text(json_text(index))
+        if manifest.files.keys() == files.keys() and _is_finished(directory, others):
             logger.info(f"{directory} is this split checkpoint already: nothing is written.")
             shutil.rmtree(prepared)
             return directory
         (directory / INDEX_NAME).unlink(missing_ok=True)
+        for name in _listed_others(directory).keys() - others.keys():
+            (directory / name).unlink(missing_ok=True)  # the tokenizer of another model, for example
         manifest.write(directory / UNFINISHED_NAME)
         (directory / MANIFEST_NAME).unlink(missing_ok=True)
         for file in prepared.iterdir():
@@ -154,7 +167,7 @@ def write_split(weights: WeightSource, directory: Path, amp: str, write_small_fi
         prepared.rmdir()
 
         _write_files(weights, directory, keys, linkable, manifest)
-        manifest.write(directory / MANIFEST_NAME)
+        replace(manifest, others=others).write(directory / MANIFEST_NAME)
         write_json(directory / INDEX_NAME, index)
         (directory / UNFINISHED_NAME).unlink()
     return directory
@@ -166,15 +179,20 @@ def _index(files: FileSpecs) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _is_finished(directory: Path, prepared: Path, index: dict[str, Any]) -> bool:
-    """Whether a directory has the index and the small files that it should have."""
-    try:
-        same = json.loads((directory / INDEX_NAME).read_text()) == index
-    except (OSError, ValueError):
+def _is_finished(directory: Path, others: Mapping[str, Listed]) -> bool:
+    """Whether a directory has the index and the small files that it should have, and lists them."""
+    if _listed_others(directory) != others or (directory / UNFINISHED_NAME).exists():
         return False
-    names = [file.name for file in prepared.iterdir()]
-    differing = filecmp.cmpfiles(prepared, directory, names, shallow=False)[1:]
-    return same and not any(differing) and not (directory / UNFINISHED_NAME).exists()
+    return all(entry.is_intact(directory / name) for name, entry in others.items())
+
+
+def _listed_others(directory: Path) -> dict[str, Listed]:
+    """The files besides the weights that the manifest of a directory lists."""
+    try:
+        manifest = read_manifest(directory / MANIFEST_NAME)
+    except ValueError:
+        return {}
+    return (manifest.others if manifest else None) or {}
 
 
 def _write_files(

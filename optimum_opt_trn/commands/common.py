@@ -26,9 +26,20 @@ REVISION: dict[str, Any] = {
     "metavar": "REV",
     "help": "Branch, tag or commit of a model on the Hub (default: main).",
 }
+ADAPTER: dict[str, Any] = {
+    "action": "append",
+    "metavar": "DIR_OR_ID[=WEIGHT]",
+    "help": "LoRA adapter of PEFT to merge into the weights, in float32, with a factor if that is not 1. Give the "
+    "option once for each adapter (default: none).",
+}
 CACHE_DIR: dict[str, Any] = {
     "metavar": "DIR",
     "help": "Where downloads are kept (default: the Hugging Face cache).",
+}
+TRUST_REMOTE_CODE: dict[str, Any] = {
+    "action": "store_true",
+    "help": "Load an export for Neuron devices that was compiled by somebody else, which runs code of it. Exports for "
+    "cpu hold no code.",
 }
 
 

@@ -14,7 +14,17 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from ..dtypes import AMP_DTYPES, DTYPES
 from ..hardware import FAMILIES
-from .common import AUTO_CAST_TYPE, CACHE_DIR, CAST_TYPES, REVISION, describe, explain_errors, lengths, one_line_errors
+from .common import (
+    ADAPTER,
+    AUTO_CAST_TYPE,
+    CACHE_DIR,
+    CAST_TYPES,
+    REVISION,
+    describe,
+    explain_errors,
+    lengths,
+    one_line_errors,
+)
 
 
 TASKS = ("auto", "text-generation")
@@ -29,12 +39,15 @@ examples:
   optimum-cli export neuron -m facebook/opt-125m opt-125m-cpu
   optimum-cli export neuron -m ./my-opt --batch_size 4 --sequence_length 512 --tensor_parallel_size 2 \\
       --auto_cast_type bf16 --kv_cache_dtype fp32 my-opt-cpu
+  optimum-cli export neuron -m facebook/opt-6.7b --adapter me/opt-6.7b-lora opt-6.7b-lora-cpu
+  optimum-cli export neuron -m Salesforce/blip2-opt-2.7b blip2-opt-cpu   # the OPT in it
 
 OUTPUT will hold:
   config.json, generation_config.json, tokenizer files   as in the source
   neuron_config.json    the options of the export
   checkpoint/           the weights: an ordinary Hugging Face checkpoint, one safetensors file per decoder layer
   compiled/             what was compiled for the target, and its manifest
+  export_manifest.json  size and SHA-256 of every file, for `optimum-cli neuron verify`
 
 use it:
   optimum-cli neuron generate opt-125m-cpu "Hello, my"
@@ -93,6 +106,7 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N,N,...",
         "help": "Cache lengths, in tokens, that a step reads. For Neuron targets (default: doubling from 128).",
     },
+    "--adapter": ADAPTER,
     "--revision": REVISION,
     "--force": {
         "action": "store_const",
@@ -226,9 +240,11 @@ def _export(
 def _is_opt(options: dict[str, Any]) -> bool:
     from transformers import PretrainedConfig
 
+    from ..checkpoint.config_values import opt_values
+
     where = {name: options[name] for name in ("revision", "cache_dir", "subfolder") if name in options}
     try:
-        return PretrainedConfig.get_config_dict(options["model"], **where)[0].get("model_type") == "opt"
+        return opt_values(PretrainedConfig.get_config_dict(options["model"], **where)[0]) is not None
     except (OSError, ValueError):  # a diffusion model has no config.json; optimum-neuron explains what is wrong
         return False
 

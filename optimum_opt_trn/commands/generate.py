@@ -87,6 +87,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         loading.add_argument(flag, **SHARED_OPTIONS[flag])
     loading.add_argument("--revision", **common.REVISION)
     loading.add_argument("--eager", action="store_true", help="Run without kernels: correct, but slower.")
+    loading.add_argument("--trust_remote_code", **common.TRUST_REMOTE_CODE)
     common.explain_errors(parser)
     _take_generation_flags(parser)
 
@@ -142,7 +143,8 @@ def _load(options: Namespace) -> tuple[NeuronOPTForCausalLM, PreTrainedTokenizer
         **hub,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    return NeuronOPTForCausalLM.from_pretrained(options.model, eager=options.eager, **chosen), tokenizer
+    how = {"eager": options.eager, "trust_remote_code": options.trust_remote_code}
+    return NeuronOPTForCausalLM.from_pretrained(options.model, **how, **chosen), tokenizer
 
 
 def _rows(options: Namespace) -> int | None:

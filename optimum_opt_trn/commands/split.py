@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .common import AUTO_CAST_TYPE, CACHE_DIR, REVISION, describe, explain_errors, one_line_errors
+from .common import ADAPTER, AUTO_CAST_TYPE, CACHE_DIR, REVISION, describe, explain_errors, one_line_errors
 
 
 DESCRIPTION = """\
@@ -55,6 +55,7 @@ class SplitCommand(BaseOptimumCLICommand):
         )
         group = parser.add_argument_group("options")
         group.add_argument("--auto_cast_type", default="fp16", **AUTO_CAST_TYPE)
+        group.add_argument("--adapter", **ADAPTER)
         group.add_argument(
             "--delete_source_shards",
             action="store_true",
@@ -74,6 +75,7 @@ class SplitCommand(BaseOptimumCLICommand):
                 self.args.model,
                 output,
                 amp=self.args.auto_cast_type,
+                adapter=self.args.adapter,
                 delete_source_shards=self.args.delete_source_shards,
                 revision=self.args.revision,
                 cache_dir=self.args.cache_dir,

@@ -1,4 +1,4 @@
-"""`optimum-cli neuron verify`: whether the files of a split checkpoint are what was written."""
+"""`optimum-cli neuron verify`: whether the files of an export or a split checkpoint are what was written."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from .common import describe, explain_errors, one_line_errors
 
 
 DESCRIPTION = """\
-Verify the weights of a split checkpoint, or of an export: read every file, and compare its size and SHA-256 with the
-manifest that was written with it, and names, shapes and dtypes of its tensors with config.json. Prints a line for
-each problem, and ends with status 1 if there is any. (Compiled files are verified whenever an export is loaded.)"""
+Verify an export or a split checkpoint: read every file, and compare its size and SHA-256 with the manifest that was
+written with it. Prints a line for each file that is missing, has changed, or does not belong, and ends with status 1
+if there is any. Hidden files and README.md, which the Hub adds, are not looked at. This finds damage; it does not say
+who made an export: whoever can change a file can change the manifest too."""
 
 EPILOG = """\
 examples:
   optimum-cli neuron verify opt-13b-split
-  optimum-cli neuron verify opt-13b-cpu        # an export: its checkpoint/
+  optimum-cli neuron verify opt-13b-cpu        # an export
 
-To repair a split checkpoint, run the command that made it again: intact files are kept.
+To repair a split checkpoint or an export, run the command that made it again. A split keeps intact files.
 In Python: NeuronOPTForCausalLM.from_pretrained(DIR, verify=True)."""
 
 
@@ -37,11 +38,19 @@ class VerifyCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         directory = self.args.directory
         with one_line_errors("optimum-cli neuron verify", f"{directory} was not verified."):
-            from ..checkpoint.verify import find_problems
+            from ..checkpoint.verify import find_problems, find_unlisted
 
             problems = find_problems(directory)
+            unlisted = [] if problems else find_unlisted(directory)
         for problem in problems:
             print(" ".join(problem.split()), file=sys.stderr)
         if problems:
             raise SystemExit(1)
-        print(f"{directory} is complete: every file is what was written.")
+        if unlisted:
+            print(
+                f"{directory}: the weights are what was written. An earlier version recorded no hash of "
+                f"{', '.join(unlisted)}: these could not be compared. Run the command that made it again to record "
+                "them."
+            )
+        else:
+            print(f"{directory} is complete: every file is what was written.")

@@ -141,7 +141,8 @@ class OPTForSampling:
             options = {name: value for name, value in self._export_options.items() if value is not None}
             self._model = NeuronOPTForCausalLM.from_pretrained(self._checkpoint, **options)
             return
-        model = NeuronOPTForCausalLM.from_pretrained(self._artifacts, eager=self._export_options["eager"])
+        how = {"eager": self._export_options["eager"], "trust_remote_code": self._trust_remote_code}
+        model = NeuronOPTForCausalLM.from_pretrained(self._artifacts, **how)
         for name, value in self._export_options.items():
             saved = getattr(model.neuron_config, name, value)
             if value is not None and saved != value:
@@ -157,11 +158,14 @@ class OPTForSampling:
         """
         self._loaded().save_pretrained(directory)
 
-    def load(self, directory: str | os.PathLike[str]) -> None:
-        """Makes `to_neuron` take weights and compiled graphs from `directory`, where `save` put them."""
+    def load(self, directory: str | os.PathLike[str], trust_remote_code: bool = False) -> None:
+        """Makes `to_neuron` take weights and compiled graphs from `directory`, where `save` put them.
+
+        Graphs for Neuron devices that were compiled by somebody else are code: they need `trust_remote_code=True`.
+        """
         if not Path(directory).is_dir():
             raise FileNotFoundError(f"{os.fspath(directory)} is not a directory: give the one that save() wrote.")
-        self._artifacts = os.fspath(directory)
+        self._artifacts, self._trust_remote_code = os.fspath(directory), trust_remote_code
 
     @torch.no_grad()
     def sample(

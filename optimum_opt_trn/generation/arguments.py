@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -15,8 +16,11 @@ from ..configuration_opt import reject_unknown
 from .inputs import as_tensor
 
 
-# Arguments with ids of tokens, or a mask of them.
-_OF_TOKENS = ("input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
+# Arguments with tokens, or a mask of them.
+_OF_TOKENS = (
+    *("input_ids", "inputs_embeds", "attention_mask"),
+    *("negative_prompt_ids", "negative_prompt_attention_mask"),
+)
 # Counts that are at least 1.
 _COUNTS = ("num_beams", "num_return_sequences", "prefill_chunk_size")
 
@@ -65,6 +69,43 @@ def check_options(asked: GenerationConfig, others: Iterable[str], arguments: Col
             f"bad_words_ids={asked.bad_words_ids!r} has a word without tokens: each word is a list of at least one "
             "token id. Leave it out, or leave bad_words_ids out."
         )
+
+
+def ids_with_embeddings(
+    inputs_embeds: Tensor, input_ids: Tensor | None, asked: GenerationConfig, arguments: Mapping[str, Any]
+) -> Tensor:
+    """The ids that go with prompts given as embeddings, int64 `(rows, n)`; n is 0 if there are none.
+
+    As in transformers, they are not computed with: processors see them, and the result begins with them.
+
+    Raises:
+        ValueError: for another number of rows; for guidance without a prompt to guide by.
+        NotImplementedError: for candidates, which are looked for in ids.
+    """
+    drafts = {
+        "assistant_model": arguments.get("assistant_model"),
+        "prompt_lookup_num_tokens": asked.prompt_lookup_num_tokens,
+    }
+    for name, value in drafts.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"generate(inputs_embeds=…, {name}=…) is not served: candidates follow from the ids of a prompt. "
+                f"Leave {name} out."
+            )
+    if input_ids is None:
+        input_ids = torch.ones(len(inputs_embeds), 0, dtype=torch.long)
+    if input_ids.ndim != 2 or len(input_ids) != len(inputs_embeds):
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, and inputs_embeds {len(inputs_embeds)} rows: pass ids for "
+            "each of its rows, which the result then begins with, or leave input_ids out."
+        )
+    guided = asked.guidance_scale not in (None, 1)
+    if guided and not input_ids.shape[1] and arguments.get("negative_prompt_ids") is None:
+        raise ValueError(
+            f"guidance_scale={asked.guidance_scale} with inputs_embeds needs ids for the other prompt: pass "
+            "negative_prompt_ids."
+        )
+    return input_ids
 
 
 def inferred_mask(input_ids: Tensor, asked: GenerationConfig) -> Tensor | None:

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 
+from .inner import joined_steps
 from .transformers_versions import CACHE
 
 
 # Arguments of generate() with a row for each prompt.
-_PER_PROMPT = ("attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
+_PER_PROMPT = ("attention_mask", "inputs_embeds", "negative_prompt_ids", "negative_prompt_attention_mask")
 
 
 class Batches:
@@ -102,6 +103,9 @@ class Batches:
         for name in ("scores", "logits"):
             if results[0].get(name) is not None:
                 merged[name] = _joined_steps([r[name] for r in results])
+        for name in ("hidden_states", "attentions"):
+            if results[0].get(name) is not None:
+                merged[name] = joined_steps([r[name] for r in results])
         if results[0].get("sequences_scores") is not None:
             merged["sequences_scores"] = torch.cat([r.sequences_scores for r in results])
         if results[0].get("beam_indices") is not None:

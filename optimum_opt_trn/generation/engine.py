@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..model.sampling import SamplingInputs
-from ..targets import Runtime, StepResult
+from ..targets import LOGITS_ONLY, Inner, Runtime, StepResult
+from .fork import survive_fork
 from .inputs import pack
 from .slots import SlotOwner, Slots
 from .turns import TurnLock
@@ -55,6 +56,14 @@ class Engine:
         self.lock = TurnLock()
         # Whether a generate() of this thread may begin now.
         self._may_generate = True
+        survive_fork(self)
+
+    def after_fork(self) -> None:
+        """Makes the engine usable in a fork of the process that made it; called there."""
+        if self.lock.after_fork():
+            # Another thread was in a call, which goes on only in the parent.
+            self.slots.free(range(self.slots.batch_size))
+            self._may_generate = True
 
     @contextmanager
     def generating(self, assists_itself: bool) -> Iterator[None]:
@@ -86,17 +95,23 @@ class Engine:
         mask: Tensor,
         keep: int,
         sampling: SamplingInputs | None = None,
+        embeddings: Tensor | None = None,
+        inner: Inner = LOGITS_ONLY,
     ) -> StepResult:
         """Computes new columns of each row, and appends them. Inputs are not checked.
 
         Args:
             sequences: get slots, if nothing of them is in the cache yet.
-            input_ids, mask: integers and bool `(rows, width)`. A row without tokens stays as it is.
+            input_ids, mask: integers and bool `(rows, width)`. A row without tokens stays as it is. Ids are -1 for
+                tokens that are given by their embeddings.
             keep: of how many of each row's last tokens logits are wanted; 0 for all.
             sampling: how the next tokens are sampled, `rows` of them; by default greedily.
+            embeddings: floating point `(rows, width, word_embed_proj_dim)`, read where ids are -1.
+            inner: what else is returned.
 
         Returns:
-            The next tokens of the rows that have tokens, and the wanted logits, row by row.
+            The next tokens of the rows that have tokens, and the wanted logits, row by row; and what else was asked
+            for.
 
         Raises:
             ValueError: if the sequences have lost their slots, or if there are fewer slots than rows.
@@ -106,7 +121,8 @@ class Engine:
             sequences.rows = self.slots.allocate(len(input_ids))
         self.slots.assign(sequences)
         sampling = sampling or SamplingInputs.greedy(len(input_ids))
-        result = self.runtime.step(pack(input_ids, mask, sequences.rows, sequences.lengths, keep, sampling))
+        rows, lengths = sequences.rows, sequences.lengths
+        result = self.runtime.step(pack(input_ids, mask, rows, lengths, keep, sampling, embeddings, inner))
         sequences.append(mask)
         return result
 
@@ -120,7 +136,14 @@ class Engine:
             )
 
     def run(
-        self, sequences: Sequences, input_ids: Tensor, mask: Tensor, sampling: SamplingInputs, advance: Advance
+        self,
+        sequences: Sequences,
+        input_ids: Tensor,
+        mask: Tensor,
+        sampling: SamplingInputs,
+        advance: Advance,
+        embeddings: Tensor | None = None,
+        inner: Inner = LOGITS_ONLY,
     ) -> None:
         """Steps until `advance` ends the loop: first `input_ids`, then one token of each row at a time.
 
@@ -128,10 +151,10 @@ class Engine:
         """
         one = torch.ones(len(input_ids), 1, dtype=torch.bool)
         while True:
-            following = advance(self.step(sequences, input_ids, mask, 1, sampling))
+            following = advance(self.step(sequences, input_ids, mask, 1, sampling, embeddings, inner))
             if following is None:
                 return
-            (tokens, sampling), mask = following, one
+            (tokens, sampling), mask, embeddings = following, one, None
             input_ids = tokens[:, None]
 
     def copy(self, copies: dict[int, int], length: int) -> None:

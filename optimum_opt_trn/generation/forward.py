@@ -13,10 +13,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..configuration_opt import OPTNeuronConfig
 from ..model.sampling import GREEDY, SamplingInputs
-from ..targets import Runtime
+from ..targets import Inner, Runtime
 from .cache import SlotCache, own_cache
 from .engine import Engine
-from .inputs import check_inputs, check_labels, check_positions, pack, unpack
+from .inner import inner_outputs
+from .inputs import check_embeddings, check_inputs, check_labels, check_positions, joined, pack, unpack
+from .refusals import NO_HEAD_MASK
 from .transformers_versions import CACHE
 
 
@@ -38,7 +40,7 @@ class OPTForwardMixin:
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
@@ -60,8 +62,9 @@ class OPTForwardMixin:
         With `sampling_params`, the form that optimum-neuron's own callers use, see `forward_slots`.
 
         Args:
-            input_ids: the new tokens, integers `(rows, width)`. Rows beyond the export's `batch_size` run in batches,
-                one after the other, if neither `past_key_values` nor `use_cache=True` is passed.
+            input_ids: the new tokens, integers `(rows, width)`; None with `inputs_embeds`. Rows beyond the export's
+                `batch_size` run in batches, one after the other, if neither `past_key_values` nor `use_cache=True` is
+                passed.
             attention_mask: 1 for tokens that count, `(rows, past width + width)`; None for all.
             past_key_values: what an earlier call returned, for the columns before; None for none.
             labels: `(rows, width)`, ids or -100, as transformers': `loss` is the mean cross entropy of each column's
@@ -70,45 +73,67 @@ class OPTForwardMixin:
             position_ids: `(rows, width)`; only checked, since the mask determines positions.
             cache_position: `(width,)`; only checked.
             logits_to_keep: 0 for the logits of every column; n for those of each row's last n tokens.
+            output_attentions, output_hidden_states: whether to return these, by default as config.json says.
+            inputs_embeds: the new tokens as embeddings, floating point `(rows, width, word_embed_proj_dim)`, in place
+                of ids: what `get_input_embeddings()` returns for ids.
             cache: transformers 5's name of `past_key_values`.
             return_dict: whether to return a ModelOutput, by default yes; otherwise a tuple.
 
         Returns:
             `logits`, float32 `(rows, width or logits_to_keep, vocabulary)`, 0 where masked; `past_key_values`, a
             `SlotCache` (the one that was passed, grown), None if `use_cache` is False or rows ran in batches, since
-            later batches take the slots of earlier ones; `loss` with labels.
+            later batches take the slots of earlier ones; `loss` with labels; and where asked for, as transformers' OPT
+            returns them, but for 0 where masked:
+            `hidden_states`, float32 `(rows, width, hidden)` before each layer and what the head gets, `(rows, width,
+            word_embed_proj_dim)`; `attentions`, of each layer float32 `(rows, heads, width, past width + width)`.
 
         Raises:
             ValueError: for inputs that do not fit the export or each other; `past_key_values` is then as it was.
-            NotImplementedError: for attentions, hidden states, head masks and embeddings as inputs.
+            NotImplementedError: for head masks; on `neuron` also for attentions and hidden states, and for embeddings
+                if the export was not made for them.
         """
-        unserved = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "inputs_embeds": inputs_embeds,
-            "head_mask": head_mask,
+        inner = Inner(
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            self.config.output_attentions if output_attentions is None else output_attentions,
+        )
+        asked = {
+            "head_mask": head_mask is not None,
+            "inputs_embeds": inputs_embeds is not None,
+            "output_hidden_states": inner.hidden_states,
+            "output_attentions": inner.attentions,
         }
-        for name, value in unserved.items():
-            if value is not None and value is not False:
-                raise NotImplementedError(f"{name}: compiled graphs take tokens and return logits, leave it out.")
+        for name, reason in {"head_mask": NO_HEAD_MASK, **self.runtime.unserved}.items():
+            if asked[name]:
+                raise NotImplementedError(f"{name} is not served: {reason}.")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds.")
         if sampling_params is not None:
+            if input_ids is None:
+                raise ValueError("sampling_params goes with input_ids, not with inputs_embeds.")
             return self.forward_slots(input_ids, position_ids, seq_ids, sampling_params)
         if seq_ids is not None:
             raise ValueError("seq_ids goes with sampling_params: pass both, or neither.")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep}: 0 for every column, or how many of the last to keep.")
-        size = self.neuron_config.batch_size
+        if input_ids is None:
+            assert inputs_embeds is not None
+            input_ids = torch.full(inputs_embeds.shape[:2], -1)
+        size, rows = self.neuron_config.batch_size, len(input_ids)
         past = past_key_values if cache is None else cache
-        in_batches = len(input_ids) > size and past is None
+        in_batches = rows > size and past is None
         if in_batches and use_cache:
             raise ValueError(
-                f"{len(input_ids)} rows do not fit the batch_size={size} that the model was exported for, and no more "
+                f"{rows} rows do not fit the batch_size={size} that the model was exported for, and no more "
                 f"are cached at once: pass at most {size} rows, or leave use_cache=True out to run all in batches."
             )
         with self.engine.lock:
-            cache = own_cache(past, self.engine, len(input_ids))
+            cache = own_cache(past, self.engine, rows)
             columns = cache.columns
-            mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
+            if inputs_embeds is None:
+                mask = check_inputs(input_ids, attention_mask, self.config.vocab_size, self.neuron_config, columns)
+            else:
+                dim = self.config.word_embed_proj_dim
+                mask = check_embeddings(inputs_embeds, attention_mask, dim, self.neuron_config, columns)
             if attention_mask is not None:
                 columns = cache.remasked(attention_mask)
             check_positions(columns, mask, position_ids, cache_position)
@@ -117,21 +142,22 @@ class OPTForwardMixin:
             # After all checks, since bad inputs take no tokens from a cache; and before the device runs, since what is
             # forgotten may be overwritten when that is interrupted.
             cache.keep(columns)
-            if in_batches:
-                packed = torch.cat(
-                    [
-                        self.engine.step(SlotCache(self.engine, len(rows)), rows, part, logits_to_keep).logits
-                        for rows, part in zip(input_ids.split(size), mask.split(size), strict=True)
-                    ]
+            results = []
+            for start in range(0, rows, size) if in_batches else (0,):
+                part = slice(start, start + size if in_batches else None)
+                owner = SlotCache(self.engine, len(mask[part])) if in_batches else cache
+                given = None if inputs_embeds is None else inputs_embeds[part]
+                results.append(
+                    self.engine.step(owner, input_ids[part], mask[part], logits_to_keep, None, given, inner)
                 )
-            else:
-                packed = self.engine.step(cache, input_ids, mask, logits_to_keep).logits
-        logits = unpack(packed, mask, logits_to_keep)
+        logits = unpack(joined([result.logits for result in results]), mask, logits_to_keep)
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.vocab_size)
         returned = None if use_cache is False or in_batches else cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: returned})
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, **inner_outputs(results, columns, mask), **{CACHE: returned}
+        )
         return output.to_tuple() if return_dict is False else output
 
     def forward_slots(

@@ -17,6 +17,7 @@ from ..model.sampling import SamplingInputs
 from ..targets import StepResult
 from .arguments import (
     check_options,
+    ids_with_embeddings,
     inferred_mask,
     keep_in_room,
     unpack_prompts,
@@ -24,7 +25,9 @@ from .arguments import (
 from .batches import Batches
 from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
-from .inputs import check_inputs, check_room
+from .inner import InnerRecord
+from .inputs import check_embeddings, check_inputs, check_room, check_vocabulary
+from .refusals import refuse_arguments, refuse_options
 from .samplers import make_sampler
 from .transformers_versions import (
     ARGUMENTS,
@@ -39,45 +42,7 @@ from .transformers_versions import (
 )
 
 
-# Options of GenerationConfig that no export serves, and why. The others do what they do in transformers.
-REFUSED_OPTIONS = {
-    "output_attentions": "compiled graphs take tokens and return logits",
-    "output_hidden_states": "compiled graphs take tokens and return logits",
-    "cache_implementation": "the cache is on the device, of a fixed size; 'dynamic' and 'dynamic_full' are accepted",
-    "cache_config": "the cache is on the device, of a fixed size",
-    "max_cache_len": "the cache is on the device, of a fixed size",
-    "return_legacy_cache": "keys and values are on the device",
-    "compile_config": "graphs were compiled by the export",
-    "assistant_early_exit": "a compiled layer cannot be left out: pass an assistant_model",
-    "use_mtp": "an OPT has no layers that predict several tokens: pass an assistant_model",
-    "speculation_type": "assistants of that kind read the model's hidden states: pass an assistant_model",
-    "continuous_batching_config": "it is for transformers' own models",
-    "penalty_alpha": "contrastive search is code from the hub in transformers, made for its own models",
-    "dola_layers": "DoLa is code from the hub in transformers, made for its own models",
-    "diversity_penalty": "group beam search is code from the hub in transformers, made for its own models",
-    "num_beam_groups": "group beam search is code from the hub in transformers, made for its own models",
-    "constraints": "constrained beam search is code from the hub in transformers, made for its own models",
-    "force_words_ids": "constrained beam search is code from the hub in transformers, made for its own models",
-}
-# Values of them that change nothing.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "cache_implementation": ("dynamic", "dynamic_full"),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0,),
-}
-# Arguments of generate() that no export serves, and why.
-REFUSED_ARGUMENTS = {
-    "synced_gpus": "there are no GPUs to keep in step",
-    "inputs_embeds": "compiled graphs take tokens and return logits",
-    "head_mask": "compiled graphs take tokens and return logits",
-    "encoder_outputs": "an OPT has no encoder",
-    "decoder_input_ids": "an OPT has no encoder",
-    "position_ids": "they follow from attention_mask",
-    "cache_position": "it follows from past_key_values",
-    "labels": "call the model itself for a loss",
-    "seq_ids": "generate() counts slots itself",
-    "sampling_params": "they follow from the options",
-}
+_BESIDE_IDS = "_columns_beside_ids"  # an attribute of a prepared GenerationConfig
 
 # What transformers' loops take out of the arguments that go to forward().
 _FORWARDED = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
@@ -117,26 +82,31 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
                 than the export was made for; for more beams; for options and a cache that do not fit. A cache that
                 was passed is then as it was.
             TypeError: for an unknown option, naming the nearest; for text instead of token ids.
-            NotImplementedError: for what no export serves, by its name; see `REFUSED_OPTIONS`.
+            NotImplementedError: for what no export serves, by its name; see `refusals.py`; and for what this one
+                does not, see `Runtime.unserved`.
         """
         inputs, kwargs = unpack_prompts(inputs, {**kwargs, **dict(zip(ARGUMENTS, args, strict=False))})
         settle_arguments(generation_config, kwargs)
-        for name, reason in REFUSED_ARGUMENTS.items():
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
+        refuse_arguments(kwargs)
         asked, others = prepare_options(self, generation_config, kwargs)
         if kwargs.get("custom_generate") is None:  # which has arguments of its own
             check_options(asked, others, {*ARGUMENTS, *_FORWARDED, *inspect.signature(self.forward).parameters})
         refuse_options(asked)
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        for name, reason in self.runtime.unserved.items():
+            if embeds is not None if name == "inputs_embeds" else getattr(asked, name):
+                raise NotImplementedError(f"generate({name}=…) is not served: {reason}.")
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None:  # then it begins with bos_token_id
+        if embeds is not None:
+            input_ids = ids_with_embeddings(embeds, input_ids, asked, kwargs)
+        elif input_ids is None:  # then it begins with bos_token_id
             input_ids = self._prepare_model_inputs(None, asked.bos_token_id, dict(others))[0]
-        mask = kwargs.get("attention_mask")
         with self.engine.generating(assists_itself=kwargs.get("assistant_model") is self):
             # Before anything that may raise in only one of several processes.
-            self.runtime.begin(input_ids, *([] if mask is None else [mask]))
-            inferred = inferred_mask(input_ids, asked) if mask is None else mask
-            mask_of_all = check_inputs(input_ids, inferred, self.config.vocab_size, self.neuron_config)
+            self.runtime.begin(input_ids, *(given for given in (mask, embeds) if given is not None))
+            mask_of_all = self._check_prompts(input_ids, embeds, mask, asked)
+            if embeds is not None:  # transformers would make one of ids, of which there may be fewer
+                kwargs["attention_mask"] = mask_of_all.long()
             if is_default_length(generation_config, kwargs):
                 room = self.neuron_config.sequence_length - int(mask_of_all.sum(-1).max())
                 # At least 1, so that a prompt that leaves no room is refused by its own error.
@@ -150,10 +120,26 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         """Whether `_sample` takes more rows than there are slots, for these options and arguments of `generate()`."""
         return False
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _check_prompts(
+        self, input_ids: Tensor, embeds: Tensor | None, mask: Tensor | None, asked: GenerationConfig
+    ) -> Tensor:
+        """The mask of the prompts' columns, bool; raises ValueError for prompts that do not fit."""
+        if embeds is None:
+            mask = inferred_mask(input_ids, asked) if mask is None else mask
+            return check_inputs(input_ids, mask, self.config.vocab_size, self.neuron_config)
+        check_vocabulary(input_ids, torch.ones_like(input_ids, dtype=torch.bool), self.config.vocab_size)
+        if mask is None and input_ids.shape[1] and input_ids.shape == embeds.shape[:2]:
+            mask = inferred_mask(input_ids, asked)
+        return check_embeddings(embeds, mask, self.config.word_embed_proj_dim, self.neuron_config)
+
+    # transformers looks for `inputs_embeds` among the names.
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         for name in ("tokenizer", "assistant_tokenizer"):  # which transformers' beam search passes on to forward()
             kwargs.pop(name, None)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs: dict[str, Any]
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         return inputs
 
     def _sample(
@@ -169,7 +155,9 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Greedy search and sampling; transformers calls it with the arguments that it prepared."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embeds: Tensor | None = model_kwargs.get("inputs_embeds")
+        prompt = input_ids if embeds is None else torch.full(embeds.shape[:2], -1)
+        mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
         mask, rows = mask.bool(), len(input_ids)
         sampler = make_sampler(logits_processor, generation_config, self.neuron_config.max_topk)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -180,12 +168,15 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         # wanted.
         end = int((mask * torch.arange(mask.shape[1])).amax(-1).min())
         cache.keep(cache.remasked(mask)[:, :end])
-        self._encode_chunks(cache, input_ids[:, :end], mask[:, :end], generation_config.prefill_chunk_size)
+        chunk = generation_config.prefill_chunk_size
+        self._encode_chunks(cache, prompt[:, :end], mask[:, :end], chunk, embeds)
         start = cache.get_seq_length()
+        record = InnerRecord(generation_config, mask, start)
 
         def advance(result: StepResult) -> tuple[Tensor, SamplingInputs] | None:
             nonlocal input_ids, unfinished
-            tokens = sampler.next_tokens(input_ids, *result)
+            tokens = sampler.next_tokens(input_ids, result.tokens, result.logits)
+            record.add(result)
             if ends:
                 tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -195,7 +186,8 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
             return (tokens, sampler.inputs(rows, input_ids.shape[1])) if unfinished.any() else None
 
         first = sampler.inputs(rows, input_ids.shape[1])
-        self.engine.run(cache, input_ids[:, start:], mask[:, start:], first, advance)
+        rest = None if embeds is None else embeds[:, start:]
+        self.engine.run(cache, prompt[:, start:], mask[:, start:], first, advance, rest, record.inner)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:
@@ -204,17 +196,21 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
             sequences=input_ids,
             scores=sampler.scores,
             logits=sampler.raw_logits,
+            **record.outputs,
             **{CACHE: cache if use_cache else None},
         )
 
-    def _encode_chunks(self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None) -> None:
+    def _encode_chunks(
+        self, cache: SlotCache, input_ids: Tensor, mask: Tensor, chunk: int | None, embeds: Tensor | None
+    ) -> None:
         """Encodes columns that are not in the cache yet, `chunk` at a time; does nothing if `chunk` is None."""
         if chunk is None:
             return
         for start in range(cache.get_seq_length(), input_ids.shape[1], chunk):
             part = slice(start, start + chunk)
             if bool(mask[:, part].any()):
-                self.engine.step(cache, input_ids[:, part], mask[:, part], 1)
+                given = None if embeds is None else embeds[:, : input_ids.shape[1]][:, part]
+                self.engine.step(cache, input_ids[:, part], mask[:, part], 1, embeddings=given)
             else:
                 cache.append(mask[:, part])
 
@@ -242,8 +238,13 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         """Where the caller gave no length, ends at `sequence_length`, as transformers does at its maximum."""
         by_default = length_is_default(generation_config, kwargs["has_default_max_length"])
         prepared = super()._prepare_generated_length(generation_config, **kwargs)
+        # The columns of a prompt that are not among the ids, which lengths are counted by.
+        beside = 0
+        if kwargs["model_input_name"] == "inputs_embeds":
+            beside = kwargs["inputs_tensor"].shape[1] - kwargs["input_ids_length"]
+        setattr(prepared, _BESIDE_IDS, beside)
         if by_default:
-            prepared.max_length = min(prepared.max_length, self.neuron_config.sequence_length)
+            prepared.max_length = min(prepared.max_length, self.neuron_config.sequence_length - beside)
         return prepared
 
     def _prepare_cache_for_generation(
@@ -261,7 +262,7 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         restore_mask(generation_config, model_kwargs, batch_size)
         mask = model_kwargs["attention_mask"]
         width, longest, limit = mask.shape[1], int(mask.sum(-1).max()), self.neuron_config.sequence_length
-        added = (generation_config.max_length or 0) - width
+        added = (generation_config.max_length or 0) + getattr(generation_config, _BESIDE_IDS) - width
         check_room(longest, added, limit)
         past = model_kwargs.pop(CACHE, None)
         # transformers 5 looks at the cache of assisted generation before the model is called.
@@ -280,11 +281,3 @@ class _SharedCriteria(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
         return self._decide(super().__call__(input_ids, scores, **kwargs))
-
-
-def refuse_options(asked: GenerationConfig) -> None:
-    """Raises NotImplementedError for an option that no export serves."""
-    for name, reason in REFUSED_OPTIONS.items():
-        value = getattr(asked, name, None)
-        if value and value not in _HARMLESS.get(name, ()):
-            raise NotImplementedError(f"generate() was asked for {name}={value!r}, which is not served: {reason}.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..configuration_opt import OPTNeuronConfig
 from ..model.sampling import SamplingInputs
-from ..targets import Step
+from ..targets import LOGITS_ONLY, Inner, Step
 
 
 IGNORED_LABEL = -100  # of torch.nn.functional.cross_entropy, and of transformers
@@ -70,15 +70,67 @@ def check_inputs(
             f"{tuple(input_ids.shape)}: "
             "pass input_ids[None] for one row of tokens, input_ids.long() for whole numbers in another dtype."
         )
-    past = torch.zeros(len(input_ids), 0, dtype=torch.bool) if past is None else past
+    mask = _check_mask("input_ids", input_ids, attention_mask, neuron_config, past)
+    check_vocabulary(input_ids, mask, vocab_size)
+    return mask
+
+
+def check_embeddings(
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    size: int,
+    neuron_config: OPTNeuronConfig,
+    past: Tensor | None = None,
+) -> Tensor:
+    """The mask of the columns of `inputs_embeds`, bool `(rows, width)`.
+
+    Args:
+        inputs_embeds: floating point `(rows, width, size)`.
+        attention_mask, neuron_config, past: as of `check_inputs`.
+        size: the model's `word_embed_proj_dim`.
+
+    Raises:
+        ValueError: as `check_inputs`, and for values that are not finite.
+    """
+    shape = tuple(inputs_embeds.shape)
+    if len(shape) != 3 or shape[2] != size or not inputs_embeds.is_floating_point():
+        raise ValueError(
+            f"inputs_embeds must be floating-point numbers of shape (rows, tokens, {size}), as "
+            f"model.get_input_embeddings()(input_ids) returns them, not {inputs_embeds.dtype} {shape}."
+        )
+    mask = _check_mask("inputs_embeds", inputs_embeds, attention_mask, neuron_config, past)
+    wrong = mask & ~inputs_embeds.isfinite().all(-1)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(f"inputs_embeds has values that are not finite (row {row}, place {column}).")
+    return mask
+
+
+def check_vocabulary(input_ids: Tensor, mask: Tensor, vocab_size: int) -> None:
+    """Raises ValueError for an id outside of the vocabulary; integers and bool `(rows, width)`."""
+    outside = mask & ((input_ids < 0) | (input_ids >= vocab_size))
+    if bool(outside.any()):
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"Token id {int(input_ids[row, column])} (row {row}, place {column}) is outside of the vocabulary: ids go "
+            f"from 0 to {vocab_size - 1}. Is it the model's own tokenizer?"
+        )
+
+
+def _check_mask(
+    name: str, inputs: Tensor, attention_mask: Tensor | None, neuron_config: OPTNeuronConfig, past: Tensor | None
+) -> Tensor:
+    """See `check_inputs`. `inputs` are `(rows, width, …)`, and messages call them `name`."""
+    rows, columns = inputs.shape[:2]
+    past = torch.zeros(rows, 0, dtype=torch.bool) if past is None else past
     width = past.shape[1]
     if attention_mask is None:
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
+        mask = torch.ones(rows, columns, dtype=torch.bool)
     else:
-        expected = (len(input_ids), width + input_ids.shape[1])
+        expected = (rows, width + columns)
         if tuple(attention_mask.shape) != expected:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids "
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but {name} "
                 f"{'and past_key_values make' if width else 'has'} {expected}."
             )
         mask = attention_mask[:, width:].bool()
@@ -92,13 +144,6 @@ def check_inputs(
         raise ValueError(
             f"A row of {longest} tokens does not fit the sequence_length={limit} that the model was exported for: "
             f"shorten it to {limit} or fewer, or export with a larger sequence_length."
-        )
-    outside = mask & ((input_ids < 0) | (input_ids >= vocab_size))
-    if bool(outside.any()):
-        row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"Token id {int(input_ids[row, column])} (row {row}, place {column}) is outside of the vocabulary: ids go "
-            f"from 0 to {vocab_size - 1}. Is it the model's own tokenizer?"
         )
     return mask
 
@@ -167,46 +212,65 @@ def check_labels(labels: Tensor, mask: Tensor) -> None:
 
 
 def pack(
-    input_ids: Tensor, mask: Tensor, slots: list[int], filled: Tensor, keep: int, sampling: SamplingInputs
+    input_ids: Tensor,
+    mask: Tensor,
+    slots: list[int],
+    filled: Tensor,
+    keep: int,
+    sampling: SamplingInputs,
+    embeddings: Tensor | None = None,
+    inner: Inner = LOGITS_ONLY,
 ) -> Step:
     """The step that computes new columns of some rows; masked columns are dropped.
 
     Args:
-        input_ids: integers `(rows, width)`.
+        input_ids: integers `(rows, width)`; -1 for tokens that are given by `embeddings`.
         mask: bool `(rows, width)`.
         slots: the slot of each row.
         filled: int64 `(rows,)`, how many positions of each slot are filled.
         keep: of how many of each row's last tokens logits are wanted; 0 for all.
         sampling: of `rows` next tokens; those of rows without tokens are dropped.
+        embeddings: floating point `(rows, width, word_embed_proj_dim)`, read where ids are -1.
+        inner: as of `Step`.
     """
     owned = torch.tensor(slots)
+    if embeddings is not None:
+        given = mask & (input_ids < 0)
+        embeddings = embeddings[given].detach().float() if bool(given.any()) else None
     if input_ids.shape[1] == 1 and bool(mask.all()):  # as at every decoding step
-        return Step(input_ids[:, 0].to(torch.int32), owned, filled, torch.arange(len(slots)), sampling)
+        wanted = torch.arange(len(slots))
+        return Step(input_ids[:, 0].to(torch.int32), owned, filled, wanted, sampling, embeddings, inner)
     counts = mask.sum(-1)
     row, _ = mask.nonzero(as_tuple=True)
     place = (mask.cumsum(-1) - 1)[mask]  # of each token among those of its row
     wanted = torch.arange(len(row)) if keep == 0 else (counts[row] - place <= keep).nonzero().squeeze(1)
     if bool((counts == 0).any()):
         sampling = sampling.of_rows(counts.nonzero().squeeze(1))
-    return Step(input_ids[mask].to(torch.int32), owned[row], filled[row] + place, wanted, sampling)
+    tokens = input_ids[mask].to(torch.int32)
+    return Step(tokens, owned[row], filled[row] + place, wanted, sampling, embeddings, inner)
 
 
-def unpack(logits: Tensor, mask: Tensor, keep: int) -> Tensor:
-    """The wanted logits of a packed step, row by row.
+def unpack(packed: Tensor, mask: Tensor, keep: int = 0) -> Tensor:
+    """What a packed step has of its tokens, row by row.
 
     Args:
-        logits: float32 `(w, vocabulary)`.
+        packed: float32 `(w, n)`, such as the wanted logits.
         mask, keep: as of `pack`.
 
     Returns:
-        float32 `(rows, width, vocabulary)` if `keep` is 0, otherwise `(rows, keep, vocabulary)` with each row's last
-        token at the end; 0 where there is no token.
+        float32 `(rows, width, n)` if `keep` is 0, otherwise `(rows, keep, n)` with each row's last token at the end; 0
+        where there is no token.
     """
     if keep:
         counts = mask.sum(-1).clamp(max=keep)
         mask = torch.arange(keep) >= keep - counts[:, None]
     if bool(mask.all()):
-        return logits.unflatten(0, mask.shape)
-    spread = torch.zeros(*mask.shape, logits.shape[1])
-    spread[mask] = logits
+        return packed.unflatten(0, mask.shape)
+    spread = torch.zeros(*mask.shape, packed.shape[1])
+    spread[mask] = packed
     return spread
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts, one below the other; a single one is not copied."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -49,6 +49,18 @@ class Sampler(ABC):
     scores: tuple[Tensor, ...] | None = None
     raw_logits: tuple[Tensor, ...] | None = None
 
+    def __init__(self, generation_config: GenerationConfig):
+        if generation_config.return_dict_in_generate:
+            self.scores = () if generation_config.output_scores else None
+            self.raw_logits = () if generation_config.output_logits else None
+
+    def _keep(self, scores: Tensor, logits: Tensor) -> None:
+        """Adds those of a step, float32 `(rows, vocabulary)`, as far as they are kept."""
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.raw_logits is not None:
+            self.raw_logits += (logits,)
+
     @abstractmethod
     def inputs(self, rows: int, width: int) -> SamplingInputs:
         """What the device gets, for `rows` sequences of `width` columns (padding counts, as in transformers)."""
@@ -69,11 +81,12 @@ class DeviceSampler(Sampler):
 
     Args:
         processors: those that `device_refusal` does not refuse.
-        do_sample: whether to draw; otherwise the best token is taken.
+        generation_config: for `do_sample`, and whether to keep `scores` and `raw_logits`.
     """
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool):
-        self.do_sample = do_sample
+    def __init__(self, processors: LogitsProcessorList, generation_config: GenerationConfig):
+        super().__init__(generation_config)
+        self.do_sample = generation_config.do_sample
         self._suppressed: list[tuple[int, list[int]]] = []
         top_k, top_p, temperature, min_p = GREEDY
         for processor in processors:
@@ -91,7 +104,7 @@ class DeviceSampler(Sampler):
                 top_p = processor.top_p
             elif kind is MinPLogitsWarper:
                 min_p = processor.min_p
-        self._params = torch.tensor([(top_k, top_p, temperature, min_p) if do_sample else GREEDY])
+        self._params = torch.tensor([(top_k, top_p, temperature, min_p) if self.do_sample else GREEDY])
 
     @property
     def always_best(self) -> bool:
@@ -107,6 +120,7 @@ class DeviceSampler(Sampler):
         return SamplingInputs(self._params.repeat(rows, 1), uniforms, suppressed)
 
     def next_tokens(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+        self._keep(logits, logits)
         return tokens.long()
 
 
@@ -119,21 +133,16 @@ class HostSampler(Sampler):
     """
 
     def __init__(self, processors: LogitsProcessorList, generation_config: GenerationConfig):
+        super().__init__(generation_config)
         self._processors = processors
         self._do_sample = generation_config.do_sample
-        if generation_config.return_dict_in_generate:
-            self.scores = () if generation_config.output_scores else None
-            self.raw_logits = () if generation_config.output_logits else None
 
     def inputs(self, rows: int, width: int) -> SamplingInputs:
         return SamplingInputs.greedy(rows)
 
     def next_tokens(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
         scores = self._processors(input_ids, logits.clone())
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.raw_logits is not None:
-            self.raw_logits += (logits,)
+        self._keep(scores, logits)
         if not self._do_sample:
             return scores.argmax(dim=-1)
         if bool((scores.amax(dim=-1) == -torch.inf).any() | scores.isnan().any()):
@@ -160,14 +169,13 @@ def make_sampler(
         logger.debug(f"Tokens are sampled on the host: {reason}.")
         return HostSampler(processors, generation_config)
     logger.debug("Tokens are sampled on the device.")
-    return DeviceSampler(processors, generation_config.do_sample)
+    return DeviceSampler(processors, generation_config)
 
 
 def device_refusal(processors: LogitsProcessorList, generation_config: GenerationConfig, max_topk: int) -> str | None:
     """Why the device cannot sample the tokens; None if it can. Arguments as of `make_sampler`."""
-    outputs = [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
-    if generation_config.return_dict_in_generate and outputs:
-        return f"{outputs[0]} was asked for"
+    if generation_config.return_dict_in_generate and generation_config.output_scores and processors:
+        return f"output_scores was asked for, and {type(processors[0]).__name__} changes scores"
     stage, top_k = -1, None
     ends: set[int] = set()
     for processor in processors:

@@ -179,6 +179,6 @@ class VersionedGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         cache, mask = inputs.get(CACHE), inputs.get("attention_mask")
-        if cache is not None and mask is not None:
+        if cache is not None and mask is not None and inputs["input_ids"] is not None:
             inputs["input_ids"] = inputs["input_ids"][:, cache.get_seq_length() - mask.shape[1] :]
         return inputs

@@ -34,3 +34,18 @@ class TurnLock:
         if self._depth == 0:
             self._owner = None
             self._lock.release()
+
+    def after_fork(self) -> bool:
+        """Makes the lock usable in a fork; called there.
+
+        Returns:
+            Whether another thread had it, which goes on only in the parent. It is free then.
+        """
+        self._next = threading.Lock()  # nobody waits any more
+        if self._owner == threading.get_ident():
+            return False
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+            return False
+        self._lock, self._owner, self._depth = threading.Lock(), None, 0
+        return True

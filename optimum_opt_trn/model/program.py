@@ -39,10 +39,13 @@ class OPTRankProgram:
 
     def embed(self, w: Weights, input_ids: Tensor, positions: Tensor, ranks: Tensor) -> Tensor:
         """int32 ids and positions `(…)`, -1 in idle rows, and ranks `(local ranks,)` → float32 `(…, hidden)`."""
-        hidden = self.group.embedding(input_ids, w["embed_tokens.weight"], ranks)
+        return self.place(w, self.group.embedding(input_ids, w["embed_tokens.weight"], ranks), positions)
+
+    def place(self, w: Weights, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """float32 `(…, word_embed_proj_dim)` of tokens, at int32 positions `(…)` → float32 `(…, hidden)`."""
         if "project_in.weight" in w:
-            (hidden,) = self.arithmetic.linears(hidden, w["project_in.weight"][:1])
-        return hidden + F.embedding(positions.clamp(min=0) + POSITION_OFFSET, w["embed_positions.weight"][0])
+            (embeddings,) = self.arithmetic.linears(embeddings, w["project_in.weight"][:1])
+        return embeddings + F.embedding(positions.clamp(min=0) + POSITION_OFFSET, w["embed_positions.weight"][0])
 
     def layer(self, w: Weights, hidden: Tensor, attend: Attend) -> Tensor:
         """One decoder layer: float32 `(…, hidden)` → the same.
@@ -66,6 +69,14 @@ class OPTRankProgram:
         if "project_out.weight" in w:
             (hidden,), norm = self.arithmetic.linears(hidden, w["project_out.weight"][:1], norm=norm), None
         return self.arithmetic.linears(hidden, w["lm_head.weight"], norm=norm)
+
+    def last_hidden_state(self, w: Weights, hidden: Tensor) -> Tensor:
+        """float32 `(…, hidden)` after the last layer → what the head gets, float32 `(…, word_embed_proj_dim)`."""
+        if self.final_layer_norm:
+            hidden = self.arithmetic.layer_norm(hidden, _norm(w, "final_layer_norm"))
+        if "project_out.weight" in w:
+            (hidden,) = self.arithmetic.linears(hidden, w["project_out.weight"][:1])
+        return hidden
 
     def join_logits(self, parts: list[Tensor]) -> Tensor:
         """The parts of all ranks → float32 `(…, vocabulary)`."""

@@ -27,7 +27,13 @@ from .results import BatchResults, output_of
 # Options and arguments of generate() that let rows see each other, or want more of a row than its tokens: such calls
 # run in batches. Processors and criteria of the caller may keep state for the rows of a batch.
 _IN_BATCHES = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "watermarking_config")
-_ARGUMENTS_IN_BATCHES = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate")
+_ARGUMENTS_IN_BATCHES = (
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "custom_generate",
+    "inputs_embeds",
+)
 
 
 class ContinuousBatchingMixin(OPTGenerationMixin):
@@ -123,7 +129,8 @@ class ContinuousBatchingMixin(OPTGenerationMixin):
 
     def _takes_any_number(self, asked: GenerationConfig, arguments: dict[str, Any]) -> bool:
         plain = RequestMaker.serves(asked) and arguments.get("assistant_model") is None
-        details = asked.return_dict_in_generate and (asked.output_scores or asked.output_logits)
+        outputs = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+        details = asked.return_dict_in_generate and any(getattr(asked, name) for name in outputs)
         together = any(getattr(asked, name, None) not in (None, 0, 1, 1.0) for name in _IN_BATCHES)
         given = any(arguments.get(name) is not None for name in _ARGUMENTS_IN_BATCHES)
         # Rows that a stop string has ended, with no token for an end, go on until the last one of their batch.

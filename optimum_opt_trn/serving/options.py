@@ -13,9 +13,10 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..configuration_opt import reject_unknown
 from ..generation.arguments import as_tensor, check_options
-from ..generation.generate import OPTGenerationMixin, refuse_options
+from ..generation.generate import OPTGenerationMixin
 from ..generation.inputs import check_inputs, check_room
-from ..generation.samplers import DeviceSampler, make_sampler
+from ..generation.refusals import refuse_options
+from ..generation.samplers import make_sampler
 from ..generation.transformers_versions import lengths_by_default, prepare_options
 from .request import Request
 
@@ -35,6 +36,8 @@ OF_REQUESTS = (
 _NOT_SERVED = {
     "output_scores": "ask for logprobs=True, or call generate()",
     "output_logits": "ask for logprobs=True, or call generate()",
+    "output_hidden_states": "call generate()",
+    "output_attentions": "call generate()",
     "token_healing": "call generate()",
     "prefill_chunk_size": "it is an option of all requests together: put it into the generation_config",
 }
@@ -94,7 +97,7 @@ class RequestMaker:
             check_inputs(tensor.reshape(1, -1), None, self.model.config.vocab_size, self.model.neuron_config)
             asked = self._with_length(asked, len(prompt), rest)
         except ValueError as error:
-            nothing = DeviceSampler(LogitsProcessorList(), False)
+            nothing = make_sampler(LogitsProcessorList(), asked, self.model.neuron_config.max_topk)
             failed = [Request(name, prompt, nothing, 1) for name in names]
             for request in failed:
                 request.status, request.error = RequestStatus.FAILED, str(error)

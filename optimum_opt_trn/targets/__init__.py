@@ -5,18 +5,19 @@ from __future__ import annotations
 from ..configuration_opt import OPTNeuronConfig
 from ..host_framework import INSTALLED, is_neuronx_available
 from ..version import NEEDED_FOR_NEURON
-from .base import Runtime, Step, StepResult, Target, TargetError
+from .base import LOGITS_ONLY, Inner, Runtime, Step, StepResult, Target, TargetError
 
 
-__all__ = ["Runtime", "Step", "StepResult", "Target", "TargetError", "get_target"]
+__all__ = ["LOGITS_ONLY", "Inner", "Runtime", "Step", "StepResult", "Target", "TargetError", "get_target"]
 
 
-def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1) -> Target:
+def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1, trust_remote_code: bool = False) -> Target:
     """The target of an export.
 
     Args:
         neuron_config: of the export.
         tp_processes: how many processes share the model; only `cpu` has more than 1.
+        trust_remote_code: loads compiled models that were not made here, too; exports for `cpu` hold no code.
 
     Raises:
         TargetError: if this host does not have it; the message says why, and what it has.
@@ -40,4 +41,4 @@ def get_target(neuron_config: OPTNeuronConfig, tp_processes: int = 1) -> Target:
         )
     from .neuron import NeuronTarget
 
-    return NeuronTarget()
+    return NeuronTarget(trust_remote_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -28,6 +28,16 @@ class TargetError(RuntimeError):
     """This host, or its SDK, cannot do what was asked for; the message says why, and the way out."""
 
 
+class Inner(NamedTuple):
+    """Whether a step also returns what it computes on the way; see `StepResult`."""
+
+    hidden_states: bool = False
+    attentions: bool = False
+
+
+LOGITS_ONLY = Inner()
+
+
 @dataclass(frozen=True)
 class Step:
     """What a runtime computes at once: packed tokens of any slots, without padding.
@@ -36,13 +46,17 @@ class Step:
     step may hold several of them.
 
     Args:
-        tokens: int32 `(t,)`, at least one. The tokens of a slot are adjacent and in order.
+        tokens: int32 `(t,)`, at least one. The tokens of a slot are adjacent and in order. -1 stands for a token that
+            is given by its embedding.
         slots: int64 `(t,)`, the slot of each token. No slot appears twice with another slot in between.
         positions: int64 `(t,)`, where in its slot each token goes, ascending by one within a slot. The slot must be
             filled up to its first token.
         wanted: int64 `(w,)`, the indices of the tokens whose logits are wanted, ascending.
         sampling: how next tokens are sampled; one row for each slot whose last token is wanted, in the order of
             `slots`. That is how many next tokens a step returns.
+        embeddings: float32 `(e, word_embed_proj_dim)`, of the e tokens that are -1, in their order; None if none is.
+        inner: what else is returned. Both this and `embeddings` are only for runtimes that serve them, see
+            `Runtime.unserved`.
     """
 
     tokens: Tensor
@@ -50,6 +64,8 @@ class Step:
     positions: Tensor
     wanted: Tensor
     sampling: SamplingInputs
+    embeddings: Tensor | None = None
+    inner: Inner = LOGITS_ONLY
 
     @cached_property
     def runs(self) -> list[tuple[int, slice]]:
@@ -78,10 +94,16 @@ class StepResult(NamedTuple):
     Args:
         tokens: int32 `(s,)`, the next token of each slot whose last token is wanted.
         logits: float32 `(w, vocabulary)`, of the wanted tokens.
+        hidden_states: where asked for, float32 `(t, hidden)` before each layer, and `(t, word_embed_proj_dim)` after
+            the last one, the final layernorm and `project_out`: what transformers' OPT returns under this name.
+        attentions: where asked for, for each layer and each of the step's `runs`, float32 `(heads, n, used)`: the
+            weights by which the n tokens of the run attend to the used positions of their slot.
     """
 
     tokens: Tensor
     logits: Tensor
+    hidden_states: list[Tensor] | None = None
+    attentions: list[list[Tensor]] | None = None
 
 
 class Runtime(ABC):
@@ -94,6 +116,8 @@ class Runtime(ABC):
     prompt_chunk: int | None = None
     # Whether several processes share the model, and make the same calls.
     is_shared = False
+    # What of `inputs_embeds`, `output_hidden_states` and `output_attentions` it does not serve, and why.
+    unserved: Mapping[str, str] = {}
 
     @abstractmethod
     def step(self, step: Step) -> StepResult:

@@ -13,7 +13,7 @@ from ..model.parallel import RankGroup
 from ..model.program import OPTRankProgram
 from ..model.sampling import SamplingInputs, sample_tokens
 from .base import Runtime, Step, StepResult
-from .packed_attention import PackedAttention
+from .packed_attention import PackedAttention, RecordedAttention
 
 
 class EagerRuntime(Runtime):
@@ -34,20 +34,27 @@ class EagerRuntime(Runtime):
     @torch.no_grad()
     def step(self, step: Step) -> StepResult:
         """See `Runtime`."""
-        hidden = self._layers(step)
+        hidden_states: list[Tensor] | None = [] if step.inner.hidden_states else None
+        attention, recorded = self._attention(step), None
+        if step.inner.attentions:
+            attention = recorded = RecordedAttention(step, attention.scale, attention.compute_dtype)
+        # What callers get is not of inference mode, in which it could neither be changed nor have gradients.
+        with torch.inference_mode(not any(step.inner)):
+            hidden = self._layers(step, attention, hidden_states)
+        attentions = None if recorded is None else recorded.of_all_heads(self.program.group)
         if len(step.wanted) < len(hidden):
             hidden = hidden[step.wanted]
-        # Not in inference mode: callers may change logits in place.
         logits = self.program.logits(self.weights.head, hidden)
         sampled = logits if len(step.sampled) == len(logits) else logits[step.sampled]
         if len(sampled) == 0:
-            return StepResult(torch.empty(0, dtype=torch.int32), logits)
+            return StepResult(torch.empty(0, dtype=torch.int32), logits, hidden_states, attentions)
         # Skip what nobody asked for: empty suppression lists, and all but the best token.
         suppressed = step.sampling.suppressed
         suppressed = suppressed[:, : int((suppressed >= 0).sum(1).max())]
         drawn = bool((step.sampling.params[:, 0] > 1).any())
         most = min(self.neuron_config.max_topk if drawn else 1, logits.shape[1])
-        return StepResult(self._sample(sampled, suppressed, most, step.sampling), logits)
+        tokens = self._sample(sampled, suppressed, most, step.sampling)
+        return StepResult(tokens, logits, hidden_states, attentions)
 
     @torch.inference_mode()
     def copy(self, sources: Tensor, length: int) -> None:
@@ -57,14 +64,26 @@ class EagerRuntime(Runtime):
             for tensor in (*cache.keys, *cache.values):
                 tensor[moved, :, :length] = tensor[sources[moved].long(), :, :length]
 
-    @torch.inference_mode()
-    def _layers(self, step: Step) -> Tensor:
-        """float32 `(t, hidden)`, after the last layer."""
-        attention = self._attention(step)
-        hidden = self.program.embed(self.weights.embed, step.tokens, step.positions, self.weights.ranks)
+    def _layers(self, step: Step, attention: PackedAttention, hidden_states: list[Tensor] | None) -> Tensor:
+        """float32 `(t, hidden)`, after the last layer; adds those of `StepResult` to `hidden_states`."""
+        hidden = self._embed(step)
         for weights, cache in zip(self.weights.layers, self.cache, strict=True):
+            if hidden_states is not None:
+                hidden_states.append(hidden)
             hidden = self.program.layer(weights, hidden, attention.over(cache))
+        if hidden_states is not None:
+            hidden_states.append(self.program.last_hidden_state(self.weights.head, hidden))
         return hidden
+
+    def _embed(self, step: Step) -> Tensor:
+        """float32 `(t, hidden)`, before the first layer."""
+        weights, ranks = self.weights.embed, self.weights.ranks
+        if step.embeddings is None:
+            return self.program.embed(weights, step.tokens, step.positions, ranks)
+        given = step.tokens < 0
+        words = self.program.group.embedding(step.tokens.clamp(min=0), weights["embed_tokens.weight"], ranks)
+        words[given] = step.embeddings
+        return self.program.place(weights, words, step.positions)
 
     def _attention(self, step: Step) -> PackedAttention:
         return PackedAttention(step, self.program.scale, self.program.arithmetic.compute_dtype)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import damage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from small_models import save_as_pytorch, tiny_config, tiny_opt
 
-from optimum_opt_trn import OPTNeuronConfig, save_pretrained_split
+from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.checkpoint import load_weights
 from optimum_opt_trn.checkpoint.config import save_config
 from optimum_opt_trn.checkpoint.hub import open_checkpoint
@@ -32,24 +33,6 @@ CONFIG = tiny_config(
     max_position_embeddings=16,
 )  # fmt: skip
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 25))
-# Numbers that break readers: sizes and offsets beyond the file, and values that overflow.
-NUMBERS = [0, 1, 8, 127, 255, 2**15, 2**31 - 1, 2**32, 2**53, 2**62, 2**63 - 1]
-WORDS = [
-    b"..",
-    b"/",
-    b'"',
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b"null",
-    b"-1",
-    b"1e999",
-    b"\0",
-    b"\xff\xff\xff\xff",
-    b"F64",
-    b"I8",
-]
 
 
 def old_split(directory: Path, state: dict) -> None:
@@ -76,36 +59,8 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     torch.save(state, root / "bin" / "pytorch_model.bin")
     torch.save(state, root / "old bin" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     old_split(root / "old split", state)
-    save_pretrained_split(model, root / "split", "f32")
+    split(root / "safetensors", root / "split", "f32")
     return {path.name: path for path in root.iterdir()}
-
-
-@st.composite
-def damage(draw):
-    """A function from bytes to other bytes."""
-    where = draw(st.floats(0, 1, exclude_max=True) | st.integers(0, 400))
-    piece = draw(
-        st.sampled_from(WORDS)
-        | st.sampled_from(NUMBERS).map(lambda number: number.to_bytes(8, "little"))
-        | st.sampled_from(NUMBERS).map(lambda number: str(number).encode())
-        | st.binary(min_size=1, max_size=8)
-    )
-    kind = draw(st.sampled_from(["flip", "overwrite", "insert", "cut", "truncate", "repeat"]))
-    bit = draw(st.integers(0, 7))
-
-    def apply(content: bytes) -> bytes:
-        position = int(where * len(content)) if isinstance(where, float) else min(where, max(0, len(content) - 1))
-        before, after = content[:position], content[position:]
-        return {
-            "flip": before + bytes([after[0] ^ (1 << bit)]) + after[1:] if after else content,
-            "overwrite": before + piece + after[len(piece) :],
-            "insert": before + piece + after,
-            "cut": before + after[len(piece) :],
-            "truncate": before,
-            "repeat": before + after[:64] + after,
-        }[kind]
-
-    return apply
 
 
 FORMS = ["safetensors", "sharded", "bin", "sharded bin", "old bin", "old split", "split"]

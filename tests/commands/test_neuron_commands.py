@@ -1,5 +1,6 @@
 """`optimum-cli neuron split` and `verify`, as installed, with optimum-neuron's commands and without them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from optimum.commands import optimum_cli
 from requirements import needs_optimum_neuron
 from small_models import tiny_opt
 
+from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.checkpoint import verify_checkpoint
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from optimum_opt_trn.export import export_opt
 
 
 @pytest.fixture
@@ -82,6 +85,31 @@ def test_split_then_verify(cli, source, tmp_path, capsys):
     assert ended.value.code == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "cut off" in line]
     assert len(lines) == 2 and "layer_000" in lines[0] and "layer_001" in lines[1]
+
+
+def test_verify_an_export(cli, source, tmp_path, capsys):
+    export = export_opt(source, tmp_path / "out", OPTNeuronConfig(sequence_length=64))
+    cli("verify", export)
+    assert "every file is what was written" in capsys.readouterr().out
+    (export / "notes.txt").write_text("mine")
+    (export / "compiled" / "layer_001.safetensors").unlink()
+    with pytest.raises(SystemExit) as ended:
+        cli("verify", export)
+    assert ended.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(export) in line]
+    assert len(lines) == 2 and "layer_001.safetensors is missing" in lines[0] and "notes.txt is no part" in lines[1]
+
+
+def test_verify_says_what_an_earlier_version_did_not_record(cli, source, tmp_path, capsys):
+    cli("split", "-m", source, tmp_path / "out")
+    manifest = tmp_path / "out" / MANIFEST_NAME
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: content[name] for name in ("format", "amp", "files")}))
+    capsys.readouterr()
+    cli("verify", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "no hash of config.json, generation_config.json, model.safetensors.index.json" in out
+    assert "every file" not in out
 
 
 @pytest.mark.parametrize(

@@ -201,9 +201,7 @@ def test_positions_may_but_confirm():
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "attentions": ({"output_attentions": True}, NotImplementedError, "output_attentions"),
-    "hidden states": ({"output_hidden_states": True}, NotImplementedError, "output_hidden_states"),
-    "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 64)}, NotImplementedError, "inputs_embeds"),
+    "embeddings as well": ({"inputs_embeds": torch.zeros(1, 2, 64)}, ValueError, "either input_ids or inputs_embeds"),
     "head mask": ({"head_mask": torch.ones(4)}, NotImplementedError, "head_mask"),
     "seq_ids alone": ({"seq_ids": torch.tensor([0])}, ValueError, "seq_ids goes with sampling_params"),
     "another cache": ({"past_key_values": "mine"}, ValueError, "past_key_values is a str"),

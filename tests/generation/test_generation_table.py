@@ -3,7 +3,7 @@
 import pytest
 from generation_table import ASKED, MADE, VERSION, VERSIONS, committed, options
 
-from optimum_opt_trn.generation.generate import REFUSED_OPTIONS
+from optimum_opt_trn.generation.refusals import REFUSED_OPTIONS
 
 
 def test_no_option_is_left_out():

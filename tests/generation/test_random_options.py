@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import WatermarkingConfig
 
-from optimum_opt_trn.generation.generate import REFUSED_OPTIONS
+from optimum_opt_trn.generation.refusals import REFUSED_OPTIONS
 
 
 EXAMPLES = int(os.environ.get("OPT_TRN_EXAMPLES", "40"))

@@ -60,7 +60,7 @@ def test_device_and_host_select_the_same(names, do_sample, width, seed):
     logits = 2 * torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(seed))
     input_ids = torch.zeros(5, width, dtype=torch.long)
     chosen = []
-    for sampler in (DeviceSampler(processors, do_sample), HostSampler(processors, config)):
+    for sampler in (DeviceSampler(processors, config), HostSampler(processors, config)):
         set_seed(seed)
         steps = []
         for _ in range(3):  # numbers drawn at one step must not shift those of the next
@@ -91,8 +91,16 @@ def test_a_seed_gives_the_same_sequences_on_device_and_host(options, caplog):
         on_device = generate(ours, options, seed=3)
         assert caplog.messages == ["Tokens are sampled on the device."]
         on_host = generate(ours, {**options, **scores}, seed=3)
-    assert caplog.messages[1:] == ["Tokens are sampled on the host: output_scores was asked for."]
+    (message,) = caplog.messages[1:]
+    assert message.startswith("Tokens are sampled on the host: output_scores was asked for, and ")
     assert torch.equal(on_device, on_host.sequences)
+
+
+class Nothing(LogitsProcessor):
+    """Changes nothing, which nobody knows: it runs on the host."""
+
+    def __call__(self, input_ids, scores):
+        return scores
 
 
 class OwnTemperature(TemperatureLogitsWarper):
@@ -102,7 +110,6 @@ class OwnTemperature(TemperatureLogitsWarper):
 SAMPLE = {"do_sample": True}
 REASONS: dict[str, tuple[list[LogitsProcessor], dict, str]] = {
     "scores": ([TopKLogitsWarper(5)], {**SAMPLE, "return_dict_in_generate": True, "output_scores": True}, "output_s"),
-    "logits": ([], {"return_dict_in_generate": True, "output_logits": True}, "output_logits was asked for"),
     "another": ([RepetitionPenaltyLogitsProcessor(1.2)], {}, "RepetitionPenaltyLogitsProcessor is not done"),
     "a subclass": ([OwnTemperature(1.2), TopKLogitsWarper(5)], SAMPLE, "OwnTemperature is not done"),
     "order": ([TopKLogitsWarper(5), TemperatureLogitsWarper(2.0)], SAMPLE, "TemperatureLogitsWarper comes after TopK"),
@@ -129,17 +136,33 @@ def test_what_the_device_serves():
     assert isinstance(make_sampler(LogitsProcessorList(DEVICE.values()), config, MAX_TOPK), DeviceSampler)
     # As many as are looked at; and greedy search needs no top_k, nor are scores kept that nobody can see.
     assert device_refusal(LogitsProcessorList([TopKLogitsWarper(MAX_TOPK)]), config, MAX_TOPK) is None
-    assert device_refusal(LogitsProcessorList(), GenerationConfig(output_scores=True), MAX_TOPK) is None
+    assert device_refusal(LogitsProcessorList(DEVICE.values()), GenerationConfig(output_scores=True), MAX_TOPK) is None
+    # Raw logits come from there; so do scores that no processor changes.
+    kept = GenerationConfig(return_dict_in_generate=True, output_logits=True)
+    assert device_refusal(LogitsProcessorList(DEVICE.values()), kept, MAX_TOPK) is None
+    kept.output_scores = True
+    assert device_refusal(LogitsProcessorList(), kept, MAX_TOPK) is None
+
+
+def test_the_device_s_logits_are_kept_as_the_host_s():
+    ours, _ = pair("pre_norm", 2, 6)
+    options = {**ragged([4, 1, 6]), "max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    for more, kept in (({"do_sample": True, "top_k": 9}, ["logits"]), ({"output_scores": True}, ["logits", "scores"])):
+        on_device = generate(ours, {**options, **more}, seed=3)
+        on_host = generate(ours, {**options, **more, "logits_processor": LogitsProcessorList([Nothing()])}, seed=3)
+        assert torch.equal(on_device.sequences, on_host.sequences)
+        for name in kept:
+            assert torch.equal(torch.stack(on_device[name]), torch.stack(on_host[name]))
 
 
 def test_the_device_is_told_what_was_asked_for():
-    sampler = DeviceSampler(LogitsProcessorList(DEVICE.values()), do_sample=True)
+    sampler = DeviceSampler(LogitsProcessorList(DEVICE.values()), GenerationConfig(do_sample=True))
     for width, suppressed in ((3, {3, 4, 5}), (5, {3, 4, 5}), (6, {3, 5}), (7, set())):
         sampling = sampler.inputs(2, width)
         torch.testing.assert_close(sampling.params, torch.tensor([[9, 0.8, 1.6, 0.05]] * 2))
         assert {*sampling.suppressed[0].tolist()} - {-1} == suppressed
         assert sampling.uniforms.shape == (2,)
-    greedy = DeviceSampler(LogitsProcessorList(DEVICE.values()), do_sample=False).inputs(2, 3)
+    greedy = DeviceSampler(LogitsProcessorList(DEVICE.values()), GenerationConfig()).inputs(2, 3)
     assert greedy.params[:, 0].tolist() == [1, 1]
 
 
@@ -147,7 +170,7 @@ def test_greedy_draws_no_numbers():
     set_seed(0)
     expected = torch.rand(3)
     set_seed(0)
-    DeviceSampler(LogitsProcessorList(), do_sample=False).inputs(3, 1)
+    DeviceSampler(LogitsProcessorList(), GenerationConfig()).inputs(3, 1)
     config = GenerationConfig()
     HostSampler(LogitsProcessorList(), config).next_tokens(
         torch.zeros(3, 1), torch.zeros(3), torch.randn(3, 9).clone()

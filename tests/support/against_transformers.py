@@ -80,6 +80,37 @@ def assert_same(ours: Any, theirs: Any, batches: bool = False) -> None:
             torch.testing.assert_close(mine, reference, atol=TOLERANCE, rtol=1e-4)
 
 
+def assert_same_inside(ours: Any, theirs: Any, mask: Tensor | None = None) -> None:
+    """The same hidden states and attentions, as far as transformers returns them, of a call of the model or each step.
+
+    Hidden states within 1e-3 of their standard deviation, attentions within 1e-5; 0 where there is no token.
+
+    Args:
+        ours, theirs: a ModelOutput each. transformers' attention is its eager one.
+        mask: of the first columns, `(rows, width)`; None for all.
+    """
+    for name in ("hidden_states", "attentions"):
+        mine, reference = ours.get(name), theirs.get(name)
+        assert (mine is None) == (reference is None), name
+        if reference is None:
+            continue
+        if isinstance(reference[0], Tensor):
+            mine, reference = (mine,), (reference,)
+        assert len(mine) == len(reference)
+        for step, (layers, expected) in enumerate(zip(mine, reference, strict=True)):
+            assert len(layers) == len(expected)
+            for tensor, other in zip(layers, expected, strict=True):
+                assert tensor.shape == other.shape and tensor.dtype == torch.float32
+                if name == "attentions":
+                    tensor, other = tensor.transpose(1, 2), other.transpose(1, 2)
+                real = torch.ones(tensor.shape[:2], dtype=torch.bool)
+                if step == 0 and mask is not None:
+                    real = mask[:, -tensor.shape[1] :].bool()
+                close = 1e-5 if name == "attentions" else 1e-3 * float(other[real].std())
+                torch.testing.assert_close(tensor[real], other[real], atol=close, rtol=0)
+                assert tensor[~real].eq(0).all()
+
+
 def generate(model: GenerationMixin, options: dict[str, Any], seed: int = 0) -> Tensor | ModelOutput:
     """generate() from a seed, with options of its own: what is stateful in them is copied."""
     set_seed(seed)

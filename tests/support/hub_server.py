@@ -107,6 +107,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if repo and commit:
                 names = [{"rfilename": name} for name in repo.commits[commit]]
                 self._json({"id": match[1], "modelId": match[1], "sha": commit, "siblings": names, "tags": []})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/(.+)", path):
+            self._json({"error": f"no such folder: {match[3]}"}, 404, {"X-Error-Code": "EntryNotFound"})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
             repo, commit = self._find(match[1], match[2])
             if repo and commit:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import OPTConfig
+from transformers.utils import logging
 
 from ...checkpoint import CheckpointError
 from ...checkpoint.layout import CHECKPOINT_DIR, TensorSpec, layer_file, layer_prefix
@@ -29,6 +30,8 @@ from ...model.shapes import shard_range
 from ..base import COMPILED_DIR
 from ..manifest import MANIFEST_NAME
 
+
+logger = logging.get_logger(__name__)
 
 TENSOR_NAME = "fc2.weight_by_unit"
 # Units that are transposed at a time.
@@ -64,7 +67,8 @@ def use_artifacts(
 ) -> None:
     """Replaces fc2 in `layers` by the same values stored by unit, for the layers that `compiled/` has them of.
 
-    Exports of earlier versions have none; the library of kernels that they have is not looked at.
+    Exports of earlier versions have none. The library of kernels that they have is not loaded, nor is any other file
+    that the manifest does not list; a warning names them.
 
     Raises:
         CheckpointError: if the manifest or a file is missing or broken, or was made from another checkpoint.
@@ -72,13 +76,20 @@ def use_artifacts(
     compiled = directory / COMPILED_DIR
     try:
         manifest = json.loads((compiled / MANIFEST_NAME).read_text())
-        artifacts = dict(manifest["artifacts"]) if manifest.get("format", 1) == 2 else {}
+        listed = dict(manifest["artifacts"]) if manifest.get("format", 1) == 2 else {}
+        artifacts = {name: dict(entry) for name, entry in listed.items()}
         sources = _checkpoint_hashes(directory) if artifacts else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{compiled / MANIFEST_NAME} is missing or broken ({error}): export the model again, or load it with "
             "eager=True."
         ) from error
+    known = {MANIFEST_NAME, *map(layer_file, range(len(layers)))}
+    if foreign := sorted({file.name for file in compiled.iterdir()} - known):
+        logger.warning(
+            f"{compiled} holds {', '.join(foreign)}, which is not loaded: an export for cpu is data, and the kernels "
+            "come with the package. Remove it, or export the model again."
+        )
     shape = (config.ffn_dim, config.hidden_size)
     for index, weights in enumerate(layers):
         name = layer_file(index)

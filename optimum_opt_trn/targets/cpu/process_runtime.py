@@ -37,7 +37,9 @@ class ProcessRuntime(CPURuntime):
         """See `Runtime`."""
         sampling = step.sampling
         drawn = (sampling.params, sampling.uniforms, sampling.suppressed)
-        self._processes.check_same("This step", step.tokens, step.slots, step.positions, step.wanted, *drawn)
+        given = () if step.embeddings is None else (step.embeddings,)
+        packed = (step.tokens, step.slots, step.positions, step.wanted)
+        self._processes.check_same("This step", *packed, *drawn, *given, str(step.inner))
         return super().step(step)
 
     def copy(self, sources: Tensor, length: int) -> None:

@@ -23,7 +23,14 @@ from .runtime import NeuronRuntime
 
 
 class NeuronTarget(Target):
-    """Needs the Neuron SDK; compiling needs no device."""
+    """Needs the Neuron SDK; compiling needs no device.
+
+    Args:
+        trust_remote_code: loads compiled models that were not made here, too (see `trust`).
+    """
+
+    def __init__(self, trust_remote_code: bool = False):
+        self.trust_remote_code = trust_remote_code
 
     def compile(self, config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
         """See `Target`.
@@ -52,11 +59,12 @@ class NeuronTarget(Target):
         Raises:
             TargetError: if this host has not what the export was compiled for: a device of the family, enough cores
                 that no other process holds, the compiler's version.
+            ValueError: if it was compiled elsewhere, without `trust_remote_code`.
         """
         degree = neuron_config.tp_degree
         group = RankGroup(degree, tuple(range(degree)), Arithmetic(neuron_config.amp_dtype))
         if not eager:
-            file = check_artifacts(config, neuron_config, versions(), directory / COMPILED_DIR)
+            file = check_artifacts(config, neuron_config, versions(), directory / COMPILED_DIR, self.trust_remote_code)
             check_host(neuron_config)
             claim_process(degree)
         weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)

@@ -14,6 +14,7 @@ from ...configuration_opt import OPTNeuronConfig
 from ...model.shapes import cache_shape
 from ..base import TargetError
 from ..manifest import MANIFEST_NAME, sha256
+from .trust import check_trusted, record_compiled
 
 
 # Raised when a graph computes something else, or takes or returns something else, than before; exports that were
@@ -46,15 +47,22 @@ def write_manifest(
         "artifacts": artifacts,
     }
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+    if artifacts:
+        record_compiled(str(artifacts[MODEL_NAME]["sha256"]))
 
 
 def check_artifacts(
-    config: OPTConfig, neuron_config: OPTNeuronConfig, versions: dict[str, str], directory: Path
+    config: OPTConfig,
+    neuron_config: OPTNeuronConfig,
+    versions: dict[str, str],
+    directory: Path,
+    trust_remote_code: bool,
 ) -> Path:
     """The compiled model, which may be loaded here.
 
     Raises:
         CheckpointError: if the manifest or the model is missing or broken.
+        ValueError: if it was not compiled here, without `trust_remote_code`.
         TargetError: if there is no compiled model, or one of other shapes or of another version of the compiler.
     """
     manifest = _read(directory / MANIFEST_NAME)
@@ -75,6 +83,7 @@ def check_artifacts(
     file, entry = directory / MODEL_NAME, manifest["artifacts"].get(MODEL_NAME)
     if not file.is_file() or entry != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
         raise CheckpointError(f"{file} is missing or not what the manifest says. {again}")
+    check_trusted(file, entry["sha256"], trust_remote_code)
     return file
 
 
@@ -84,7 +93,7 @@ def _read(file: Path) -> dict[str, Any]:
         wrong = [key for key in ("versions", "artifacts") if not isinstance(manifest[key], dict)]
         if wrong or not isinstance(manifest["graph"], str):
             raise ValueError("its entries are not those of a manifest")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is missing or broken ({error}): export the model again, or load it with eager=True."
         ) from error

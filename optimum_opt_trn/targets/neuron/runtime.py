@@ -23,6 +23,9 @@ from .rank_module import NO_PLACE, extension_length, sampling_arguments
 Run = tuple[int, slice]
 
 
+_LOGITS_ONLY = "the graphs return logits only; an export that is loaded with eager=True, on the host's CPU, has it"
+
+
 class NeuronRuntime(Runtime):
     """A model that NxD has loaded.
 
@@ -30,6 +33,12 @@ class NeuronRuntime(Runtime):
         neuron_config: what the model was exported for.
         model: takes the six arguments of a graph (see `rank_module`) and returns tokens and logits.
     """
+
+    unserved = {
+        "inputs_embeds": "the graphs of this export take token ids",
+        "output_hidden_states": _LOGITS_ONLY,
+        "output_attentions": _LOGITS_ONLY,
+    }
 
     def __init__(self, neuron_config: OPTNeuronConfig, model: Callable[..., tuple[Tensor, Tensor]]):
         self.neuron_config = neuron_config

@@ -89,8 +89,8 @@ def test_nothing_is_stored_where_nothing_could_be_skipped(change, save_opt, tmp_
     assert_sound(output, by_unit=False)
 
 
-def test_an_earlier_versions_library_is_ignored(exported, caplog):
-    """It is a file that nobody looks at, whatever it holds."""
+def test_an_earlier_versions_library_is_not_loaded(exported, caplog):
+    """Whatever it holds; a warning says so. tests/test_untrusted_exports.py has one whose code would be noticed."""
     shutil.rmtree(exported / "compiled")
     (exported / "compiled").mkdir()
     (exported / "compiled" / "kernels.so").write_bytes(b"code of whoever made this export")
@@ -98,7 +98,8 @@ def test_an_earlier_versions_library_is_ignored(exported, caplog):
     change_manifest(exported, {"host": {"torch": "2.1"}, "source": "0" * 64, "artifacts": {"kernels.so": entry}})
     caplog.clear()
     assert_sound(exported, by_unit=False)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "kernels.so, which is not loaded: an export for cpu is data" in warnings[0]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "other tensor", "other shape"])

@@ -124,6 +124,7 @@ def test_they_give_what_transformers_gives(name, found):
     for mine in ours:
         torch.testing.assert_close(mine["logits"][real], logits[real], atol=1e-3, rtol=1e-4)
         assert torch.equal(mine["greedy"], greedy)
+        assert torch.equal(mine["embeddings"], greedy)
         assert torch.equal(mine["lookup"], greedy[:1])
         assert torch.equal(mine["beams"], beams)
 
@@ -134,7 +135,7 @@ def test_the_first_ones_seed_counts_and_all_agree(name, found, exported):
     first, second = (f["models"][name] for f in found)
     for what, expected in alone.items():
         assert torch.equal(first[what], second[what]), what  # to the bit, logits too
-        if what == "logits":
+        if what in ("logits", "attentions", "hidden_states"):
             torch.testing.assert_close(first[what], expected, atol=1e-4, rtol=1e-4)
         else:
             assert torch.equal(first[what], expected), what
@@ -169,7 +170,9 @@ def test_what_fails_in_one_fails_in_all(by_torchrun, on_two_hosts):
     assert [f["failed_export"].partition(":")[0] for f in on_two_hosts] == ["CheckpointError"] * 2
 
 
-@pytest.mark.parametrize("what", ["other_ids", "other_width", "other_temperature", "other_export"])
+@pytest.mark.parametrize(
+    "what", ["other_ids", "other_width", "other_temperature", "other_embeddings", "other_inner", "other_export"]
+)
 def test_different_inputs_are_an_error_in_all(what, found):
     for f in found:
         assert "OutOfStepError: " in f[what]

@@ -58,8 +58,13 @@ def calls(model: NeuronOPTForCausalLM, batch: dict[str, torch.Tensor], seed: int
     """What the test compares with transformers and with one process; `seed` counts only in the first process."""
     asked = {"max_new_tokens": 8, "min_new_tokens": 8}
     single = {"input_ids": batch["input_ids"][:1]}
+    inner = model(**batch, output_attentions=True, output_hidden_states=True)
+    embeds = {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]), **batch}
     results = {
         "logits": model(**batch).logits,
+        "attentions": torch.stack(inner.attentions),
+        "hidden_states": torch.stack(inner.hidden_states[:-1]),
+        "embeddings": model.generate(**embeds, **asked, do_sample=False),
         "greedy": model.generate(**batch, **asked, do_sample=False),
         "beams": model.generate(**single, **asked, num_beams=3, num_return_sequences=2, do_sample=False),
         "lookup": model.generate(**single, **asked, prompt_lookup_num_tokens=3, do_sample=False),
@@ -119,6 +124,9 @@ def main(directory: Path) -> None:
     shorter = batch["input_ids"][:, rank:]
     found["other_width"] = error_of(lambda: made.generate(shorter, max_new_tokens=4))
     found["other_temperature"] = error_of(lambda: made.generate(**batch, do_sample=True, temperature=1.0 + rank))
+    embeds = made.get_input_embeddings()(batch["input_ids"]) * (1 + rank)
+    found["other_embeddings"] = error_of(lambda: made(inputs_embeds=embeds))
+    found["other_inner"] = error_of(lambda: made(**batch, output_hidden_states=rank == 1))
     found["other_export"] = error_of(lambda: NeuronOPTForCausalLM.from_pretrained(exports[rank], tp_processes=2))
     found["after"] = made.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     torch.save(found, directory / f"{rank}.pt")
