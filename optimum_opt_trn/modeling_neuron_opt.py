@@ -19,7 +19,6 @@ from .checkpoint.verify import find_unlisted
 from .configuration_opt import OPTNeuronConfig, normalize_adapters, reject_unknown
 from .dtypes import normalize_dtype
 from .export import copy_export, export_opt, find_export, save_generation_config
-from .generation.generate import OPTGenerationMixin
 from .hardware import FAMILIES
 from .host_framework import (
     INSTALLED,
@@ -30,6 +29,7 @@ from .host_framework import (
 )
 from .module_methods import ModuleMethodsMixin
 from .planning.fit import check_fit
+from .serving import ContinuousBatchingMixin
 from .targets import Runtime, get_target
 from .version import NEEDED_FOR_NEURON
 
@@ -49,7 +49,7 @@ _IGNORED_OPTIONS = ("_commit_hash",)
 _ALIASES = {"tp_degree": "tensor_parallel_size", "dtype": "amp", "torch_dtype": "amp"}
 
 
-class NeuronOPTForCausalLM(ModuleMethodsMixin, OPTGenerationMixin, NeuronModelForCausalLM):
+class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronModelForCausalLM):
     """An exported OPT, with `generate()` as in transformers.
 
     Made by `from_pretrained` or `export`.

@@ -21,13 +21,26 @@ from .modeling_neuron_opt import NeuronOPTForCausalLM, export_options
 
 TASK = "text-generation"
 
+# How many prompts a call of the model gets for each slot: a slot goes to the next prompt as soon as it is free.
+PROMPTS_OF_A_SLOT = 8
+
 
 class OPTTextGenerationPipeline(TextGenerationPipeline):
-    """transformers' pipeline, with its default of 256 new tokens limited to the export's length."""
+    """transformers' pipeline, with its default of 256 new tokens limited to the export's length.
+
+    With a streamer, calls of the model have no more prompts than slots.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._given_length = _gives_length(kwargs)
         super().__init__(*args, **kwargs)
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' TextGenerationPipeline."""
+        streamer = kwargs.get("streamer", self._forward_params.get("streamer"))
+        if streamer is not None and kwargs.get("batch_size") is None and self._batch_size is not None:
+            kwargs["batch_size"] = min(self._batch_size, self.model.neuron_config.batch_size)
+        return super().__call__(inputs, *args, **kwargs)
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
         default = default_new_tokens(self)
@@ -74,9 +87,10 @@ def pipeline(
         token, revision: for the Hub.
         feature_extractor, image_processor, input_shapes, compiler_args: only part of the signature. OPT has no use
             for the first two; shapes and compilation are options of the export.
-        kwargs: `batch_size` (prompts in a call to the model, by default as many as it was exported for),
-            `num_workers`, `eager` (run without kernels), and the options of the pipeline and of `generate`, as
-            defaults for each call. Without a length, 256 new tokens, or as many as `sequence_length` leaves room for.
+        kwargs: `batch_size` (prompts in a call to the model, by default eight for each row that it was exported for;
+            with `export=True`, rows to export it for), `num_workers`, `eager` (run without kernels), and the options
+            of the pipeline and of `generate`, as defaults for each call. Without a length, 256 new tokens, or as many
+            as `sequence_length` leaves room for.
 
     Returns:
         A `transformers.TextGenerationPipeline`. Prompts of different lengths in a batch do not change each other's
@@ -84,7 +98,7 @@ def pipeline(
 
     Raises:
         ValueError: for another task, no model, a model that is not exported (or already is), no tokenizer, a batch
-            larger than the export's, an argument that has no meaning here.
+            size below 1, an argument that has no meaning here.
         TypeError: for an unknown option; the message names the nearest one.
         OSError: if the model cannot be found.
     """
@@ -102,6 +116,8 @@ def pipeline(
                 "and the like by name, with export=True."
             )
     batch_size = kwargs.pop("batch_size", None)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be a positive whole number.")
     of_loading = {*export_options(), "eager"} - {"batch_size"}
     reject_unknown(kwargs, of_loading | _call_options(), "pipeline()")
     loading = {name: kwargs.pop(name) for name in of_loading & kwargs.keys()}
@@ -127,14 +143,8 @@ def pipeline(
         loading["trust_remote_code"] = trust_remote_code
         model = NeuronOPTForCausalLM.from_pretrained(model, **hub, **loading)
 
-    limit = model.neuron_config.batch_size
-    if batch_size is None:
-        batch_size = limit
-    if not 1 <= batch_size <= limit:
-        raise ValueError(
-            f"batch_size={batch_size} does not fit the model, which was exported for {limit}: choose 1 to {limit}, or "
-            f"export it with batch_size={batch_size}."
-        )
+    if batch_size is None or export:
+        batch_size = PROMPTS_OF_A_SLOT * model.neuron_config.batch_size
     return transformers.pipeline(
         TASK,
         pipeline_class=OPTTextGenerationPipeline,

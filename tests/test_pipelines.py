@@ -67,7 +67,7 @@ def test_the_signature_is_optimum_neurons():
 
 def test_from_a_directory_every_prompt_is_as_if_it_were_the_only_one(export, expected):
     pipe = pipeline("text-generation", export)
-    assert pipe._batch_size == 3
+    assert pipe._batch_size == 24
     assert [text(result) for result in pipe(PROMPTS, max_new_tokens=10, do_sample=False)] == expected
     assert [text(pipe(p, max_new_tokens=10, do_sample=False)) for p in PROMPTS] == expected
 
@@ -187,8 +187,8 @@ def test_errors(arguments, kind, message):
 def test_errors_about_an_export(export, tmp_path):
     with pytest.raises(ValueError, match="already"):
         pipeline(model=export, export=True)
-    with pytest.raises(ValueError, match="batch_size=4.*exported for 3"):
-        pipeline(model=export, batch_size=4)
+    with pytest.raises(ValueError, match="batch_size=0 must be"):
+        pipeline(model=export, batch_size=0)
     with pytest.raises(ValueError, match="sequence_length=40.*128"):
         pipeline(model=export, sequence_length=128)
     with pytest.raises(OSError):

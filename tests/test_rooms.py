@@ -13,7 +13,7 @@ PACKAGE = Path(optimum_opt_trn.__file__).parent
 FLOORS = (
     ("commands", "compat", "pipelines"),
     ("modeling_neuron_opt",),
-    ("module_methods",),
+    ("module_methods", "serving"),
     ("export", "generation"),
     ("targets.cpu", "targets.neuron"),
     ("targets",),

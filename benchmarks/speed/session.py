@@ -83,7 +83,7 @@ class Session:
         self.probe = Probe(place.threads)
         self.neighbours: Neighbours | None = None
         self.about: dict[str, Any] = {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": place.threads,
             "started": time.strftime("%Y-%m-%d %H:%M"),
             "busy": choice.busy,
@@ -222,7 +222,7 @@ def _ask_once(
     return seconds
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name and number of cores, as the system has them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

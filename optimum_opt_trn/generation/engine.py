@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -15,6 +14,7 @@ from ..targets import LOGITS_ONLY, Inner, Runtime, StepResult
 from .fork import survive_fork
 from .inputs import pack
 from .slots import SlotOwner, Slots
+from .turns import TurnLock
 
 
 class Sequences(SlotOwner, Protocol):
@@ -51,20 +51,19 @@ class Engine:
         self.sequence_length = sequence_length
         self.slots = Slots(batch_size)
         # Held for a whole call of the user's, since calls may evict one another's slots. Reentrant, since
-        # transformers' loops call forward() within generate().
-        self.lock = threading.RLock()
+        # transformers' loops call forward() within generate(). Who keeps evicted rows' tokens, and encodes them
+        # again, may hold it for a step at a time.
+        self.lock = TurnLock()
         # Whether a generate() of this thread may begin now.
         self._may_generate = True
         survive_fork(self)
 
     def after_fork(self) -> None:
         """Makes the engine usable in a fork of the process that made it; called there."""
-        if self.lock.acquire(blocking=False):  # free, or held by the thread that called fork
-            self.lock.release()
-            return
-        # Another thread was in a call, which goes on only in the parent.
-        self.lock, self.slots = threading.RLock(), Slots(self.slots.batch_size)
-        self._may_generate = True
+        if self.lock.after_fork():
+            # Another thread was in a call, which goes on only in the parent.
+            self.slots.free(range(self.slots.batch_size))
+            self._may_generate = True
 
     @contextmanager
     def generating(self, assists_itself: bool) -> Iterator[None]:

@@ -26,7 +26,7 @@ from .batches import Batches
 from .cache import SlotCache, own_cache
 from .forward import OPTForwardMixin
 from .inner import InnerRecord
-from .inputs import check_embeddings, check_inputs, check_vocabulary
+from .inputs import check_embeddings, check_inputs, check_room, check_vocabulary
 from .refusals import refuse_arguments, refuse_options
 from .samplers import make_sampler
 from .transformers_versions import (
@@ -112,9 +112,13 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
                 # At least 1, so that a prompt that leaves no room is refused by its own error.
                 kwargs["max_new_tokens"] = max(1, min(asked.max_new_tokens, room))
             batches = Batches(input_ids, asked, kwargs, self.neuron_config.batch_size)
-            if len(batches) > 1:
+            if len(batches) > 1 and not self._takes_any_number(asked, kwargs):
                 return batches.run(super().generate, generation_config)
             return super().generate(input_ids, generation_config, **kwargs)
+
+    def _takes_any_number(self, asked: GenerationConfig, arguments: dict[str, Any]) -> bool:
+        """Whether `_sample` takes more rows than there are slots, for these options and arguments of `generate()`."""
+        return False
 
     def _check_prompts(
         self, input_ids: Tensor, embeds: Tensor | None, mask: Tensor | None, asked: GenerationConfig
@@ -259,17 +263,7 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
         mask = model_kwargs["attention_mask"]
         width, longest, limit = mask.shape[1], int(mask.sum(-1).max()), self.neuron_config.sequence_length
         added = (generation_config.max_length or 0) + getattr(generation_config, _BESIDE_IDS) - width
-        if longest >= limit:
-            raise ValueError(
-                f"A prompt of {longest} tokens leaves no room in the sequence_length={limit} that the model was "
-                f"exported for: shorten it to {limit - 1} or fewer, or export with a larger sequence_length."
-            )
-        if longest + added > limit:
-            raise ValueError(
-                f"A prompt of {longest} tokens and {added} new ones do not fit the sequence_length={limit} that the "
-                f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
-                "sequence_length."
-            )
+        check_room(longest, added, limit)
         past = model_kwargs.pop(CACHE, None)
         # transformers 5 looks at the cache of assisted generation before the model is called.
         if past is not None or generation_mode == GenerationMode.ASSISTED_GENERATION:

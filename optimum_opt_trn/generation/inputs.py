@@ -148,6 +148,30 @@ def _check_mask(
     return mask
 
 
+def check_room(longest: int, added: int, limit: int) -> None:
+    """Checks that a sequence and what follows it fit a slot.
+
+    Args:
+        longest: tokens of the sequence.
+        added: how many follow at most.
+        limit: positions of a slot.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if longest >= limit:
+        raise ValueError(
+            f"A prompt of {longest} tokens leaves no room in the sequence_length={limit} that the model was "
+            f"exported for: shorten it to {limit - 1} or fewer, or export with a larger sequence_length."
+        )
+    if longest + added > limit:
+        raise ValueError(
+            f"A prompt of {longest} tokens and {added} new ones do not fit the sequence_length={limit} that the "
+            f"model was exported for: choose max_new_tokens of at most {limit - longest}, or export with a larger "
+            "sequence_length."
+        )
+
+
 def check_positions(columns: Tensor, mask: Tensor, position_ids: Tensor | None, cache_position: Tensor | None) -> None:
     """Checks the positions that a caller passed, which the masks determine already.
 

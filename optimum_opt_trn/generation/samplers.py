@@ -43,6 +43,8 @@ _DEVICE_ORDER: tuple[type[LogitsProcessor], ...] = (
 class Sampler(ABC):
     """Samples the next tokens of one call of `generate()`, step by step."""
 
+    # Where random numbers come from; None for torch's default generator.
+    generator: torch.Generator | None = None
     # None, or the processed and the raw logits of each step so far, float32 `(rows, vocabulary)`.
     scores: tuple[Tensor, ...] | None = None
     raw_logits: tuple[Tensor, ...] | None = None
@@ -104,12 +106,17 @@ class DeviceSampler(Sampler):
                 min_p = processor.min_p
         self._params = torch.tensor([(top_k, top_p, temperature, min_p) if self.do_sample else GREEDY])
 
+    @property
+    def always_best(self) -> bool:
+        """Whether the best token is taken at any width."""
+        return not self.do_sample and not self._suppressed
+
     def inputs(self, rows: int, width: int) -> SamplingInputs:
         ids = sorted({i for least, ids in self._suppressed if width < least for i in ids})
         suppressed = torch.full((rows, MAX_SUPPRESSED), -1, dtype=torch.int32)
         if ids:
             suppressed[:, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-        uniforms = torch.rand(rows) if self.do_sample else torch.zeros(rows)
+        uniforms = torch.rand(rows, generator=self.generator) if self.do_sample else torch.zeros(rows)
         return SamplingInputs(self._params.repeat(rows, 1), uniforms, suppressed)
 
     def next_tokens(self, input_ids: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
@@ -143,7 +150,8 @@ class HostSampler(Sampler):
         rows, size = scores.shape
         params = torch.tensor([[size, *GREEDY[1:]]]).repeat(rows, 1)
         nothing = SamplingInputs.greedy(rows).suppressed
-        return sample_tokens(scores, params, torch.rand(rows), nothing, size).long()
+        uniforms = torch.rand(rows, generator=self.generator)
+        return sample_tokens(scores, params, uniforms, nothing, size).long()
 
 
 def make_sampler(

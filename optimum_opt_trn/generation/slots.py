@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 
@@ -32,26 +32,32 @@ class Slots:
         # Slot -> owner, the least recently used first. Weak, so that a dropped owner frees its slots.
         self._owners: dict[int, weakref.ref[SlotOwner]] = {}
 
+    def in_turn(self, keep: Collection[SlotOwner] = ()) -> list[int]:
+        """The slots in the order in which they are given away: those that nobody owns, then the least recently used.
+
+        Args:
+            keep: owners whose slots are not given away.
+        """
+        owners = {slot: owner() for slot, owner in self._owners.items()}
+        free = [slot for slot in range(self.batch_size) if owners.get(slot) is None]
+        # By identity, since owners may compare as equal.
+        kept = {id(owner) for owner in keep}
+        return free + [slot for slot, owner in owners.items() if owner is not None and id(owner) not in kept]
+
     def allocate(self, count: int, keep: SlotOwner | None = None) -> list[int]:
         """`count` slots that nobody owns; evicts other owners than `keep` where needed.
 
         Raises:
             ValueError: if there are not so many slots.
         """
-        owned = {slot for slot, owner in self._owners.items() if owner() is not None}
-        free = [slot for slot in range(self.batch_size) if slot not in owned]
-        for slot, owner in self._owners.items():
-            if len(free) >= count:
-                break
-            if slot in owned and owner() is not keep:
-                free.append(slot)
-        if len(free) < count:
+        slots = self.in_turn(() if keep is None else (keep,))[:count]
+        if len(slots) < count:
             raise ValueError(
                 f"{count} more rows do not fit the batch_size={self.batch_size} that the model was exported for: "
                 "export with a larger batch_size, or delete past_key_values that are not needed any more."
             )
-        self.free(free[:count])
-        return free[:count]
+        self.free(slots)
+        return slots
 
     def assign(self, owner: SlotOwner) -> None:
         """Makes `owner` the owner of its rows' slots, and the most recently used one."""

@@ -9,6 +9,7 @@
 | position ids | made for each call of the model | also passed to the `generate()` of an assistant |
 | assisted generation | needs no cache at first | needs one; passes all tokens with a given one |
 | what `generate()` calls besides | | `is_remote_code` and `_optimize_model_for_decode`, which need a PreTrainedModel |
+| `GenerationOutput` | | declares `lifespan` and `timestamps` |
 | default options of a pipeline | in `pipeline.generation_config` | merged at each call |
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, TextGenerationPipeline
+from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -41,6 +43,8 @@ _DEFAULT_LENGTH = GenerationConfig().max_length or GenerationConfig._get_default
 
 _LENGTHS = {"max_new_tokens", "max_length"}
 _BY_DEFAULT = "_length_by_default"  # an attribute of a GenerationConfig
+
+_OUTPUT_FIELDS = {field.name for field in fields(GenerationOutput)}
 
 _CROP_REMOVES = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
 
@@ -98,6 +102,35 @@ def columns_after_crop(width: int, crop: int) -> int:
     if crop > 0:
         raise ValueError(f"crop({crop}): give the number of columns to remove, as a negative number.")
     return max(width + crop, 0)
+
+
+def generation_output(**values: Any) -> GenerationOutput:
+    """What transformers' continuous batching returns of a request, with the fields that transformers 5 added."""
+    output = GenerationOutput(**{name: value for name, value in values.items() if name in _OUTPUT_FIELDS})
+    for name in values.keys() - _OUTPUT_FIELDS:
+        setattr(output, name, values[name])
+    return output
+
+
+def lengths_by_default(
+    model: GenerationMixin, given: GenerationConfig | None, options: Mapping[str, Any], prepared: GenerationConfig
+) -> tuple[bool, bool]:
+    """Whether neither caller nor model chose a `max_length`, a `min_length`, as `generate()` decides it.
+
+    Args:
+        given: the GenerationConfig that the caller passed.
+        options: by name, what the caller passed besides.
+        prepared: all options.
+    """
+
+    def by_default(name: str) -> bool:
+        if options.get(name) is not None:
+            return False
+        if GenerationConfig().max_length is not None:  # transformers 4.57
+            return getattr(prepared, name) is not None
+        return all(getattr(config, name, None) is None for config in (given, model.generation_config))
+
+    return by_default("max_length"), by_default("min_length")
 
 
 def default_new_tokens(pipeline: TextGenerationPipeline) -> int | None:

@@ -19,6 +19,10 @@ from .packed_attention import PackedAttention, RecordedAttention
 class EagerRuntime(Runtime):
     """Holds all ranks of the group in this process, in lockstep, with memory-mapped weights and the cache."""
 
+    # Arithmetic for some ten rows takes as long as reading the weights: with more, rows that decode wait longer, and
+    # the prompt is not done sooner (benchmarks/serving_cpu.py).
+    prompt_chunk = 16
+
     def __init__(
         self, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup, weights: ModelWeights
     ) -> None:

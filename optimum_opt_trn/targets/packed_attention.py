@@ -47,14 +47,27 @@ class PackedAttention:
         """
         mixed = torch.empty_like(query)
         for slot, tokens in self.step.runs:
-            q, k, v = (x[tokens].unflatten(-1, (keys.shape[1], -1)).transpose(0, 1) for x in (query, key, value))
-            places = self.step.positions[tokens]
-            keys[slot, :, places], values[slot, :, places] = k.to(keys.dtype), v.to(values.dtype)
-            used = int(places[-1]) + 1
-            # What later steps will read: keys and values as the cache rounds them.
-            q, k, v = (x[None].to(self.compute_dtype) for x in (q, keys[slot, :, :used], values[slot, :, :used]))
-            mixed[tokens] = self._mix(q, k, v, places)[0].transpose(0, 1).flatten(1)
+            mixed[tokens] = self.attend_run(
+                query[tokens], key[tokens], value[tokens], keys[slot], values[slot], self.step.positions[tokens]
+            )
         return mixed
+
+    def attend_run(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor
+    ) -> Tensor:
+        """`attend` for the tokens of one slot.
+
+        Args:
+            query, key, value: float32 `(t, heads * d)`.
+            keys, values: of the slot, `(heads, length, d)`, changed in place.
+            places: int64 `(t,)`, the tokens' positions.
+        """
+        q, k, v = (x.unflatten(-1, (len(keys), -1)).transpose(0, 1) for x in (query, key, value))
+        keys[:, places], values[:, places] = k.to(keys.dtype), v.to(values.dtype)
+        used = int(places[-1]) + 1
+        # What later steps will read: keys and values as the cache rounds them.
+        q, k, v = (x[None].to(self.compute_dtype) for x in (q, keys[:, :used], values[:, :used]))
+        return self._mix(q, k, v, places)[0].transpose(0, 1).flatten(1)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
         """`(1, heads, n, d)` of tokens at int64 `places` `(n,)`, `(1, heads, used, d)` each → `(1, heads, n, d)`."""

@@ -20,6 +20,8 @@ class ProcessRuntime(CPURuntime):
     waits in a sum for another that never comes.
     """
 
+    is_shared = True
+
     def __init__(
         self,
         config: OPTConfig,

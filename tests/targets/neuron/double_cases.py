@@ -539,3 +539,26 @@ def test_graph_key_tells_what_graphs_depend_on():
         )),
     ]  # fmt: skip
     assert len({*keys.values(), *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_continuous_batching(tp, tmp_path):
+    """Prompts one by one into slots of a running batch, common beginnings copied, cancelled neighbours."""
+    model = tiny_opt()
+    reference = rounded(model, torch.float32)
+    loaded = NeuronOPTForCausalLM.from_pretrained(export(tmp_path, model, amp="f32", tp_degree=tp))
+    generator = torch.Generator().manual_seed(3)
+    lengths = [5, 30, 1, 14, 20, 3, 9]
+    prompts = [torch.randint(4, 128, (length,), generator=generator).tolist() for length in lengths]
+    prompts += [prompts[1][:20] + [9, 8, 7], prompts[1][:25]]
+    expected = [reference.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :].tolist() for prompt in prompts]
+    results = loaded.generate_batch(prompts, progress_bar=False, **GREEDY)
+    assert [one.generated_tokens for one in results.values()] == expected
+    with loaded.init_continuous_batching() as manager:
+        names = manager.add_requests([prompts[1], prompts[0], *prompts[::-1]], **GREEDY)
+        manager.cancel_request(names[1])
+        outputs = [manager.get_result(name) for name in names]
+    assert [one.generated_tokens for one in outputs[2:]] == expected[::-1]
+    assert manager.statistics().prefix_hits > 0
+    # Steps of a prompt are whole: the graph of a prompt takes it at once.
+    assert loaded.runtime.prompt_chunk is None
