@@ -14,7 +14,7 @@ import torch
 from transformers import OPTConfig
 
 from .buckets import SHORTEST_SEQUENCE, check_buckets, default_cache_buckets, default_prompt_buckets
-from .dtypes import normalize_dtype, to_torch
+from .dtypes import normalize_dtype, normalize_weight_dtype, to_torch
 from .hardware import FAMILIES, equal_degrees
 from .host_framework import NeuronConfig, get_neuronxcc_version, optimum_neuron_version, register_neuron_config
 from .version import __version__
@@ -94,6 +94,8 @@ class OPTNeuronConfig(NeuronConfig):
         tp_degree: tensor-parallel degree, the number of ranks (NeuronCores; local ranks on `cpu`).
         amp: dtype of attention, MLP, embedding and lm_head weights (`f16`, `bf16`, `f32`; the usual aliases are
             normalised). Layernorms and position embeddings stay float32.
+        weight_dtype: `int8` for the matrices of attention and MLP, each output channel with a float32 scale; None for
+            `amp`.
         kv_cache_dtype: dtype of the key/value cache, by default `amp`.
         max_topk: how many of the best tokens sampling on the device chooses among.
         instance_type: the instance family (`cpu`, `trn1`, `trn1n`, `inf2`, `trn2`).
@@ -118,6 +120,7 @@ class OPTNeuronConfig(NeuronConfig):
     sequence_length: int = 2048
     tp_degree: int = 1
     amp: str = "f16"
+    weight_dtype: str | None = None
     kv_cache_dtype: str | None = None
     max_topk: int = 256
     instance_type: str = "cpu"
@@ -147,6 +150,7 @@ class OPTNeuronConfig(NeuronConfig):
         if self.sequence_length < SHORTEST_SEQUENCE:
             raise ValueError(f"sequence_length={self.sequence_length} is too short: the least is {SHORTEST_SEQUENCE}.")
         self.amp = normalize_dtype(self.amp)
+        self.weight_dtype = normalize_weight_dtype(self.weight_dtype, self.amp)
         self.kv_cache_dtype = normalize_dtype(self.kv_cache_dtype or self.amp, "kv_cache_dtype")
         if self.instance_type not in FAMILIES:
             raise ValueError(f"instance_type={self.instance_type!r} is not one of {', '.join(FAMILIES)}.")
@@ -155,6 +159,11 @@ class OPTNeuronConfig(NeuronConfig):
             raise ValueError(
                 f"target={self.target!r} does not fit instance_type={self.instance_type!r}, whose target is "
                 f"{target!r}: give only instance_type."
+            )
+        if self.weight_dtype == "int8" and target != "cpu":
+            raise ValueError(
+                f"weight_dtype='int8' is for instance_type='cpu', not {self.instance_type!r}: leave it out, with "
+                "amp='f16' or 'bf16'."
             )
         self.target = target
         length = self.sequence_length

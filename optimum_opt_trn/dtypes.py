@@ -37,7 +37,7 @@ DTYPES = {
         DType("f16", 2, "float16", "F16", "fp16", ("half",)),
         DType("bf16", 2, "bfloat16", "BF16", "bf16"),
         DType("f32", 4, "float32", "F32", "fp32", ("float",)),
-        # For plans only: exports do not have it.
+        # Of matrices with a scale for each output channel (checkpoint/quantization.py).
         DType("int8", 1, "int8", "I8", "int8"),
     )
 }
@@ -58,8 +58,22 @@ def normalize_dtype(value: str | torch.dtype, option: str = "amp") -> str:
     """
     name = _NAMES.get(str(value).removeprefix("torch."))
     if name is None:
-        raise ValueError(f"{option}={value!r} is not a dtype that OPT is exported in: choose f16, bf16 or f32.")
+        hint = " For int8 weights add weight_dtype='int8'." if option == "amp" and "int8" in str(value) else ""
+        raise ValueError(f"{option}={value!r} is not a dtype that OPT is exported in: choose f16, bf16 or f32.{hint}")
     return name
+
+
+def normalize_weight_dtype(value: str | torch.dtype | None, amp: str) -> str | None:
+    """`value` as `int8`, or as None for weights in `amp`.
+
+    Raises:
+        ValueError: for any other value; the message names the choices.
+    """
+    if value is None or _NAMES.get(str(value).removeprefix("torch.")) == amp:
+        return None
+    if str(value).removeprefix("torch.") != "int8":
+        raise ValueError(f"weight_dtype={value!r} is neither int8 nor amp={amp!r}: choose int8, or leave it out.")
+    return "int8"
 
 
 def to_torch(name: str) -> torch.dtype:

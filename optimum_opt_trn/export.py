@@ -80,17 +80,20 @@ def export_opt(
         "force_download": force_download,
         "local_files_only": local_files_only,
     }
-    amp = neuron_config.amp
+    amp, weight_dtype = neuron_config.amp, neuron_config.weight_dtype
     _check_output(output, source)
     opt_config = load_config(source, **hub) if config is None else check_opt(config, source)
     neuron_config.check_model(opt_config)
     check_fit(opt_config, neuron_config, force)
     target = get_target(neuron_config)
+    files = checkpoint_files(opt_config, amp, weight_dtype)
 
     with _staged(output) as staging:
-        checkpoint = open_checkpoint(source, checkpoint_files(opt_config, amp), adapter=neuron_config.adapter, **hub)
-        write_split(checkpoint.weights, staging / CHECKPOINT_DIR, amp, partial(save_config, opt_config, amp))
-        save_small_files(checkpoint.directory, opt_config, amp, staging, neuron_config.sequence_length)
+        checkpoint = open_checkpoint(source, files, adapter=neuron_config.adapter, **hub)
+        save = partial(save_config, opt_config, amp, weight_dtype=weight_dtype)
+        write_split(checkpoint.weights, staging / CHECKPOINT_DIR, amp, save)
+        length = neuron_config.sequence_length
+        save_small_files(checkpoint.directory, opt_config, amp, staging, length, weight_dtype)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
         target.compile(opt_config, neuron_config, staging, eager)
         write_export_manifest(staging, _checkpoint_hashes(staging))

@@ -15,9 +15,10 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
 from .checkpoint.config import load_config, load_tokenizer
 from .checkpoint.config_values import check_opt, check_tokens
+from .checkpoint.quantization import is_int8
 from .checkpoint.verify import find_unlisted
 from .configuration_opt import OPTNeuronConfig, normalize_adapters, reject_unknown
-from .dtypes import normalize_dtype
+from .dtypes import normalize_dtype, normalize_weight_dtype
 from .export import copy_export, export_opt, find_export, save_generation_config
 from .hardware import FAMILIES
 from .host_framework import (
@@ -127,8 +128,9 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             batch_size: by default 1.
             sequence_length: by default the model's positions, at most 4096.
             tensor_parallel_size: by default 1 on `cpu`, else all NeuronCores.
-            options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `kv_cache_dtype`, `max_topk`,
-                `prompt_buckets`, `cache_buckets`, `prompt_embeddings`, `adapter`; None stands for the default.
+            options: the other options of `OPTNeuronConfig.export_options()`: `amp`, `weight_dtype` (by
+                default `int8` for a checkpoint in int8), `kv_cache_dtype`, `max_topk`, `prompt_buckets`,
+                `cache_buckets`, `prompt_embeddings`, `adapter`; None stands for the default.
 
         Raises:
             ValueError: if the model is not an OPT, or an option does not suit it.
@@ -155,10 +157,11 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
                 )
         if sequence_length is None:
             sequence_length = min(opt_config.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
-        local = Path(model_name_or_path).is_dir()
+        local, on_cpu = Path(model_name_or_path).is_dir(), instance_type == "cpu"
         given: dict[str, Any] = {
             **options,
             "batch_size": batch_size,
+            "weight_dtype": options.get("weight_dtype") or ("int8" if is_int8(opt_config) and on_cpu else None),
             "checkpoint_id": None if local else str(model_name_or_path),
             "checkpoint_revision": None if local else opt_config._commit_hash,
         }
@@ -306,6 +309,8 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             made = getattr(neuron_config, field)
             if field in ("amp", "kv_cache_dtype"):
                 value = normalize_dtype(value, field)
+            elif field == "weight_dtype":
+                value = normalize_weight_dtype(value, neuron_config.amp)
             elif field == "adapter":
                 value = normalize_adapters(value)
             elif isinstance(made, tuple):

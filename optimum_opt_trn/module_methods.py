@@ -144,7 +144,7 @@ class ModuleMethodsMixin:
         return weights + (cache if return_buffers else 0)
 
     def _weight_specs(self) -> dict[str, TensorSpec]:
-        files = checkpoint_files(self.config, self.neuron_config.amp)
+        files = checkpoint_files(self.config, self.neuron_config.amp, self.neuron_config.weight_dtype)
         return {name: spec for specs in files.values() for name, spec in specs.items()}
 
     def __reduce__(self) -> NoReturn:

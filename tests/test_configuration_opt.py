@@ -50,6 +50,7 @@ def test_defaults():
         "sequence_length": 2048,
         "tp_degree": 1,
         "amp": "f16",
+        "weight_dtype": None,
         "kv_cache_dtype": "f16",
         "max_topk": 256,
         "instance_type": "cpu",

@@ -45,9 +45,10 @@ class Contender:
         return self.module == "ours"
 
 
-def _ours(name: str, amp: str, tp_degree: int = 1, processes: int = 1) -> Contender:
-    options = {"amp": amp, "tp_degree": tp_degree}
-    return Contender(name, "ours", amp, "bf16" if amp == "bf16" else "f32", None, name, options, processes)
+def _ours(name: str, amp: str, tp_degree: int = 1, processes: int = 1, weight_dtype: str | None = None) -> Contender:
+    options = {"amp": amp, "tp_degree": tp_degree, "weight_dtype": weight_dtype}
+    compute = "bf16" if amp == "bf16" else "f32"
+    return Contender(name, "ours", weight_dtype or amp, compute, None, name, options, processes)
 
 
 def _transformers(dtype: str, how: str = "eager") -> Contender:
@@ -83,6 +84,7 @@ OURS = {
     for contender in (
         _ours("ours-f16", "f16"),
         _ours("ours-bf16", "bf16"),
+        _ours("ours-int8", "f16", weight_dtype="int8"),
         _ours("ours-f16-tp2", "f16", tp_degree=2),
         _ours("ours-f16-tp4", "f16", tp_degree=4),
         _ours("ours-f16-torchrun2", "f16", tp_degree=2, processes=2),
@@ -116,13 +118,16 @@ PEERS = {
 def groups() -> dict[str, list[Contender]]:
     """What is measured interleaved, by the name that selects it: ours and a peer, or ours in several variants.
 
-    Beside peers that compute in bfloat16 stands our bfloat16 export, too.
+    Beside peers that compute in bfloat16 stands our bfloat16 export, too, and beside those with int8 weights ours.
     """
     ours = OURS["ours-f16"]
-    found = {
-        peer.name: [ours, OURS["ours-bf16"], peer] if peer.compute == "bf16" else [ours, peer]
-        for peer in PEERS.values()
-    }
+    found = {peer.name: [ours, peer] for peer in PEERS.values()}
+    for peer in PEERS.values():
+        if peer.weights == "int8":
+            found[peer.name].insert(1, OURS["ours-int8"])
+        elif peer.compute == "bf16":
+            found[peer.name].insert(1, OURS["ours-bf16"])
+    found["int8"] = [ours, OURS["ours-int8"]]
     found["tensor-parallel"] = [ours, OURS["ours-f16-tp2"], OURS["ours-f16-tp4"]]
     found["torchrun"] = [ours, OURS["ours-f16-torchrun2"]]
     return found

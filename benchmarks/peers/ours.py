@@ -23,6 +23,7 @@ class Peer(Runner):
             batch_size=batch_size,
             sequence_length=length,
             amp=self.options["amp"],
+            weight_dtype=self.options["weight_dtype"],
             tensor_parallel_size=self.options["tp_degree"],
         )
         exported = NeuronOPTForCausalLM.export(source, neuron_config=neuron_config, eager=self.options["eager"])

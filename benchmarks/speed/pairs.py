@@ -116,8 +116,8 @@ class Pairs:
         self.shape, self.config, self.place, self.probe, self.say = shape, config, place, probe, say
         self.zeros, self.neighbours = zeros, neighbours
         self.header = read_headers(checkpoint)
-        # Bytes of weights in our exports, by contender: of those the files are known.
-        self.exported: dict[str, int] = {}
+        # Bytes of weights in our exports, by contender, and of fc2 among them: of those the files are known.
+        self.exported: dict[str, tuple[int, int]] = {}
         self.versions: dict[str, dict[str, str]] = {}
         # Contender -> how many of the first tokens, of how many, equal those of the group's first contender.
         self.agreement: dict[str, tuple[int, int]] = {}
@@ -140,7 +140,8 @@ class Pairs:
 
         for contender in contenders:
             if contender.is_ours:
-                self.exported[contender.name] = weight_bytes(read_headers(folders[contender.name] / "checkpoint"))
+                header = read_headers(folders[contender.name] / "checkpoint")
+                self.exported[contender.name] = weight_bytes(header), fc2_bytes(header)
         with ExitStack() as open_workers:
             workers, records = self._load(contenders, folders, plan, record, open_workers)
             for length in plan.prompts:
@@ -240,9 +241,8 @@ class Pairs:
         Ours does not read the weights of fc2 whose inputs are 0 in every row.
         """
         matrix = WEIGHT_BYTES[contender.weights]
-        weights: float = self.exported.get(contender.name) or weight_bytes(self.header, matrix)
-        if contender.is_ours and not self.place.eager:
-            weights -= fc2_bytes(self.header) * self.zeros.idle.get(batch, 0.0)
+        known, fc2 = self.exported.get(contender.name, (weight_bytes(self.header, matrix), 0))
+        weights = known - (0.0 if self.place.eager else fc2 * self.zeros.idle.get(batch, 0.0))
         return weights + cache_bytes(self.config, batch, context, max(2, matrix))
 
     def _prompts(self, batch: int, length: int) -> list[list[int]]:

@@ -163,7 +163,7 @@ class Session:
             self._convert(shape, contender, checkpoint, whole, plan.batch, plan.length)
             return whole
         # Exports have their shapes; all but the first in a dtype are linked to that.
-        first = folder / f"ours-{contender.options['amp']}"
+        first = folder / f"ours-{contender.weights}"
         self._convert(shape, OURS[first.name], checkpoint, first, plan.batch, plan.length)
         if (first.name, plan.batch, plan.length) == (contender.name, *self._made.get(first, ())):
             return first

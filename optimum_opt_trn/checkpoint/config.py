@@ -20,6 +20,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..dtypes import to_torch
 from .config_values import check_opt, check_values, opt_values
+from .quantization import is_int8, quantization_config
 
 
 logger = logging.get_logger(__name__)
@@ -84,14 +85,31 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     return tokenizer
 
 
-def save_config(config: OPTConfig, amp: str, directory: Path) -> None:
-    """Writes config.json for weights in `amp`; `config` is not changed."""
+def stored_config(config: OPTConfig, amp: str, weight_dtype: str | None = None) -> OPTConfig:
+    """`config` as it is for weights in `amp`, or in int8; `config` itself is not changed."""
     saved = copy.deepcopy(config)
     saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
+    if weight_dtype == "int8":
+        saved.quantization_config = quantization_config()
+    elif is_int8(saved):
+        del saved.quantization_config
+    return saved
+
+
+def save_config(config: OPTConfig, amp: str, directory: Path, weight_dtype: str | None = None) -> None:
+    """Writes `stored_config` as config.json."""
+    saved = stored_config(config, amp, weight_dtype)
     saved.save_pretrained(directory)
 
 
-def save_small_files(source: Path, config: OPTConfig, amp: str, directory: Path, longest: int | None = None) -> None:
+def save_small_files(
+    source: Path,
+    config: OPTConfig,
+    amp: str,
+    directory: Path,
+    longest: int | None = None,
+    weight_dtype: str | None = None,
+) -> None:
     """Writes config.json, and the generation config and the tokenizer of the checkpoint `source`, to `directory`.
 
     Without a tokenizer there is a warning.
@@ -99,11 +117,11 @@ def save_small_files(source: Path, config: OPTConfig, amp: str, directory: Path,
     Args:
         source: a local directory.
         config: of the model.
-        amp: dtype of the weights.
+        amp, weight_dtype: dtypes of the weights.
         directory: where to write.
         longest: tokens that the model takes at most, for the tokenizer to know; None leaves that as it is.
     """
-    save_config(config, amp, directory)
+    save_config(config, amp, directory, weight_dtype)
     generation_config = GenerationConfig.from_model_config(config)
     # That of a BLIP-2 is not its language model's, which has one from its configuration there, too.
     if PretrainedConfig.get_config_dict(source)[0].get("model_type") == "opt":

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import OPTConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
+from .quantization import check_quantization
+
 
 _COUNTS = (
     *("vocab_size", "hidden_size", "word_embed_proj_dim", "num_hidden_layers", "num_attention_heads", "ffn_dim"),
@@ -87,13 +89,8 @@ def check_values(given: Mapping[str, Any], source: Any) -> None:
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if hidden % heads:
         _refuse(source, "num_attention_heads", heads, f"it must divide hidden_size={hidden}")
-    quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(
-            f"{source}: its config.json has a quantization_config ({method!r}), and exports are made from weights in "
-            "float16, bfloat16 or float32: choose the model that it was quantized from."
-        )
+    if values.get("quantization_config") is not None:
+        check_quantization(values["quantization_config"], source)
 
 
 def check_tokens(values: Mapping[str, Any], origin: str) -> None:

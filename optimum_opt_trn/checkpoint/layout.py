@@ -1,6 +1,7 @@
 """What an OPT checkpoint consists of: names, shapes and dtypes of its tensors, and the files of the split format.
 
 `amp` in this module is the dtype that attention, MLP, embedding and head are stored in, a name in `dtypes.DTYPES`.
+With `weight_dtype="int8"` the matrices of attention and MLP are int8, and have scales (quantization.py).
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ def layer_file(index: int) -> str:
     return f"layer_{index:03d}.safetensors"
 
 
-def layer_specs(config: ModelShape, amp: str) -> dict[str, TensorSpec]:
+def layer_specs(config: ModelShape, amp: str, weight_dtype: str | None = None) -> dict[str, TensorSpec]:
     """The tensors of one decoder layer, by their names within the layer."""
     hidden, ffn = config.hidden_size, config.ffn_dim
     specs = {}
     linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
     for name, shape in {**linears, "fc1": (ffn, hidden), "fc2": (hidden, ffn)}.items():
-        specs[f"{name}.weight"] = TensorSpec(shape, amp)
+        specs[f"{name}.weight"] = TensorSpec(shape, weight_dtype or amp)
+        if weight_dtype == "int8":
+            specs[f"{name}.weight_scale"] = TensorSpec((shape[0], 1), "f32")
         if config.enable_bias:
             specs[f"{name}.bias"] = TensorSpec(shape[:1], amp)
     for name in ("self_attn_layer_norm", "final_layer_norm"):
@@ -101,10 +104,10 @@ def _layer_norm(name: str, config: ModelShape) -> dict[str, TensorSpec]:
     return {f"{name}.{part}": TensorSpec((config.hidden_size,), "f32") for part in ("weight", "bias")}
 
 
-def checkpoint_files(config: ModelShape, amp: str) -> FileSpecs:
+def checkpoint_files(config: ModelShape, amp: str, weight_dtype: str | None = None) -> FileSpecs:
     """Every file of the split format, and its tensors by their full names, in the order of writing."""
     files = {OUTER_FILE: outer_specs(config, amp)}
-    layer = layer_specs(config, amp)
+    layer = layer_specs(config, amp, weight_dtype)
     for index in range(config.num_hidden_layers):
         files[layer_file(index)] = {layer_prefix(index) + name: spec for name, spec in layer.items()}
     return files

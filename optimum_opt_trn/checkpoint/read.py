@@ -57,7 +57,7 @@ def load_weights(directory: Path, config: OPTConfig, neuron_config: OPTNeuronCon
     """
     if not (directory / INDEX_NAME).is_file():
         raise CheckpointError(f"{directory} lacks {INDEX_NAME}: it is not a split checkpoint, or incomplete.")
-    specs = checkpoint_files(config, neuron_config.amp)
+    specs = checkpoint_files(config, neuron_config.amp, neuron_config.weight_dtype)
     files = {file: _load_file(directory / file, tensors, group) for file, tensors in specs.items()}
     outer = {name.removeprefix("model.decoder."): shards for name, shards in files[OUTER_FILE].items()}
     layers = []

@@ -16,10 +16,14 @@ from .adapter import Adapter
 from .formats import Piece, Readers
 from .layout import LANGUAGE_MODEL, CheckpointError, FileSpecs, canonical_name
 from .manifest import source_key
+from .quantization import SCALE, quantize, scales
 
 
 # Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output.
 CHUNK_BYTES = 16 << 20
+
+# Of an element that is quantized, in float32: itself, its row's share of temporary tensors, and the result.
+_QUANTIZING_BYTES = 16
 
 # Not read if the model has no such tensor: a version of the first OPT conversions, which transformers ignores as well,
 # and a copy of a tied head.
@@ -55,34 +59,40 @@ class WeightSource:
         self._adapters = adapters
         self._specs = {name: spec for specs in files.values() for name, spec in specs.items()}
         self._pieces = pieces
-        # Our name -> the piece that has it, and the name there.
+        # Our name -> the piece that has it, and the name there; the scales of int8 matrices by the matrices' names.
         self._tensors: dict[str, tuple[int, str]] = {}
+        self._scales: dict[str, tuple[int, str]] = {}
         is_part = any(name.startswith(LANGUAGE_MODEL) for piece in pieces for name in piece.names)
         for index, piece in enumerate(pieces):
             for name in piece.names:
-                if name.startswith(LANGUAGE_MODEL) or not is_part:
-                    self._tensors[canonical_name(name)] = index, name
+                if is_part and not name.startswith(LANGUAGE_MODEL):
+                    continue
+                ours = canonical_name(name)
+                if (matrix := ours.removesuffix(SCALE)) != ours and matrix in self._specs:
+                    self._scales[matrix] = index, name
+                else:
+                    self._tensors[ours] = index, name
         self._check()
 
     def _check(self) -> None:
         """Checks names, and the shapes of the tensors in open pieces."""
-        missing = self._specs.keys() - self._tensors.keys()
+        missing = {name for name in self._specs if _matrix(name) not in self._tensors}
         foreign = self._tensors.keys() - self._specs.keys() - _IGNORED
         for names, what in ((missing, "lacks"), (foreign, "holds, beyond what config.json says,")):
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
                 raise CheckpointError(f"{self.origin} {what} {len(names)} tensors: {shown}. Is it whole, and an OPT?")
         for name in self._specs:
-            if self._pieces[self._tensors[name][0]].is_open:
-                self._tensor(name)
+            if self._pieces[self._tensors[_matrix(name)][0]].is_open:
+                self._tensor(_matrix(name))
 
     def key(self, file: str) -> str:
         """The manifest's key of what `file` is made from (see `source_key`)."""
         pieces: dict[int, list[str]] = {}
         specs = self.files[file]
         for name in sorted(specs):
-            index, theirs = self._tensors[name]
-            pieces.setdefault(index, []).append(theirs)
+            for index, theirs in self._origins(name):
+                pieces.setdefault(index, []).append(theirs)
         identities = [self._pieces[index].identity(theirs) for index, theirs in sorted(pieces.items())]
         identities += [adapter.identity for adapter in self._adapters if any(map(adapter.changes, specs))]
         return source_key(specs, "\n".join(identities))
@@ -106,29 +116,57 @@ class WeightSource:
             yield from ordered[done : done + 1]
 
     def _pieces_of(self, *files: str) -> set[int]:
-        return {self._tensors[name][0] for file in files for name in self.files[file]}
+        return {index for file in files for name in self.files[file] for index, _ in self._origins(name)}
+
+    def _origins(self, name: str) -> list[tuple[int, str]]:
+        """What the tensor `name` is made from: pieces, and names there."""
+        matrix = _matrix(name)
+        return [self._tensors[matrix], *([self._scales[matrix]] if matrix in self._scales else [])]
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor's rows, some at a time, in its dtype in `files`, contiguous.
+
+        What is int8 in the source, with scales, is multiplied with them where another dtype is wanted; and what is
+        wanted in int8 is quantized, where it is not int8 already.
 
         Raises:
             CheckpointError: if the tensor is missing, has another shape or no floating-point dtype, or has values
                 that are not finite after the cast.
         """
-        tensor, dtype = self._tensor(name), to_torch(self._specs[name].dtype)
-        adapters = [adapter for adapter in self._adapters if adapter.changes(name)]
-        item_bytes = max(tensor.element_size(), dtype.itemsize)
-        if adapters:  # there are two copies then: the sum in float32, and what it is cast to
-            item_bytes = torch.float32.itemsize + dtype.itemsize
-        row_bytes = max(1, tensor[0].numel() * item_bytes)
+        matrix = self._tensor(_matrix(name))
+        stored = matrix.dtype == torch.int8 and not self._changing(name)
+        if _matrix(name) != name:
+            if stored:
+                yield self._scale(name, len(matrix))
+            else:
+                yield from (scales(rows) for rows in self._cast(name, matrix, torch.float32, _QUANTIZING_BYTES))
+        elif self._specs[name].dtype != "int8":
+            yield from self._cast(name, matrix, to_torch(self._specs[name].dtype))
+        elif stored:
+            yield from (rows.contiguous() for rows in _some_rows(matrix, 1))
+        else:
+            yield from (quantize(rows) for rows in self._cast(name, matrix, torch.float32, _QUANTIZING_BYTES))
+
+    def _changing(self, name: str) -> list[Adapter]:
+        """The adapters that change the matrix that `name` is, or is of."""
+        return [adapter for adapter in self._adapters if adapter.changes(_matrix(name))]
+
+    def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype, item_bytes: int = 0) -> Iterator[Tensor]:
+        """The rows of `tensor` in `dtype`, some at a time, with scales and adapters applied; errors as of `chunks`."""
+        adapters = self._changing(name)
+        scale = self._scale(name, len(tensor)) if tensor.dtype == torch.int8 else None
+        if adapters or scale is not None:  # there are two copies then: in float32, and what it is cast to
+            item_bytes = max(item_bytes, torch.float32.itemsize + dtype.itemsize)
         start = 0
-        for rows in tensor.split(max(1, CHUNK_BYTES // row_bytes)):
+        for rows in _some_rows(tensor, item_bytes or dtype.itemsize):
             try:
+                if scale is not None:
+                    rows = rows * scale[start : start + len(rows)]
                 if adapters:
                     rows = rows.to("cpu", torch.float32, copy=True)
                     for adapter in adapters:
-                        adapter.add_to(rows, name, start)
-                    start += len(rows)
+                        adapter.add_to(rows, _matrix(name), start)
+                start += len(rows)
                 cast = rows.to("cpu", dtype).contiguous()
                 # Both are NaN if any element is. This is several times faster than isfinite of each element.
                 extremes = torch.stack(torch.aminmax(cast))
@@ -143,20 +181,32 @@ class WeightSource:
         """The tensor as a whole; see `chunks`."""
         return torch.cat(list(self.chunks(name)))
 
-    def _tensor(self, name: str) -> Tensor:
-        index, theirs = self._tensors[name]
-        shape = self._specs[name].shape
+    def _scale(self, name: str, rows: int) -> Tensor:
+        """The scales of the int8 matrix that `name` is, or is of: float32 `(rows, 1)`."""
+        scale = self._read(name, self._scales[_matrix(name)])
+        if scale.numel() != rows or not scale.is_floating_point() or not (scale > 0).all() or scale.isinf().any():
+            raise CheckpointError(
+                f"{self.origin}: the scales of {_matrix(name)} are {scale.dtype} {tuple(scale.shape)}, or not all "
+                f"positive and finite: {rows} are needed, one for each output channel."
+            )
+        return scale.to("cpu", torch.float32).reshape(rows, 1).contiguous()
+
+    def _read(self, name: str, origin: tuple[int, str]) -> Tensor:
+        index, theirs = origin
         try:
-            tensor = self._pieces[index].read(theirs)
+            return self._pieces[index].read(theirs)
         except KeyError as error:
             raise CheckpointError(f"{self.origin} lacks the tensor {name}, which its index names.") from error
         except (RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{self.origin}: {name} cannot be read ({error}).") from error
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor, shape = self._read(name, self._tensors[name]), self._specs[name].shape
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {shape}."
             )
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not (tensor.dtype == torch.int8 and name in self._scales):
             raise CheckpointError(f"{self.origin}: {name} has dtype {tensor.dtype}, not a floating-point dtype.")
         if tensor.is_meta:
             raise CheckpointError(f"{self.origin}: {name} has no data: it is on the meta device.")
@@ -178,3 +228,14 @@ def open_model(model: PreTrainedModel, files: FileSpecs, adapters: Sequence[Adap
 
     readers: Readers = {name: tensor.detach for name, tensor in state.items()}
     return WeightSource([Piece(lambda: readers, identity)], "the loaded model", files, None, adapters)
+
+
+def _some_rows(tensor: Tensor, itemsize: int) -> Sequence[Tensor]:
+    """The tensor's rows, some megabytes at a time in elements of so many bytes."""
+    row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), itemsize))
+    return tensor.split(max(1, CHUNK_BYTES // row_bytes))
+
+
+def _matrix(name: str) -> str:
+    """The matrix whose scales `name` is, or `name` itself."""
+    return name.removesuffix(SCALE)

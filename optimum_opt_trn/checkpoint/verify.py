@@ -18,6 +18,7 @@ from .config import load_config
 from .layout import CHECKPOINT_DIR, INDEX_NAME, CheckpointError, FileSpecs, TensorSpec, checkpoint_files
 from .listing import EXPORT_MANIFEST_NAME, Listed, differences, read_export_manifest, visible_files
 from .manifest import MANIFEST_NAME, UNFINISHED_NAME, FileEntry, Manifest, header_problems, read_manifest
+from .quantization import is_int8
 from .stream import Progress
 
 
@@ -118,7 +119,7 @@ def _listed_problems(directory: Path, listed: Mapping[str, Listed], contents: bo
 def _checkpoint_problems(
     directory: Path, config: OPTConfig, amp: str, manifest: Manifest | None, contents: bool
 ) -> Iterator[str]:
-    files = checkpoint_files(config, amp)
+    files = checkpoint_files(config, amp, "int8" if is_int8(config) else None)
     if manifest is None:
         yield (
             f"{directory / MANIFEST_NAME} is missing: without its hashes, the files cannot be compared with what "

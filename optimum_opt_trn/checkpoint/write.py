@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_opt import normalize_adapters
-from ..dtypes import normalize_dtype
+from ..dtypes import normalize_dtype, normalize_weight_dtype
 from ..hardware import in_units
 from .adapter import open_adapters
 from .config import load_config, save_config, save_small_files
@@ -56,6 +56,7 @@ def save_pretrained_split(
     directory: str | os.PathLike,
     amp: str | torch.dtype = "f16",
     *,
+    weight_dtype: str | None = None,
     adapter: Any = (),
     delete_source_shards: bool = False,
     revision: str | None = None,
@@ -75,6 +76,8 @@ def save_pretrained_split(
             directory with a split checkpoint in `amp`, the files are linked where the file system allows.
         directory: where to write; created if it does not exist.
         amp: `f16`, `bf16` or `f32`.
+        weight_dtype: `int8` for the matrices of attention and MLP, each output channel with a float32 scale
+            (quantization.py); by default `amp`.
         adapter: LoRA adapters of PEFT to merge into the weights, in float32 before they are cast: a directory or an id
             on the hub, a list of them, or a dictionary with the weight of each.
         delete_source_shards: keeps no copy of the weights of an id on the hub: a file that is not in the cache is
@@ -91,12 +94,13 @@ def save_pretrained_split(
         OSError: if the source does not exist, the disk is full, or another process is writing to `directory`.
     """
     amp, directory, adapter = normalize_dtype(amp), Path(directory), normalize_adapters(adapter)
+    weight_dtype = normalize_weight_dtype(weight_dtype, amp)
     if isinstance(source, PreTrainedModel):
         config = check_opt(source.config, type(source).__name__)
-        files = checkpoint_files(config, amp)
+        files = checkpoint_files(config, amp, weight_dtype)
         where = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         weights = open_model(source, files, open_adapters(adapter, files, **where))
-        return write_split(weights, directory, amp, partial(_save_small_files_of, source, amp))
+        return write_split(weights, directory, amp, partial(_save_small_files_of, source, amp, weight_dtype))
     hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -110,16 +114,16 @@ def save_pretrained_split(
     if local and directory.exists() and directory.samefile(source):
         raise FileExistsError(f"{directory} is the source itself: choose another output directory.")
     shards = directory / _SHARDS_DIR if delete_source_shards else None
-    files = checkpoint_files(config, amp)
+    files = checkpoint_files(config, amp, weight_dtype)
     checkpoint = open_checkpoint(source, files, adapter=adapter, scratch=shards, force_download=force_download, **hub)
-    write_small_files = partial(save_small_files, checkpoint.directory, config, amp)
+    write_small_files = partial(save_small_files, checkpoint.directory, config, amp, weight_dtype=weight_dtype)
     written = write_split(checkpoint.weights, directory, amp, write_small_files)
     shutil.rmtree(directory / _SHARDS_DIR, ignore_errors=True)
     return written
 
 
-def _save_small_files_of(model: PreTrainedModel, amp: str, directory: Path) -> None:
-    save_config(model.config, amp, directory)
+def _save_small_files_of(model: PreTrainedModel, amp: str, weight_dtype: str | None, directory: Path) -> None:
+    save_config(model.config, amp, directory, weight_dtype)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
 

@@ -22,6 +22,11 @@ AUTO_CAST_TYPE: dict[str, Any] = {
     "choices": CAST_TYPES,
     "help": "Dtype of attention, MLP, embedding and output weights; layernorms stay float32 (default: fp16).",
 }
+WEIGHT_DTYPE: dict[str, Any] = {
+    "choices": ("int8",),
+    "help": "int8 for the matrices of attention and MLP, with a float32 scale for each output channel: half the bytes "
+    "of fp16. For cpu (default: the dtype of --auto_cast_type, or int8 if the checkpoint is in int8).",
+}
 REVISION: dict[str, Any] = {
     "metavar": "REV",
     "help": "Branch, tag or commit of a model on the Hub (default: main).",

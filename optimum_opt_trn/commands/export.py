@@ -20,6 +20,7 @@ from .common import (
     CACHE_DIR,
     CAST_TYPES,
     REVISION,
+    WEIGHT_DTYPE,
     describe,
     explain_errors,
     lengths,
@@ -85,6 +86,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
 }
 # ... and those that it lacks.
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "--weight_dtype": WEIGHT_DTYPE,
     "--kv_cache_dtype": {
         "choices": CAST_TYPES,
         "help": "Dtype of the key/value cache; fp32 on cpu gives transformers' tokens exactly (default: the weights' "

@@ -10,12 +10,12 @@ from argparse import ArgumentParser, Namespace
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from ..dtypes import DTYPES
+from ..dtypes import AMP_DTYPES, DTYPES
 from .common import CACHE_DIR, CAST_TYPES, REVISION, describe, one_line_errors, positive
 
 
 # The name of a dtype on the command line -> ours.
-_CLI_DTYPES = {dtype.cli: dtype.name for dtype in DTYPES.values()}
+_CLI_DTYPES = {DTYPES[name].cli: name for name in AMP_DTYPES}
 
 DESCRIPTION = """\
 Plan an OPT model: how much of a NeuronCore's memory its weights, cache and workspace take, what fits and what does
@@ -68,14 +68,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add(
         "--auto_cast_type",
-        choices=_CLI_DTYPES,
+        choices=CAST_TYPES,
         default="fp16",
-        help="Dtype of the weights; int8 for planning only, exports do not have it (default: fp16).",
+        help="Dtype of the weights (default: fp16).",
+    )
+    add(
+        "--weight_dtype",
+        choices=("int8",),
+        help="int8 for the matrices of attention and MLP, as exports for cpu can have them (default: the dtype of "
+        "--auto_cast_type).",
     )
     add(
         "--kv_cache_dtype",
         choices=CAST_TYPES,
-        help="Dtype of the key/value cache (default: the dtype of the weights, fp16 with int8).",
+        help="Dtype of the key/value cache (default: the dtype of --auto_cast_type).",
     )
     add("--revision", **REVISION)
     add("--cache_dir", **CACHE_DIR)
@@ -94,6 +100,7 @@ def run(options: Namespace) -> None:
             batch_size=options.batch_size,
             sequence_length=options.sequence_length or config.max_position_embeddings,
             amp=_CLI_DTYPES[options.auto_cast_type],
+            weight_dtype=options.weight_dtype,
             kv_cache_dtype=_CLI_DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else "",
         )
         plan = choose_plan(config, setup, options.instance, options.tensor_parallel_size)

@@ -39,7 +39,7 @@ def draw(plan: Plan, model: str, file: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     figure.suptitle(
-        f"{_name(model)}: {setup.amp} weights, {setup.sequence_length} positions, "
+        f"{_name(model)}: {setup.weight_dtype or setup.amp} weights, {setup.sequence_length} positions, "
         f"{setup.tp_degree} rank{'' if setup.tp_degree == 1 else 's'}, {memory.instance.name}"
     )
 

@@ -25,7 +25,8 @@ def describe_plan(plan: Plan, model: str) -> Iterator[str]:
     size, word = (plan.parameters / 1e9, "billion") if plan.parameters >= 1e9 else (plan.parameters / 1e6, "million")
     yield f"{size:.3g} {word} parameters in {config.num_hidden_layers} layers"
     yield (
-        f"batch size {setup.batch_size}, {setup.sequence_length} positions, weights {setup.amp}, "
+        f"batch size {setup.batch_size}, {setup.sequence_length} positions, "
+        f"weights {setup.weight_dtype or setup.amp}, "
         f"cache {setup.kv_cache_dtype}"
     )
     yield f"{_count(setup.tp_degree, 'rank')} on {instance.name} ({chips})"

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .common import ADAPTER, AUTO_CAST_TYPE, CACHE_DIR, REVISION, describe, explain_errors, one_line_errors
+from .common import (
+    ADAPTER,
+    AUTO_CAST_TYPE,
+    CACHE_DIR,
+    REVISION,
+    WEIGHT_DTYPE,
+    describe,
+    explain_errors,
+    one_line_errors,
+)
 
 
 DESCRIPTION = """\
@@ -55,6 +64,7 @@ class SplitCommand(BaseOptimumCLICommand):
         )
         group = parser.add_argument_group("options")
         group.add_argument("--auto_cast_type", default="fp16", **AUTO_CAST_TYPE)
+        group.add_argument("--weight_dtype", **WEIGHT_DTYPE)
         group.add_argument("--adapter", **ADAPTER)
         group.add_argument(
             "--delete_source_shards",
@@ -75,6 +85,7 @@ class SplitCommand(BaseOptimumCLICommand):
                 self.args.model,
                 output,
                 amp=self.args.auto_cast_type,
+                weight_dtype=self.args.weight_dtype,
                 adapter=self.args.adapter,
                 delete_source_shards=self.args.delete_source_shards,
                 revision=self.args.revision,
@@ -82,6 +93,5 @@ class SplitCommand(BaseOptimumCLICommand):
             )
             files = list(output.glob("*.safetensors"))
             size = sum(file.stat().st_size for file in files)
-            print(
-                f"Split to {output}: {len(files)} files, {size / 1e9:.2f} GB, weights in {self.args.auto_cast_type}."
-            )
+            dtype = self.args.weight_dtype or self.args.auto_cast_type
+            print(f"Split to {output}: {len(files)} files, {size / 1e9:.2f} GB, weights in {dtype}.")

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..checkpoint.config import load_config
 from ..checkpoint.hub import open_checkpoint
 from ..checkpoint.layout import checkpoint_files, layer_file
-from ..configuration_opt import reject_unknown
+from ..configuration_opt import OPTNeuronConfig, reject_unknown
 from ..dtypes import normalize_dtype
 from ..modeling_neuron_opt import NeuronOPTForCausalLM
 from .options import GenerationConfig, NeuronConfig, buckets, check_environment, refuse
@@ -101,8 +101,12 @@ class OPTForSampling:
             refuse("unroll", unroll, "the layers share one compiled graph. Leave it out")
         if context_unroll not in (None, 1, config.num_hidden_layers):
             refuse("context_unroll", context_unroll, "the layers share one compiled graph. Leave it out")
-        if amp is not None and "-u8-" in amp:
-            refuse("amp", amp, "8-bit weights are not kept. Choose amp='f16'")
+        weight_dtype = None
+        if amp is not None and "-u8-" in amp:  # of activations, of weights, of what these are converted to
+            amp, weight_dtype = amp.rpartition("-")[2], "int8"
+        quant = getattr(neuron_config, "quant", None)
+        if quant is not None:
+            amp, weight_dtype = quant.dequant_dtype, "int8"
         length = n_positions if isinstance(n_positions, int) else max(n_positions)
         limit = config.max_position_embeddings
         if length > limit:
@@ -115,6 +119,7 @@ class OPTForSampling:
             "sequence_length": length,
             "tp_degree": tp_degree,
             "amp": normalize_dtype(amp if amp is not None else config.dtype or "f32"),
+            "weight_dtype": weight_dtype,
             "cache_buckets": None if isinstance(n_positions, int) else buckets("n_positions", n_positions, length),
             "prompt_buckets": buckets("context_length_estimate", context_length_estimate, length),
             "max_topk": max_topk,
@@ -147,7 +152,7 @@ class OPTForSampling:
             saved = getattr(model.neuron_config, name, value)
             if value is not None and saved != value:
                 raise ValueError(f"{self._artifacts} was saved with {name}={saved!r}, and this model has {value!r}.")
-        if not _same_weights(self._artifacts, self._checkpoint, self.config, model.neuron_config.amp):
+        if not _same_weights(self._artifacts, self._checkpoint, self.config, model.neuron_config):
             raise ValueError(f"{self._artifacts} was saved with other weights than those of {self._checkpoint}.")
         self._model = model
 
@@ -300,9 +305,9 @@ def _check_overrides(overrides: dict[str, Any], config: transformers.OPTConfig) 
             refuse(name, overrides[name], f"the checkpoint has {getattr(config, name)!r}. Change its config.json")
 
 
-def _same_weights(left: str, right: str, config: transformers.OPTConfig, amp: str) -> bool:
-    """Whether two checkpoints have the same last layer once it is cast to `amp`."""
-    files = checkpoint_files(config, amp)
+def _same_weights(left: str, right: str, config: transformers.OPTConfig, made: OPTNeuronConfig) -> bool:
+    """Whether two checkpoints have the same last layer once it is in the dtypes of `made`."""
+    files = checkpoint_files(config, made.amp, made.weight_dtype)
     one, other = (open_checkpoint(checkpoint, files).weights for checkpoint in (left, right))
     names = files[layer_file(config.num_hidden_layers - 1)]
     return all(torch.equal(one.read(name), other.read(name)) for name in names)

@@ -5,7 +5,7 @@ Every option is mapped, or refused by name with a way out. The default value of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..configuration_opt import reject_unknown
@@ -14,7 +14,7 @@ from ..configuration_opt import reject_unknown
 _LAYOUT = "it chose a memory layout for the old compiler and changed no result. Leave it out"
 _KERNEL = "it chose a kernel of the old library and changed no result. Leave it out"
 _OTHER_MODELS = "it was for models of other kinds than OPT. Leave it out"
-_QUANT = "weights and cache are kept in f16, bf16 or f32. Leave it out, and choose amp='f16' or 'bf16'"
+_CACHE_QUANT = "the cache is kept in f16, bf16 or f32. Leave it out"
 _BATCHING = (
     "a batch starts together here. Leave it out; rows of different lengths are padded on the left, with start_ids"
 )
@@ -25,8 +25,8 @@ _NEURON_CONFIG_FIELDS: dict[str, tuple[Any, str | None]] = {
     "on_device_generation": (None, None),
     "on_device_embedding": (False, None),  # the embedding is always part of the graphs
     "sparse_attn": (None, "every token attends to all tokens before it, as OPT was trained. Leave it out"),
-    "quant": (None, _QUANT),
-    "kv_cache_quant": (None, _QUANT),
+    "quant": (None, None),
+    "kv_cache_quant": (None, _CACHE_QUANT),
     "continuous_batching": (None, _BATCHING),
     "attention_layout": ("HSB", _LAYOUT),
     "collectives_layout": ("HSB", _LAYOUT),
@@ -66,12 +66,48 @@ def refuse(option: str, value: Any, reason: str) -> None:
     raise NotImplementedError(f"{option}={value!r} of transformers-neuronx has no counterpart: {reason}.")
 
 
+class QuantizationConfig:
+    """The old library's int8 weights, computed with in another dtype.
+
+    Args:
+        quant_dtype: `s8`.
+        dequant_dtype: dtype of biases, embedding and head: `f16`, `bf16` or `f32`.
+        quantize_method: `vector_dynamic`, a scale for each output channel.
+        quantize_attn: True, as the MLP is.
+        no_quantize_list: None.
+
+    Raises:
+        NotImplementedError: for another scheme.
+    """
+
+    def __init__(
+        self,
+        quant_dtype: str = "s8",
+        dequant_dtype: str = "f16",
+        quantize_method: str = "vector_dynamic",
+        quantize_attn: bool = True,
+        no_quantize_list: Sequence[str] = (),
+    ):
+        only: dict[str, tuple[Any, Any]] = {
+            "quant_dtype": (quant_dtype, "s8"),
+            "quantize_method": (quantize_method, "vector_dynamic"),
+            "quantize_attn": (quantize_attn, True),
+            "no_quantize_list": (list(no_quantize_list), []),
+        }
+        for name, (value, served) in only.items():
+            if value != served:
+                reason = "attention and MLP are int8 with a scale for each output channel. Leave it out"
+                refuse(f"QuantizationConfig({name})", value, reason)
+        self.quant_dtype, self.dequant_dtype = quant_dtype, dequant_dtype
+
+
 class NeuronConfig:
     """The old library's optional features. Only those that have a counterpart here are accepted.
 
     Args:
         on_device_generation: a `GenerationConfig` that `OPTForSampling.sample` then follows.
         on_device_embedding: accepted; the embedding is always part of the graphs.
+        quant: a `QuantizationConfig`, for int8 weights.
         Others: only with their default.
 
     Raises:
@@ -87,6 +123,7 @@ class NeuronConfig:
             if reason is not None and getattr(value, "value", value) != default:
                 refuse(f"NeuronConfig({name})", value, reason)
         self.on_device_generation: GenerationConfig | None = options.get("on_device_generation")
+        self.quant: QuantizationConfig | None = options.get("quant")
         self.on_device_embedding: bool = bool(options.get("on_device_embedding", False))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoint import save_pretrained_split as _save_split
 from ..dtypes import normalize_dtype
 from .opt_for_sampling import OPTForSampling, without_generation_config
-from .options import GenerationConfig, NeuronConfig
+from .options import GenerationConfig, NeuronConfig, QuantizationConfig
 
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "HuggingFaceGenerationModelAdapter",
     "NeuronConfig",
     "OPTForSampling",
+    "QuantizationConfig",
     "amp_callback",
     "save_pretrained_split",
 ]
@@ -34,7 +35,6 @@ __all__ = [
 _GONE = {
     "NeuronAutoModelForCausalLM": "use optimum.neuron.NeuronModelForCausalLM after `import optimum_opt_trn`.",
     "OPTForGreedySearch": "use OPTForSampling with NeuronConfig(on_device_generation=GenerationConfig()).",
-    "QuantizationConfig": "weights are kept in f16, bf16 or f32: leave quantization out, and choose amp='f16'.",
     "ContinuousBatchingConfig": "a batch starts together here: leave continuous batching out.",
     "SparseAttnConfig": "every token attends to all before it, as OPT was trained: leave sparse attention out.",
 }

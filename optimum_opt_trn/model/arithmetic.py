@@ -1,4 +1,4 @@
-"""Products and layernorms: the only place where 16-bit weights are computed with."""
+"""Products and layernorms: the only place where 16-bit and int8 weights are computed with."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class Arithmetic:
         biases: list[Tensor] | None = None,
         relu: bool = False,
         norm: LayerNorm | None = None,
+        scales: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """For each weight `x @ weight.T + bias`.
+        """For each weight `scale * (x @ weight.T) + bias`.
 
         Args:
             x: float32 `(…, in)`.
@@ -48,28 +49,34 @@ class Arithmetic:
             biases: `(out,)` each, one a weight; None for none of them.
             relu: negative results become 0.
             norm: what x goes through before.
+            scales: float32 `(out, 1)` each, one for every weight if weights are int8; None otherwise.
 
         Returns:
             float32 `(…, out)` each.
         """
         if norm is not None:
             x = self.layer_norm(x, norm)
-        if biases is None:
-            sums = [self.linear_sum([x], [weight]) for weight in weights]
-        else:
-            sums = [self.linear_sum([x], [weight], bias) for weight, bias in zip(weights, biases, strict=True)]
+        none = [None] * len(weights)
+        parts = zip(weights, biases or none, scales or none, strict=True)
+        sums = [self.linear_sum([x], [weight], bias, scale=scale) for weight, bias, scale in parts]
         return [torch.relu(y) for y in sums] if relu else sums
 
     def linear_sum(
-        self, xs: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, residual: Tensor | None = None
+        self,
+        xs: list[Tensor],
+        weights: list[Tensor],
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """The sum of `x @ weight.T`, the bias and the residual.
+        """The sum of `scale * (x @ weight.T)`, the bias and the residual.
 
         Args:
             xs: float32 `(…, in)` each.
             weights: `(out, in)` each, one for every x.
             bias: `(out,)`.
             residual: float32 `(…, out)`.
+            scale: float32 `(out, 1)`, the same for every weight, if weights are int8; None otherwise.
 
         Returns:
             float32 `(…, out)`.
@@ -79,6 +86,7 @@ class Arithmetic:
             y = torch.nn.functional.linear(x.to(self.compute_dtype), weight.to(self.compute_dtype)).float()
             total = y if total is None else total + y
         assert total is not None
+        total = total if scale is None else total * scale.squeeze(1)
         total = total if bias is None else total + bias.float()
         return total if residual is None else residual + total
 

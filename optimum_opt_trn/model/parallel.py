@@ -45,15 +45,22 @@ class RankGroup:
     all_gather: Callable[[Tensor], Tensor] | None = None
     reduce_dtype: torch.dtype = torch.float32
 
-    def row(self, xs: list[Tensor], weights: list[Tensor], bias: list[Tensor] | None, residual: Tensor) -> Tensor:
+    def row(
+        self,
+        xs: list[Tensor],
+        weights: list[Tensor],
+        bias: list[Tensor] | None,
+        residual: Tensor,
+        scale: list[Tensor] | None = None,
+    ) -> Tensor:
         """One float32 `(…, in / world)` for each local rank, `(out, in / world)` weights → float32 `(…, out)`.
 
-        The bias, and the float32 residual `(…, out)`, are added once.
+        The bias, and the float32 residual `(…, out)`, are added once. int8 weights have a float32 scale `(out, 1)`.
         """
-        shared = bias[0] if bias else None
+        shared, scaled = bias[0] if bias else None, scale[0] if scale else None
         if self.all_reduce is None:
-            return self.arithmetic.linear_sum(xs, weights, shared, residual)
-        total = self._reduce(self.arithmetic.linear_sum(xs, weights))
+            return self.arithmetic.linear_sum(xs, weights, shared, residual, scaled)
+        total = self._reduce(self.arithmetic.linear_sum(xs, weights, scale=scaled))
         return residual + (total if shared is None else total + shared.float())
 
     def embedding(self, ids: Tensor, weights: list[Tensor], ranks: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from .parallel import RankGroup, Weights
 # (transformers, models/opt/modeling_opt.py, OPTLearnedPositionalEmbedding).
 POSITION_OFFSET = 2
 
-_QKV_WEIGHTS, _QKV_BIASES = ([f"self_attn.{name}_proj.{kind}" for name in "qkv"] for kind in ("weight", "bias"))
+_QKV_WEIGHTS, _QKV_BIASES, _QKV_SCALES = (
+    [f"self_attn.{name}_proj.{kind}" for name in "qkv"] for kind in ("weight", "bias", "weight_scale")
+)
 
 
 class OPTRankProgram:
@@ -85,16 +87,22 @@ class OPTRankProgram:
 
     def _attention(self, w: Weights, hidden: Tensor, attend: Attend, norm: LayerNorm | None = None) -> Tensor:
         weights = [shard for name in _QKV_WEIGHTS for shard in w[name]]
-        biases = [shard for name in _QKV_BIASES for shard in w.get(name, ())]
-        outputs, ranks = self.arithmetic.linears(hidden, weights, biases or None, norm=norm), len(self.group.ranks)
+        biases = [shard for name in _QKV_BIASES for shard in w.get(name, ())] or None
+        scales = [shard for name in _QKV_SCALES for shard in w.get(name, ())] or None
+        outputs, ranks = (
+            self.arithmetic.linears(hidden, weights, biases, norm=norm, scales=scales),
+            len(self.group.ranks),
+        )
         mixed = [attend(rank, *outputs[rank::ranks]) for rank in range(ranks)]
-        return self.group.row(mixed, w["self_attn.out_proj.weight"], w.get("self_attn.out_proj.bias"), hidden)
+        out = "self_attn.out_proj"
+        return self.group.row(mixed, w[f"{out}.weight"], w.get(f"{out}.bias"), hidden, w.get(f"{out}.weight_scale"))
 
     def _mlp(self, w: Weights, hidden: Tensor, norm: LayerNorm | None = None) -> Tensor:
-        inner = self.arithmetic.linears(hidden, w["fc1.weight"], w.get("fc1.bias"), self.activation is None, norm)
+        relu, scales = self.activation is None, w.get("fc1.weight_scale")
+        inner = self.arithmetic.linears(hidden, w["fc1.weight"], w.get("fc1.bias"), relu, norm, scales)
         if self.activation is not None:
             inner = [self.activation(y) for y in inner]
-        return self.group.row(inner, w["fc2.weight"], w.get("fc2.bias"), hidden)
+        return self.group.row(inner, w["fc2.weight"], w.get("fc2.bias"), hidden, w.get("fc2.weight_scale"))
 
 
 def _norm(w: Weights, name: str) -> LayerNorm:

@@ -48,18 +48,23 @@ class CacheSize(Protocol):
 
 
 # The end of a tensor's name -> the dimension that is cut. All other tensors are copied to every rank: layernorms,
-# positions, project_in, project_out, and the biases of row-parallel products, which are added once, after the sum.
+# positions, project_in, project_out, and of row-parallel products the biases, which are added once, after the sum, and
+# the scales of int8 weights.
 SHARD_DIMS = {
     "embed_tokens.weight": 0,
     "lm_head.weight": 0,
     "self_attn.q_proj.weight": 0,
+    "self_attn.q_proj.weight_scale": 0,
     "self_attn.q_proj.bias": 0,
     "self_attn.k_proj.weight": 0,
+    "self_attn.k_proj.weight_scale": 0,
     "self_attn.k_proj.bias": 0,
     "self_attn.v_proj.weight": 0,
+    "self_attn.v_proj.weight_scale": 0,
     "self_attn.v_proj.bias": 0,
     "self_attn.out_proj.weight": 1,
     "fc1.weight": 0,
+    "fc1.weight_scale": 0,
     "fc1.bias": 0,
     "fc2.weight": 1,
 }

@@ -62,29 +62,23 @@ class RankTensor:
 
 def rank_tensors(config: ModelShape, setup: Setup) -> Iterator[RankTensor]:
     """The shards of one of `setup.tp_degree` ranks; the weights of a layer come once for all layers."""
-    layer = {layer_prefix(0) + name: spec for name, spec in layer_specs(config, setup.stored_amp).items()}
-    for specs, count in ((outer_specs(config, setup.stored_amp), 1), (layer, config.num_hidden_layers)):
+    specs_of_layer = layer_specs(config, setup.amp, setup.weight_dtype)
+    layer = {layer_prefix(0) + name: spec for name, spec in specs_of_layer.items()}
+    for specs, count in ((outer_specs(config, setup.amp), 1), (layer, config.num_hidden_layers)):
         for name, spec in specs.items():
             dim, shape = shard_dim(name), list(spec.shape)
             if dim is not None:
                 start, stop, padding = shard_range(shape[dim], 0, setup.tp_degree)
                 shape[dim] = stop - start + padding
             shard = TensorSpec(tuple(shape), spec.dtype)
-            yield RankTensor(name, shard.shape, _tensor_bytes(shard, setup), dim is None, count)
-
-
-def _tensor_bytes(spec: TensorSpec, setup: Setup) -> int:
-    if setup.amp == "int8" and spec.dtype == setup.stored_amp and len(spec.shape) == 2:
-        elements, scales = TensorSpec(spec.shape, "int8"), TensorSpec(spec.shape[:1], "f32")
-        return elements.bytes + scales.bytes
-    return spec.bytes
+            yield RankTensor(name, shard.shape, shard.bytes, dim is None, count)
 
 
 def checkpoint_bytes(config: ModelShape, setup: Setup) -> tuple[int, int]:
     """Bytes of the split checkpoint's tensors: in all files, and in the largest file."""
     outer, layer = (
-        sum(_tensor_bytes(spec, setup) for spec in specs.values())
-        for specs in (outer_specs(config, setup.stored_amp), layer_specs(config, setup.stored_amp))
+        sum(spec.bytes for spec in specs.values())
+        for specs in (outer_specs(config, setup.amp), layer_specs(config, setup.amp, setup.weight_dtype))
     )
     return outer + config.num_hidden_layers * layer, max(outer, layer)
 

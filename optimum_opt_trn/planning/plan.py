@@ -125,7 +125,7 @@ class Plan:
             "batch_size": setup.batch_size,
             "sequence_length": setup.sequence_length,
             "tensor_parallel_size": setup.tp_degree,
-            "weight_dtype": setup.amp,
+            "weight_dtype": setup.weight_dtype or setup.amp,
             "cache_dtype": setup.kv_cache_dtype,
             "parameters": self.parameters,
             "hbm_bytes_per_core": instance.core_bytes,

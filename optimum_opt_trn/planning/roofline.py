@@ -62,7 +62,7 @@ def roofline(config: ModelShape, plan: MemoryPlan) -> Roofline | None:
     read = [tensor for tensor in rank_tensors(config, setup) if not tensor.name.endswith(tuple(tables))]
     weights = sum(tensor.count * tensor.bytes for tensor in read)
     # A multiplication and an addition for each element of a matrix and token; the head only for each row's last token.
-    matrices = [tensor for tensor in read if len(tensor.shape) == 2]
+    matrices = [tensor for tensor in read if tensor.name.endswith(".weight") and len(tensor.shape) == 2]
     head = [tensor for tensor in matrices if tensor.name.endswith(("embed_tokens.weight", "lm_head.weight"))]
     per_token = 2 * sum(tensor.count * prod(tensor.shape) for tensor in matrices if tensor not in head)
     per_row = 2 * sum(prod(tensor.shape) for tensor in head)

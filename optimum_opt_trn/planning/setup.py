@@ -20,9 +20,9 @@ class Setup:
         batch_size: slots of the cache.
         sequence_length: positions of a slot.
         tp_degree: ranks.
-        amp: dtype of the weights that are not float32 in any case. May be `int8`, a planning figure that exports do
-            not have: matrices of one byte an element with a float32 scale for each output channel, biases in 16 bits.
-        kv_cache_dtype: dtype of the cache; by default `amp`, and `f16` with `int8`.
+        amp: dtype of the weights that are not float32 in any case.
+        weight_dtype: `int8` for the matrices of attention and MLP; None for `amp`. Exports for Neuron do not have it.
+        kv_cache_dtype: dtype of the cache; by default `amp`.
     """
 
     batch_size: int = 1
@@ -30,10 +30,11 @@ class Setup:
     tp_degree: int = 1
     amp: str = "f16"
     kv_cache_dtype: str = ""
+    weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not self.kv_cache_dtype:
-            object.__setattr__(self, "kv_cache_dtype", self.stored_amp)
+            object.__setattr__(self, "kv_cache_dtype", self.amp)
 
     @classmethod
     def of(cls, neuron_config: OPTNeuronConfig) -> Setup:
@@ -44,17 +45,13 @@ class Setup:
             neuron_config.tp_degree,
             neuron_config.amp,
             neuron_config.kv_cache_dtype or "",
+            neuron_config.weight_dtype,
         )
-
-    @property
-    def stored_amp(self) -> str:
-        """The dtype of a checkpoint for it: `amp`, and `f16` with `int8`."""
-        return "f16" if self.amp == "int8" else self.amp
 
     @property
     def compute_bytes(self) -> int:
         """Bytes of an element of a product's factors on Neuron, where int8 is converted on the way."""
-        return DTYPES[self.stored_amp].bytes
+        return DTYPES[self.amp].bytes
 
     @property
     def cache_bytes(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from small_models import tiny_opt
+from small_models import dequantized, tiny_opt
 from transformers import OPTForCausalLM, TextStreamer
 
 from optimum_opt_trn.compat import options, transformers_neuronx
@@ -17,6 +17,7 @@ from optimum_opt_trn.compat.transformers_neuronx import (
     HuggingFaceGenerationModelAdapter,
     NeuronConfig,
     OPTForSampling,
+    QuantizationConfig,
     amp_callback,
     save_pretrained_split,
 )
@@ -370,7 +371,6 @@ def test_load_refuses_another_models_weights(loaded, tmp_path):
         ({"context_unroll": 8}, NotImplementedError, "context_unroll=8"),
         ({"context_length_estimate": 0}, NotImplementedError, "context_length_estimate=0"),
         ({"context_length_estimate": 128}, ValueError, "exceeds n_positions=64"),
-        ({"amp": "f32-u8-f16"}, NotImplementedError, "8-bit"),
         ({"amp": "int8"}, ValueError, "int8"),
         ({"n_positions": 2048}, ValueError, "2048.*64 positions.*n_positions=64"),
         ({"hidden_size": 1024}, NotImplementedError, "hidden_size=1024.*config.json"),
@@ -438,8 +438,46 @@ def test_calls_that_are_refused(split, loaded):
         loaded.sample(prompts(4), 10, streamer=TextStreamer(None))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"amp": "f32-u8-f32"},
+        {"neuron_config": NeuronConfig(quant=QuantizationConfig(quant_dtype="s8", dequant_dtype="f32"))},
+    ],
+    ids=["amp", "quant"],
+)
+def test_int8_weights(how, tmp_path):
+    source = tiny_opt(max_position_embeddings=64)
+    source.save_pretrained(tmp_path)
+    ours = load(tmp_path, batch_size=2, **how)
+    made = ours._model.neuron_config
+    assert (made.amp, made.weight_dtype) == ("f32", "int8")
+    ids = prompts(2)
+    with torch.inference_mode():
+        expected = dequantized(source)(ids).logits[:, -1]
+    torch.testing.assert_close(ours(ids), expected, atol=1e-3, rtol=1e-4)
+    ours.save(tmp_path / "artifacts")
+    ours.load(tmp_path / "artifacts")
+    ours.to_neuron()
+    torch.testing.assert_close(ours(ids), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quant_dtype": "f8e4m3fn"},
+        {"quantize_method": "direct_cast"},
+        {"quantize_attn": False},
+        {"no_quantize_list": ["fc1"]},
+    ],
+)
+def test_other_quantization_is_refused(options):
+    with pytest.raises(NotImplementedError, match=f"QuantizationConfig.{next(iter(options))}.*Leave it out"):
+        QuantizationConfig(**options)
+
+
 def test_names_that_are_gone(loaded):
-    for name in ("LlamaForSampling", "QuantizationConfig", "OPTForGreedySearch"):
+    for name in ("LlamaForSampling", "OPTForGreedySearch"):
         with pytest.raises(ImportError, match=name):
             getattr(transformers_neuronx, name)
     assert not hasattr(transformers_neuronx, "something")

@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import OPTConfig, OPTForCausalLM
@@ -64,6 +65,17 @@ def rounded(model: OPTForCausalLM, dtype: torch.dtype = torch.float16) -> OPTFor
             if "layer_norm" not in name and "embed_positions" not in name:
                 parameter.copy_(parameter.to(dtype).float())
     return reference
+
+
+def dequantized(model: OPTForCausalLM) -> OPTForCausalLM:
+    """The reference: `model` with its matrices quantized by numpy, in float32."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and parameter.dim() == 2:
+                matrix = parameter.numpy()
+                scale = np.abs(matrix).max(1, keepdims=True) / np.float32(127)
+                parameter.copy_(torch.from_numpy(np.clip(np.rint(matrix / scale), -127, 127) * scale))
+    return model
 
 
 def save_as_pytorch(model: OPTForCausalLM, directory: Path, shard_size: int | None = None) -> None:

@@ -73,5 +73,8 @@ def _arithmetic(eager: bool) -> Arithmetic:
 def _weights(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, group: RankGroup) -> ModelWeights:
     weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
     if isinstance(group.arithmetic, KernelArithmetic):
+        if neuron_config.weight_dtype == "int8":  # the kernels add float32 biases to what they scaled
+            for layer in weights.layers:
+                layer.update({name: [b.float() for b in layer[name]] for name in layer if name.endswith(".bias")})
         use_artifacts(weights.layers, config, neuron_config, directory, group)
     return weights

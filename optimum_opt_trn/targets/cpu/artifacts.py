@@ -25,6 +25,7 @@ from ...checkpoint.manifest import MANIFEST_NAME as SPLIT_MANIFEST_NAME
 from ...checkpoint.manifest import read_manifest
 from ...checkpoint.stream import write_tensors
 from ...configuration_opt import OPTNeuronConfig
+from ...dtypes import to_torch
 from ...model.parallel import RankGroup, Weights
 from ...model.shapes import shard_range
 from ..base import COMPILED_DIR
@@ -49,7 +50,7 @@ def write_artifacts(config: OPTConfig, neuron_config: OPTNeuronConfig, directory
     artifacts: dict[str, dict[str, Any]] = {}
     if not eager and config.activation_function == "relu":
         sources = _checkpoint_hashes(directory)
-        spec = TensorSpec((config.ffn_dim, config.hidden_size), neuron_config.amp)
+        spec = TensorSpec((config.ffn_dim, config.hidden_size), neuron_config.weight_dtype or neuron_config.amp)
         total = config.num_hidden_layers * spec.bytes
         with tqdm(total=total, unit="B", unit_scale=True, desc="Storing fc2 by unit", leave=False) as progress:
             for index in range(config.num_hidden_layers):
@@ -90,7 +91,7 @@ def use_artifacts(
             f"{compiled} holds {', '.join(foreign)}, which is not loaded: an export for cpu is data, and the kernels "
             "come with the package. Remove it, or export the model again."
         )
-    shape = (config.ffn_dim, config.hidden_size)
+    shape, dtype = (config.ffn_dim, config.hidden_size), to_torch(neuron_config.weight_dtype or neuron_config.amp)
     for index, weights in enumerate(layers):
         name = layer_file(index)
         if name not in artifacts:
@@ -106,10 +107,10 @@ def use_artifacts(
                 "eager=True."
             )
         stored = _read(file, TENSOR_NAME)
-        if stored.shape != shape or stored.dtype != neuron_config.amp_dtype:
+        if stored.shape != shape or stored.dtype != dtype:
             raise CheckpointError(
-                f"{file}: {TENSOR_NAME} is {stored.dtype} {tuple(stored.shape)}, not {neuron_config.amp_dtype} "
-                f"{shape}: export the model again, or load it with eager=True."
+                f"{file}: {TENSOR_NAME} is {stored.dtype} {tuple(stored.shape)}, not {dtype} {shape}: "
+                "export the model again, or load it with eager=True."
             )
         ranges = (shard_range(config.ffn_dim, rank, group.tp_degree)[:2] for rank in group.ranks)
         weights["fc2.weight"] = [stored[start:stop].T for start, stop in ranges]

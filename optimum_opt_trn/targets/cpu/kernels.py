@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 VARIANT_VARIABLE = "OPTIMUM_OPT_TRN_KERNELS"
 
 # As in csrc/kernels.h.
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
 _FLOAT32 = 4
 
@@ -77,7 +77,7 @@ def _best_variant() -> str:
 
 @dataclass(frozen=True)
 class KernelArithmetic(Arithmetic):
-    """Products that read 16-bit weights as they are, once; sums are float32.
+    """Products that read 16-bit and int8 weights as they are, once; sums are float32.
 
     `torch.get_num_threads()` threads of the kernels' own share the work. Calls of several Python threads take turns.
 
@@ -105,10 +105,14 @@ class KernelArithmetic(Arithmetic):
         biases: list[Tensor] | None = None,
         relu: bool = False,
         norm: LayerNorm | None = None,
+        scales: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """See `Arithmetic.linears`; x contiguous, rows of weights contiguous. Threads share all of it at once."""
-        if not weights or (biases is not None and len(biases) != len(weights)):
-            raise RuntimeError(f"{len(weights)} weights and {len(biases or ())} biases")
+        """See `Arithmetic.linears`; x contiguous, rows of weights contiguous. Threads share all of it at once.
+
+        The biases of int8 weights are float32.
+        """
+        if not weights or any(given is not None and len(given) != len(weights) for given in (biases, scales)):
+            raise RuntimeError(f"{len(weights)} weights, {len(biases or ())} biases, {len(scales or ())} scales")
         k, dtype = _check_x(x), weights[0].dtype
         m = x.numel() // k
         if norm is not None and m > self._most_few_rows:
@@ -118,22 +122,28 @@ class KernelArithmetic(Arithmetic):
         for i, weight in enumerate(weights):
             n, ldw = _check_weight(weight, k, dtype)
             bias = 0 if biases is None else _check_bias(biases[i], dtype, n)
+            scale = _check_scale(None if scales is None else scales[i], dtype, n)
             y = torch.empty(*x.shape[:-1], n)
             ys.append(y)
-            arguments += weight.data_ptr(), n, ldw, bias, y.data_ptr()
+            arguments += weight.data_ptr(), n, ldw, scale, bias, y.data_ptr()
         if m:
             handle = _kernels.linears(
                 *(self._index, torch.get_num_threads(), _DTYPES[dtype], m, k, x.data_ptr(), relu),
                 *(norm is not None, *_norm_arguments(norm)),
                 *arguments,
             )
-            _keep(handle, x, weights, biases)
+            _keep(handle, x, weights, biases, scales)
         return ys
 
     def linear_sum(
-        self, xs: list[Tensor], weights: list[Tensor], bias: Tensor | None = None, residual: Tensor | None = None
+        self,
+        xs: list[Tensor],
+        weights: list[Tensor],
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """See `Arithmetic.linear_sum`; xs and residual contiguous.
+        """See `Arithmetic.linear_sum`; xs and residual contiguous. The bias of int8 weights is float32.
 
         Either rows of all weights are contiguous, or columns of all are: those are stored by unit, and have to be
         finite, as units that are 0 in x are not read.
@@ -153,6 +163,7 @@ class KernelArithmetic(Arithmetic):
             strides.append(ldw)
         assert shape is not None
         biased = 0 if bias is None else _check_bias(bias, dtype, n)
+        scaled = _check_scale(scale, dtype, n)
         if residual is not None and not (
             residual.dtype == torch.float32 and residual.is_contiguous() and residual.shape == shape
         ):
@@ -168,10 +179,10 @@ class KernelArithmetic(Arithmetic):
             rows = row * n * _FLOAT32
             handle = _kernels.linear_sum(
                 *(self._index, torch.get_num_threads(), _DTYPES[dtype], min(at_once, m - row), n, by_unit),
-                *(self.skip_zeros, biased, 0 if residual is None else residual.data_ptr() + rows),
+                *(self.skip_zeros, scaled, biased, 0 if residual is None else residual.data_ptr() + rows),
                 *(y.data_ptr() + rows, *arguments),
             )
-            _keep(handle, xs, weights, bias, residual)
+            _keep(handle, xs, weights, bias, residual, scale)
         return y
 
     def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
@@ -265,7 +276,7 @@ def _check_x(x: Tensor) -> int:
 def _check_weight(weight: Tensor, k: int, dtype: torch.dtype, by_unit: bool = False) -> tuple[int, int]:
     """Its outputs, and how far rows (by unit: columns) are apart."""
     if dtype not in _DTYPES:
-        raise RuntimeError(f"weight is {dtype}, not float16, bfloat16 or float32")
+        raise RuntimeError(f"weight is {dtype}, not float16, bfloat16, float32 or int8")
     if weight.dim() == 2 and weight.dtype == dtype and weight.shape[1] == k:
         n, (row, column) = weight.shape[0], weight.stride()
         if by_unit and (row == 1 or n == 1):
@@ -278,9 +289,21 @@ def _check_weight(weight: Tensor, k: int, dtype: torch.dtype, by_unit: bool = Fa
 
 def _check_bias(bias: Tensor, dtype: torch.dtype, n: int) -> int:
     """Its address."""
+    dtype = torch.float32 if dtype == torch.int8 else dtype
     if bias.dtype != dtype or not bias.is_contiguous() or bias.numel() != n:
         raise RuntimeError(f"bias is not contiguous {dtype} ({n},)")
     return bias.data_ptr()
+
+
+def _check_scale(scale: Tensor | None, dtype: torch.dtype, n: int) -> int:
+    """Its address, 0 if there is none."""
+    if (scale is not None) != (dtype == torch.int8):
+        raise RuntimeError(f"weight is {dtype} {'without' if scale is None else 'with'} a scale")
+    if scale is None:
+        return 0
+    if scale.dtype != torch.float32 or not scale.is_contiguous() or scale.shape != (n, 1):
+        raise RuntimeError(f"scale is not contiguous float32 ({n}, 1)")
+    return scale.data_ptr()
 
 
 def _norm_arguments(norm: LayerNorm | None) -> tuple[int, int, float]:

@@ -100,6 +100,40 @@ def test_by_unit(arithmetic, m, ks, n, dtype, with_bias, with_residual, view, ze
     assert torch.equal(skipping.view(torch.int32), whole.view(torch.int32))  # signs of zeros, too
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    arithmetics,
+    rows,
+    st.lists(depths, min_size=1, max_size=3),
+    outputs | st.sampled_from([512, 1025]),
+    *[st.booleans()] * 4,
+    views,
+)
+def test_int8(arithmetic, m, ks, n, by_unit, with_bias, with_residual, relu, view):
+    """Products of int8 weights, as a sum of several and as several; outputs have a scale each, biases are float32."""
+    xs = [random(1 + i, m, k) / k**0.5 for i, k in enumerate(ks)]
+    weights = [(100 * random(5 + i, n, k + view)).clamp(-128, 127).to(torch.int8)[:, view:] for i, k in enumerate(ks)]
+    scale, bias = random(8, n, 1).abs() + 0.01, random(9, n) if with_bias else None
+    residual = random(10, m, n) if with_residual else None
+    products = [(x.double() @ w.double().T) * scale.double().T for x, w in zip(xs, weights, strict=True)]
+    added = torch.zeros(()) if bias is None else bias.double()
+    exact = sum(products) + added + (0 if residual is None else residual.double())
+    stored = [w.T.contiguous().T if by_unit else w for w in weights]
+    assert_rounded(arithmetic.linear_sum(xs, stored, bias, residual, scale), exact, 1e-3)
+    (y,) = arithmetic.linears(xs[0], weights[:1], None if bias is None else [bias], relu, scales=[scale])
+    exact = products[0] + added
+    assert_rounded(y, exact.relu() if relu else exact, 1e-3)
+
+
+def test_int8_weights_need_scales():
+    x, weight, scale = random(1, 2, 8), torch.ones(4, 8, dtype=torch.int8), torch.ones(4, 1)
+    for scales in (None, torch.ones(4), torch.ones(3, 1), scale.double()):
+        with pytest.raises(RuntimeError, match="scale"):
+            KernelArithmetic().linear_sum([x], [weight], scale=scales)
+    with pytest.raises(RuntimeError, match="with a scale"):
+        KernelArithmetic().linear_sum([x], [weight.float()], scale=scale)
+
+
 def test_skipped_weights_are_not_read():
     """NaN would show it; where any row needs the unit, it does."""
     x, weight = random(1, 3, 40), random(2, 40, 24, dtype=torch.float16)

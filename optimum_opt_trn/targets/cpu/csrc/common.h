@@ -16,6 +16,19 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+struct Int8 {
+  int8_t value;
+};
+
+// The dtype of the biases that go with weights of type T.
+template <typename T>
+struct BiasOf {
+  using Type = T;
+};
+template <>
+struct BiasOf<Int8> {
+  using Type = float;
+};
 
 template <typename T>
 inline T lesser(T a, T b) {
@@ -36,6 +49,7 @@ constexpr int64_t pieces_of(int64_t count, int64_t size) { return (count + size 
 namespace {
 
 inline float scalar(float value) { return value; }
+inline float scalar(Int8 value) { return value.value; }
 inline float scalar(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float wide;
@@ -91,6 +105,12 @@ inline uint64_t with_dtype(Dtype dtype, F run) {
   if (dtype == FLOAT16) return run(static_cast<Half*>(nullptr));
   if (dtype == BFLOAT16) return run(static_cast<BFloat16*>(nullptr));
   return run(static_cast<float*>(nullptr));
+}
+
+// The same for weights, which can be int8.
+template <typename F>
+inline uint64_t with_weight_dtype(Dtype dtype, F run) {
+  return dtype == INT8 ? run(static_cast<Int8*>(nullptr)) : with_dtype(dtype, run);
 }
 
 }  // namespace

@@ -1,22 +1,24 @@
 // The kernels as a table of C functions, one table for each instruction set that the package was built for.
 //
-// Matrices are row-major. `dtype` is that of weights, biases and caches; all else is float32. Nothing is checked: the
-// callers in kernels.py do that. Every function returns 0, or a handle for `pool_left`, or NO_MEMORY.
+// Matrices are row-major. `dtype` is that of weights, biases and caches; all else is float32. INT8 is for weights only:
+// their outputs are multiplied with a scale each, and their biases are float32. Nothing is checked: the callers in
+// kernels.py do that. Every function returns 0, or a handle for `pool_left`, or NO_MEMORY.
 #pragma once
 
 #include <cstdint>
 
-enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
+enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 // By unit, linear_sum takes at most so many rows as they are; with more, a panel of weights is converted first.
 constexpr int64_t MOST_UNIT_ROWS = 8;
 
 constexpr uint64_t NO_MEMORY = ~uint64_t{0};
 
-// y (m, n) = x @ w.T + bias; w (n, k), rows ldw apart; bias (n,) or null.
+// y (m, n) = scale * (x @ w.T) + bias; w (n, k), rows ldw apart; scale and bias (n,) or null.
 struct Output {
   const void* w;
   int64_t n, ldw;
+  const float* scale;
   const void* bias;
   float* y;
 };
@@ -41,10 +43,10 @@ struct Kernels {
   // x (m, k), through a layernorm unless `norm` is null; negative results become 0 with `relu`.
   uint64_t (*linears)(int threads, Dtype dtype, int64_t m, int64_t k, const float* x, const Norm* norm, bool relu,
                       int64_t count, const Output* outputs);
-  // y (m, n) = the sum of the inputs + bias (n,) + residual (m, n), of which either may be null. By unit, with `skip`,
-  // units that are 0 in all rows are not read.
-  uint64_t (*linear_sum)(int threads, Dtype dtype, int64_t m, int64_t n, bool by_unit, bool skip, const void* bias,
-                         const float* residual, float* y, int64_t count, const Input* inputs);
+  // y (m, n) = scale (n,) * the sum of the inputs + bias (n,) + residual (m, n); the three may be null. By unit, with
+  // `skip`, units that are 0 in all rows are not read.
+  uint64_t (*linear_sum)(int threads, Dtype dtype, int64_t m, int64_t n, bool by_unit, bool skip, const float* scale,
+                         const void* bias, const float* residual, float* y, int64_t count, const Input* inputs);
   // query, key, value, y: (tokens, heads * d); keys, values: (slots, heads, length, d), whose strides are the same;
   // slots, positions: (tokens,), within the cache, the tokens of a slot adjacent.
   uint64_t (*attend)(int threads, Dtype dtype, int64_t tokens, int64_t heads, int64_t d, const float* query,

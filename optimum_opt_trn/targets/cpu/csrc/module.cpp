@@ -81,7 +81,7 @@ PyObject* run(F compute) {
   return PyLong_FromUnsignedLongLong(handle);
 }
 
-// (variant, threads, dtype, m, k, x, relu, normed, norm weight, norm bias, eps, (w, n, ldw, bias, y)…)
+// (variant, threads, dtype, m, k, x, relu, normed, norm weight, norm bias, eps, (w, n, ldw, scale, bias, y)…)
 PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Reader reader{args, count, 0};
   const Kernels* kernels = reader.kernels();
@@ -94,7 +94,7 @@ PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
   norm.weight = reader.address<const float>();
   norm.bias = reader.address<const float>();
   norm.eps = reader.real();
-  const int64_t outputs = (count - reader.at) / 5;
+  const int64_t outputs = (count - reader.at) / 6;
   Output few[8];
   Output* all = outputs <= 8 ? few : static_cast<Output*>(PyMem_Malloc(outputs * sizeof(Output)));
   if (all == nullptr) return PyErr_NoMemory();
@@ -102,6 +102,7 @@ PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
     all[i].w = reader.address<const void>();
     all[i].n = reader.number();
     all[i].ldw = reader.number();
+    all[i].scale = reader.address<const float>();
     all[i].bias = reader.address<const void>();
     all[i].y = reader.address<float>();
   }
@@ -111,7 +112,7 @@ PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result;
 }
 
-// (variant, threads, dtype, m, n, by unit, skip, bias, residual, y, (x, w, k, ldw)…)
+// (variant, threads, dtype, m, n, by unit, skip, scale, bias, residual, y, (x, w, k, ldw)…)
 PyObject* linear_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Reader reader{args, count, 0};
   const Kernels* kernels = reader.kernels();
@@ -119,6 +120,7 @@ PyObject* linear_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Dtype dtype = static_cast<Dtype>(reader.number());
   const int64_t m = reader.number(), n = reader.number();
   const bool by_unit = reader.number(), skip = reader.number();
+  const float* scale = reader.address<const float>();
   const void* bias = reader.address<const void>();
   const float* residual = reader.address<const float>();
   float* y = reader.address<float>();
@@ -133,7 +135,7 @@ PyObject* linear_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
     all[i].ldw = reader.number();
   }
   PyObject* result = run([&] {
-    return kernels->linear_sum(threads, dtype, m, n, by_unit, skip, bias, residual, y, inputs, all);
+    return kernels->linear_sum(threads, dtype, m, n, by_unit, skip, scale, bias, residual, y, inputs, all);
   });
   if (all != few) PyMem_Free(all);
   return result;

@@ -18,6 +18,7 @@ static_assert(PANELS * DEPTH * PANEL + GEMM_ROWS * PANEL <= SCRATCH);
 struct Product {
   int64_t n, first_piece, count, panels;
   const Input* inputs;
+  const float* scale;
   const void* bias;
   const float* residual;
   bool relu, by_unit;
@@ -37,7 +38,8 @@ inline const Product& product_of(const ProductsCall& call, int64_t piece) {
 
 template <typename T>
 inline void finish(const Product& p, int64_t row, int64_t column, float value) {
-  if (p.bias != nullptr) value += scalar(static_cast<const T*>(p.bias)[column]);
+  if (p.scale != nullptr) value *= p.scale[column];
+  if (p.bias != nullptr) value += scalar(static_cast<const typename BiasOf<T>::Type*>(p.bias)[column]);
   if (p.relu) value = value < 0.0f ? 0.0f : value;
   if (p.residual != nullptr) value += p.residual[row * p.n + column];
   p.y[row * p.n + column] = value;
@@ -237,7 +239,7 @@ inline int64_t divide(ProductsCall* call, int threads, bool few) {
 inline uint64_t run_products(Job* job, int threads, Dtype dtype, ProductsCall* call) {
   const bool few = call->m <= MOST_FEW_ROWS && !call->products[0].by_unit;
   const int64_t pieces = divide(call, threads, few);
-  return with_dtype(dtype, [&]<typename T>(T*) {
+  return with_weight_dtype(dtype, [&]<typename T>(T*) {
     if (few) return pool_run(job, threads, pieces, few_rows_piece<T>, few_rows_commit<T>);
     pool_run(job, threads, pieces, many_rows_piece<T>, nullptr);
     return uint64_t{0};  // no piece is computed twice, so that none is left
@@ -261,17 +263,17 @@ inline uint64_t linears(int threads, Dtype dtype, int64_t m, int64_t k, const fl
   for (int64_t i = 0; i < count; i++) {
     const Output& output = outputs[i];
     inputs[i] = {x, output.w, k, output.ldw};
-    products[i] = {output.n, 0, 1, 0, inputs + i, output.bias, nullptr, relu, false, output.y};
+    products[i] = {output.n, 0, 1, 0, inputs + i, output.scale, output.bias, nullptr, relu, false, output.y};
   }
   *call = {m, count, products};
   return run_products(job, threads, dtype, call);
 }
 
-inline uint64_t linear_sum(int threads, Dtype dtype, int64_t m, int64_t n, bool by_unit, bool skip, const void* bias,
-                           const float* residual, float* y, int64_t count, const Input* inputs) {
+inline uint64_t linear_sum(int threads, Dtype dtype, int64_t m, int64_t n, bool by_unit, bool skip, const float* scale,
+                           const void* bias, const float* residual, float* y, int64_t count, const Input* inputs) {
   if (by_unit && takes_units(m, n, count, inputs))
-    return with_dtype(dtype, [&]<typename T>(T*) {
-      return units_sum<T>(threads, m, n, skip, static_cast<const T*>(bias), residual, y, count, inputs);
+    return with_weight_dtype(dtype, [&]<typename T>(T*) {
+      return units_sum<T>(threads, m, n, skip, scale, bias, residual, y, count, inputs);
     });
   Job* job;
   ProductsCall* call = begin<ProductsCall>(&job, sizeof(Product) + count * sizeof(Input));
@@ -279,7 +281,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, int64_t m, int64_t n, bool 
   Product* product = reinterpret_cast<Product*>(call + 1);
   Input* copied = reinterpret_cast<Input*>(product + 1);
   memcpy(copied, inputs, count * sizeof(Input));
-  *product = {n, 0, count, 0, copied, bias, residual, false, by_unit, y};
+  *product = {n, 0, count, 0, copied, scale, bias, residual, false, by_unit, y};
   *call = {m, 1, product};
   return run_products(job, threads, dtype, call);
 }

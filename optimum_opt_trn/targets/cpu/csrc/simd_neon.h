@@ -23,6 +23,12 @@ inline Vec load(const Half* from) {
 inline Vec load(const BFloat16* from) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from)), 16));
 }
+inline Vec load(const Int8* from) {
+  uint32_t four;
+  memcpy(&four, from, sizeof four);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
 inline void store(float* to, Vec v) { vst1q_f32(to, v); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec largest(Vec a, Vec b) { return vmaxq_f32(a, b); }

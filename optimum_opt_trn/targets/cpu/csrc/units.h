@@ -18,7 +18,8 @@ constexpr int64_t BLOCK = 8;
 template <typename T>
 struct UnitsCall {
   int64_t m, n, groups, parts, width;  // parts of a group, of `width` outputs
-  const T* bias;
+  const float* scale;
+  const typename BiasOf<T>::Type* bias;
   const float* residual;
   float *y, *sums;  // sums (groups, m, n)
   struct Group {
@@ -132,6 +133,7 @@ void units_finish(const void* given) {
   for (int64_t row = 0; row < call.m; row++)
     for (int64_t c = 0; c < call.n; c++) {
       float value = totals[row * call.n + c] + 0.0f;  // -0 becomes 0
+      if (call.scale != nullptr) value *= call.scale[c];
       if (call.bias != nullptr) value += scalar(call.bias[c]);
       if (call.residual != nullptr) value += call.residual[row * call.n + c];
       call.y[row * call.n + c] = value;
@@ -162,8 +164,8 @@ inline bool takes_units(int64_t m, int64_t n, int64_t count, const Input* inputs
 }
 
 template <typename T>
-uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const T* bias, const float* residual, float* y,
-                   int64_t count, const Input* inputs) {
+uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const float* scale, const void* bias,
+                   const float* residual, float* y, int64_t count, const Input* inputs) {
   using Call = UnitsCall<T>;
   using Group = typename Call::Group;
   int64_t groups = 0;
@@ -180,7 +182,7 @@ uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const T* bias, 
   int64_t parts = 1;
   while (groups * parts < PIECES_OF_A_THREAD * threads && n >= 2 * parts * LEAST_WIDTH) parts *= 2;
   const int64_t width = pieces_of(pieces_of(n, parts), LANES) * LANES;
-  *call = {m, n, groups, pieces_of(n, width), width, bias, residual, y, sums, group};
+  *call = {m, n, groups, pieces_of(n, width), width, scale, static_cast<const typename BiasOf<T>::Type*>(bias), residual, y, sums, group};
   for (int64_t i = 0; i < count; i++) {
     const Input& input = inputs[i];
     for (int64_t first = 0; first < input.k; first += GROUP, group++) {

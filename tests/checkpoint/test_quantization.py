@@ -1,0 +1,154 @@
+"""Weights in int8, compared with numpy, and with compressed-tensors, which reads and writes the same checkpoints."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from small_models import KINDS, dequantized, tiny_config, tiny_opt
+from transformers import OPTForCausalLM
+
+from optimum_opt_trn.checkpoint import CheckpointError, save_pretrained_split, verify_checkpoint
+from optimum_opt_trn.checkpoint.config import load_config
+from optimum_opt_trn.checkpoint.hub import open_checkpoint
+from optimum_opt_trn.checkpoint.layout import checkpoint_files
+from optimum_opt_trn.checkpoint.quantization import check_quantization, quantization_config, quantize, scales
+
+
+FC1 = "model.decoder.layers.0.fc1.weight"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.integers(1, 70), st.floats(1e-6, 1e4), st.integers(0, 2**31))
+def test_the_error_is_at_most_half_a_step(rows, columns, spread, seed):
+    matrix = spread * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    scale, values = scales(matrix), quantize(matrix)
+    assert scale.shape == (rows, 1) and values.dtype == torch.int8
+    assert ((values * scale - matrix).abs() <= scale * 0.501).all()
+    assert (values.abs().amax(1) == 127).all()
+
+
+def test_a_row_of_zeros_stays():
+    matrix = torch.tensor([[0.0, 0.0], [0.5, -1.0]])
+    assert torch.equal(quantize(matrix) * scales(matrix), torch.tensor([[0, 0], [64 / 127, -1.0]]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_loads_what_was_split(kind, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model, ids = tiny_opt(**KINDS[kind]), torch.randint(4, 128, (2, 9))
+    save_pretrained_split(model, tmp_path, amp="f32", weight_dtype="int8")
+    verify_checkpoint(tmp_path)
+    theirs = OPTForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.inference_mode():
+        logits, expected = theirs(ids).logits, dequantized(model)(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def compressed(kind: str, directory, ignore=("lm_head",), dtype=torch.float32) -> OPTForCausalLM:
+    """Writes what compressed-tensors makes of a model; returns the model before."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = tiny_opt(**KINDS[kind]).to(dtype)
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    scheme = QuantizationConfig(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
+        ignore=list(ignore),
+        quantization_status="frozen",
+        format="int-quantized",
+    )
+    apply_quantization_config(model, scheme)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            low, high = module.weight.amin(1, keepdim=True), module.weight.amax(1, keepdim=True)
+            module.weight_scale.data.copy_(calculate_qparams(low, high, module.quantization_scheme.weights)[0])
+            module.quantization_status = QuantizationStatus.FROZEN
+    compressor = ModelCompressor(quantization_config=scheme)
+    compressor.compress_model(model)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = ["OPTForCausalLM"]
+    model.config.save_pretrained(directory)
+    compressor.update_config(str(directory))
+    return tiny_opt(**KINDS[kind])
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", None])
+@pytest.mark.parametrize("kind, dtype", [("pre_norm", torch.float32), ("post_norm", torch.bfloat16)])
+def test_checkpoints_of_compressed_tensors_are_read(kind, dtype, weight_dtype, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    (tmp_path / "source").mkdir()
+    compressed(kind, tmp_path / "source", dtype=dtype)
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    save_pretrained_split(tmp_path / "source", tmp_path / "split", "f32", weight_dtype=weight_dtype)
+    written = {k: v for file in (tmp_path / "split").glob("*.safetensors") for k, v in load_file(file).items()}
+    if weight_dtype == "int8":
+        assert torch.equal(written[FC1], stored[FC1])
+        assert torch.equal(written[f"{FC1}_scale"], stored[f"{FC1}_scale"].float())
+    else:
+        assert torch.equal(written[FC1], stored[FC1] * stored[f"{FC1}_scale"].float())
+        assert not hasattr(load_config(tmp_path / "split"), "quantization_config")
+    if kind == "post_norm":  # their Linear layers have project_in too, which ours keeps in amp
+        name = "model.decoder.project_in.weight"
+        assert stored[name].dtype == torch.int8 and written[name].dtype == torch.float32
+        assert torch.equal(written[name], stored[name] * stored[f"{name}_scale"].float())
+
+
+def test_scales_are_checked(tmp_path):
+    model = tiny_opt()
+    save_pretrained_split(model, tmp_path, "f32", weight_dtype="int8")
+    file = tmp_path / "layer_000.safetensors"
+    tensors = load_file(file)
+    for wrong in (torch.zeros(96, 1), torch.full((96, 1), float("nan")), torch.ones(95, 1)):
+        save_file({**tensors, f"{FC1}_scale": wrong}, file, metadata={"format": "pt"})
+        files = checkpoint_files(tiny_config(), "f16")
+        with pytest.raises(CheckpointError, match="the scales of .*fc1.weight"):
+            open_checkpoint(tmp_path, files).weights.read(FC1)
+    del tensors[f"{FC1}_scale"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="dtype torch.int8, not a floating-point dtype"):
+        open_checkpoint(tmp_path, files).weights.read(FC1)
+
+
+def changed(**values):
+    config = json.loads(json.dumps(quantization_config()))
+    weights = config["config_groups"]["group_0"]["weights"]
+    for name, value in values.items():
+        (weights if name in weights else config)[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "quantization, message",
+    [
+        (changed(quant_method="gptq"), "of 'gptq'"),
+        (changed(format="pack-quantized"), "in format 'pack-quantized'"),
+        (changed(num_bits=4), "with weights in int4, symmetric, by channel"),
+        (changed(symmetric=False), "with weights in int8, asymmetric, by channel"),
+        (changed(strategy="group"), "int8, symmetric, by group"),
+        (changed(type="float"), "in float8"),
+        (changed(config_groups={}), "without config_groups"),
+        (changed(kv_cache_scheme={"num_bits": 8}), "with a quantized cache"),
+        (changed(sparsity_config={"format": "sparse-24"}), "transformed or sparse"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "cannot be read .KeyError"),
+        ("gptq", "cannot be read"),
+    ],
+)
+def test_other_schemes_are_refused(quantization, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        check_quantization(quantization, "a model")
+    assert "int8 weights, symmetric" in str(raised.value)
+
+
+def test_quantized_activations_are_refused():
+    config = changed()
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    with pytest.raises(ValueError, match="with quantized activations"):
+        check_quantization(config, "a model")
+    check_quantization(quantization_config(), "a model")
