@@ -8,10 +8,14 @@ threads (libgomp's) are waited for and never come. The kernels' own threads are 
 from __future__ import annotations
 
 import os
+import threading
+from functools import cached_property
 from typing import Protocol
 from weakref import WeakSet
 
 import torch
+
+from ..targets import Step
 
 
 class Survivor(Protocol):
@@ -29,6 +33,10 @@ def survive_fork(survivor: Survivor) -> None:
 
 
 def _in_child() -> None:
+    for part in vars(Step).values():
+        # Before Python 3.12, a cached property has one lock for all objects, which another thread may have held.
+        if isinstance(part, cached_property) and hasattr(part, "lock"):
+            part.lock = threading.RLock()
     for survivor in list(_survivors):
         survivor.after_fork()
     if len(_survivors):

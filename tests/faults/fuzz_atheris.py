@@ -43,7 +43,7 @@ def report(findings: Path) -> None:
     found = len([*findings.glob("*.txt"), *findings.glob("crash-*"), *findings.glob("timeout-*")])
     lines = [f"atheris, {where()}; {seconds / 60:.0f} minutes of processor time, {found} findings.", ""]
     lines += ["| file | runs | refused by an error that says why |", "|---|---|---|"]
-    lines += [f"| {name} | {runs[name]:,} | {answers[name]:,} |" for name in fuzz_targets.TARGETS]
+    lines += [f"| {name} | {runs[name]:,} | {answers[name]:,} |" for name in fuzz_targets.TARGETS if runs[name]]
     write_section("fuzz", "\n".join([*lines, f"| all | {sum(runs.values()):,} | {sum(answers.values()):,} |"]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,12 +72,16 @@ def tokenizer(root: Path) -> None:
     load_tokenizer(root / "tokenizer")("Hello, my")
 
 
-def split(root: Path, source: str) -> None:
+def adapter(root: Path) -> None:
+    split(root, "safetensors", adapter=[str(root / "adapter")])
+
+
+def split(root: Path, source: str, adapter: Sequence[str] = ()) -> None:
     """Splits a source. Of a broken one there is no index, and what is written is what verification calls sound."""
     shutil.rmtree(root / "out", ignore_errors=True)
     config = OPTConfig(**SIZES)
     try:
-        weights = open_checkpoint(root / source, checkpoint_files(config, "f16")).weights
+        weights = open_checkpoint(root / source, checkpoint_files(config, "f16"), adapter=adapter).weights
         write_split(weights, root / "out", "f16", partial(save_config, config, "f16"))
     except ANSWERS:
         assert not (root / "out" / INDEX_NAME).exists()
@@ -102,6 +106,8 @@ TARGETS: dict[str, Target] = {
     "index of transformers-neuronx": Target(
         "old split/pytorch_model.bin/key_to_filename.json", partial(split, source="old split")
     ),
+    "adapter_config.json": Target("adapter/adapter_config.json", adapter),
+    "safetensors of an adapter": Target("adapter/adapter_model.safetensors", adapter),
     "tokenizer.json": Target("tokenizer/tokenizer.json", tokenizer),
     "tokenizer_config.json": Target("tokenizer/tokenizer_config.json", tokenizer),
 }
@@ -123,10 +129,21 @@ def make_workspace(root: Path) -> None:
         torch.save(tensor, root / "old split" / "pytorch_model.bin" / names[name])
     (root / "old split" / "pytorch_model.bin" / "key_to_filename.json").write_text(json.dumps(names))
     _small_tokenizer(root / "tokenizer")
+    _small_adapter(root / "adapter")
     config = OPTConfig(**SIZES)
     source = open_checkpoint(root / "safetensors", checkpoint_files(config, "f16"))
     write_split(source.weights, root / "split", "f16", partial(save_config, config, "f16"))
     export_opt(root / "safetensors", root / "export", OPTNeuronConfig(sequence_length=16))
+
+
+def _small_adapter(directory: Path) -> None:
+    """A LoRA adapter, as PEFT writes it."""
+    directory.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    prefix = "base_model.model.model.decoder.layers.0.self_attn.q_proj"
+    matrices = {f"{prefix}.lora_A.weight": torch.ones(2, 8), f"{prefix}.lora_B.weight": torch.ones(8, 2)}
+    save_file(matrices, directory / "adapter_model.safetensors")
 
 
 def _small_tokenizer(directory: Path) -> None:
