@@ -89,13 +89,14 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     embedded = indices + tokens * (4 + 4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
     # Attention: query, key, value and the weighted sum of values; then their product, one tensor for all ranks. (The
-    # result of the layernorm is free by then.) For one slot and rank at a time: its cached keys and values in float32,
-    # the result of flash attention, a float32 for each query and head, and the result of the slot before.
+    # result of the layernorm is free by then.) For the last slot of the last rank also its cached keys and values in
+    # float32, and a float32 for each query and head; or, a moment later, the results of all slots of the rank again,
+    # while they are joined.
     attended = held + 4 * hidden
     heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
     converted = 2 if setup.cache_bytes < _F32 else 0
-    results = min(setup.batch_size, 2)
-    slot = n * ((converted + results) * width + heads) * _F32 if n >= LONG_RUN else 0
+    joined = setup.batch_size if setup.batch_size > 1 else 0
+    slot = n * max(converted * width + heads, joined * width) * _F32 if n >= LONG_RUN else 0
 
     # MLP: the result of attention and the inner units; with them the layernorm's result, or the inner units again
     # after an activation that the kernel does not have, or the layer's output.

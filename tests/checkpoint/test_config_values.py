@@ -28,7 +28,7 @@ WRONG = {
     "ends": ({"eos_token_id": [2, "x"]}, r"eos_token_id=\[2, 'x'\]"),
     "pad": ({"pad_token_id": [1]}, r"pad_token_id=\[1\]"),
     "switch": ({"do_layer_norm_before": "yes"}, "do_layer_norm_before='yes', and it must be true or false"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config, of 'gptq'. Choose"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config, of 'gptq'. Choose"),
 }
 
 
