@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import vllm
 from vllm import LLM, SamplingParams
 
@@ -16,8 +18,15 @@ class Peer(Server):
         return {"vllm": vllm.__version__}
 
     def load(self, directory: str, batch_size: int, length: int) -> None:
+        # Its default is nearly all of the memory; 2 GiB of cache are more than so many requests fill.
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"
         self.model = LLM(
-            directory, dtype=DTYPES[self.options["dtype"]], max_num_seqs=batch_size, max_model_len=length, seed=0
+            directory,
+            dtype=DTYPES[self.options["dtype"]],
+            max_num_seqs=batch_size,
+            max_model_len=length,
+            gpu_memory_utilization=0.5,
+            seed=0,
         )
 
     def serve(self, prompts: list[list[int]], lengths: list[int]) -> list[int]:
