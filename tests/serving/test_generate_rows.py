@@ -85,7 +85,7 @@ def test_sampled_rows_are_possible_and_follow_the_seed(batches):
         {"stopping_criteria": [lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)]},
         {"prefix_allowed_tokens_fn": lambda batch, ids: [5, 6, 7]},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_what_looks_at_other_rows_runs_in_batches(options, batches):
     ours, reference = pair("pre_norm", 1, 3)
