@@ -176,5 +176,10 @@ def test_sharding_table_covers_transformers_opt(kind):
         assert shard_dim(name) == expected, name
         assert expected is None or expected < tensor.dim()
         used |= {end for end in SHARD_DIMS if name.endswith(end)}
+    scales = {end for end in SHARD_DIMS if end.endswith("_scale")}
+    # The scale of an output channel goes where the channel goes.
+    weights = {end for end in SHARD_DIMS if end.endswith("_proj.weight") or end == "fc1.weight"}
+    assert scales == {f"{end}_scale" for end in weights if SHARD_DIMS[end] == 0}
+    assert all(SHARD_DIMS[end] == 0 for end in scales)
     if KINDS[kind].get("enable_bias", True):
-        assert used == set(SHARD_DIMS)  # no rule is for nothing
+        assert used == set(SHARD_DIMS) - scales  # no rule is for nothing

@@ -159,7 +159,7 @@ def test_each_switch_of_the_example_changes_what_it_says(switch):
 
     def compiled() -> dict[str, str]:
         config = OPTNeuronConfig(instance_type="trn1")
-        return {graph: builder.compiler_arguments(config, graph) for graph in example_inputs(config)}
+        return {graph: builder.compiler_arguments(config, graph) for graph in example_inputs(tiny_config(), config)}
 
     before, arguments = graphs(), compiled()
     with switched(switch):
