@@ -11,7 +11,7 @@ constexpr int64_t LANES = 16;
 // Products of few rows: at most FEW_ROWS rows of x at a time, and so many weight rows with M of them. Chosen by
 // benchmarks/linear_cpu.py, as all constants here.
 constexpr int FEW_ROWS = 8;
-constexpr int streams(int m) { return m == 1 ? 4 : m <= 4 ? 6 : m <= 6 ? 4 : 3; }
+constexpr int streams(int m) { return m == 1 ? 4 : m <= 4 ? 6 : 4; }
 // By unit (units.h): so many vectors of outputs with m rows.
 constexpr int tile(int m) { return m <= 4 ? 4 : 3; }
 // With more rows a panel of weights is converted first.
