@@ -10,11 +10,13 @@
 | assisted generation | needs no cache at first | needs one; passes all tokens with a given one |
 | what `generate()` calls besides | | `is_remote_code` and `_optimize_model_for_decode`, which need a PreTrainedModel |
 | `GenerationOutput` | | declares `lifespan` and `timestamps` |
+| a repetition penalty | of all of a row | notes each row's padding, which it ignores |
 | default options of a pipeline | in `pipeline.generation_config` | merged at each call |
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin, TextGenerationPipeline
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, TextGenerationPipeline
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -182,3 +184,18 @@ class VersionedGenerationMixin(GenerationMixin):
         if cache is not None and mask is not None and inputs["input_ids"] is not None:
             inputs["input_ids"] = inputs["input_ids"][:, cache.get_seq_length() - mask.shape[1] :]
         return inputs
+
+
+def processors_of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors that transformers prepared for several rows, for one of them.
+
+    transformers 5 notes for each row how much padding a repetition penalty ignores.
+    """
+    own = LogitsProcessorList()
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = ignored[row : row + 1]
+        own.append(processor)
+    return own

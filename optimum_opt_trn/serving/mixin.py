@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..generation.generate import OPTGenerationMixin
 from ..generation.samplers import make_sampler
+from ..generation.transformers_versions import processors_of_row
 from .batcher import Batcher
 from .manager import ContinuousBatchingManager
 from .options import OWN_CRITERIA, RequestMaker, own_generator
@@ -168,7 +169,8 @@ class ContinuousBatchingMixin(OPTGenerationMixin):
         batcher = Batcher(self.engine, self.prefixes, generation_config.prefill_chunk_size)
         requests = []
         for row, (shown, counted) in enumerate(zip(input_ids, mask.bool(), strict=True)):
-            sampler = make_sampler(logits_processor, generation_config, self.neuron_config.max_topk)
+            own = processors_of_row(logits_processor, row)
+            sampler = make_sampler(own, generation_config, self.neuron_config.max_topk)
             if generation_config.do_sample:
                 sampler.generator = own_generator()
             requests.append(

@@ -19,6 +19,8 @@ from tqdm import tqdm
 HUNG_S = 120.0
 _FINISHED, _ANSWERED, _INTERRUPTED, _FAILED = 0, 41, 42, 43
 
+_ONE_AT_A_TIME = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -53,7 +55,8 @@ def run(
     """
     reading, writing = os.pipe()
     started = time.monotonic()
-    child = os.fork()
+    with _ONE_AT_A_TIME:  # filelock refuses a fork during a fork of another thread
+        child = os.fork()
     if child == 0:
         status, text = _FAILED, ""
         try:
