@@ -123,7 +123,7 @@ def save_small_files(
     """
     save_config(config, amp, directory, weight_dtype)
     generation_config = GenerationConfig.from_model_config(config)
-    # That of a BLIP-2 is not its language model's, which has one from its configuration there, too.
+    # A BLIP-2's generation config is for the whole model: its language model gets the defaults of its configuration.
     if PretrainedConfig.get_config_dict(source)[0].get("model_type") == "opt":
         with suppress(OSError):
             generation_config = GenerationConfig.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""Whatever else is asked, and in whatever order: a request gets what transformers gives to its prompt alone."""
+"""Each request gets what transformers gives for its prompt alone, whatever the other requests and their order."""
 
 from __future__ import annotations
 
