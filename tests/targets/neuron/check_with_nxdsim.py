@@ -283,7 +283,7 @@ def judge(row: dict, amp: str, tp: int, layers: int = 2) -> list[str]:
     if row["aliases"] != {2 * layers}:
         faults.append("aliases")
     for graph, report in row["reports"].items():
-        if graph != "cache_copy" and (report.whole_cache or report.waiting_dots):
+        if report.whole_cache or report.waiting_dots:
             faults.append(f"{graph} moves or waits for a cache")
         if report.wide:
             faults.append(f"{graph} has 64-bit integers")

@@ -263,6 +263,37 @@ def test_a_prompt_for_one_slot_touches_no_other(tmp_path):
         assert not (cache[slot, :, :length] == 7).any()
 
 
+@pytest.mark.parametrize(
+    ("tp", "copies"),
+    [
+        (1, [[1, 1], [0, 0]]),
+        # One source for several slots, two sources, none.
+        (2, [[1, 1, 2, 1, 4], [3, 1, 1, 3, 4], [0, 1, 2, 3, 4]]),
+    ],
+    ids=["two slots", "five slots"],
+)
+def test_copied_slots(tp, copies, tmp_path):
+    """Every cache of every rank, compared with indexing."""
+    batch, length = len(copies[0]), 17
+    buckets = {"prompt_buckets": (SEQUENCE,), "cache_buckets": (SEQUENCE,)}
+    out = export(tmp_path, tiny_opt(), amp="f32", tp_degree=tp, batch_size=batch, **buckets)
+    runtime = NeuronOPTForCausalLM.from_pretrained(out).runtime
+    generator = torch.Generator().manual_seed(4)
+
+    def caches() -> list[torch.Tensor]:
+        return [cache for rank in runtime.model.nxd_model.state for cache in rank.values()]
+
+    for cache in caches():
+        cache.normal_(generator=generator)
+    for sources in map(torch.tensor, copies):
+        before = [cache.clone() for cache in caches()]
+        runtime.copy(sources.to(torch.int32), length)
+        kept = sources == torch.arange(batch)
+        for cache, old in zip(caches(), before, strict=True):
+            assert torch.equal(cache[:, :, :length], old[sources, :, :length])
+            assert torch.equal(cache[kept], old[kept])
+
+
 @pytest.mark.parametrize("switch", ["attention_after_write", "all_reduce_f32", "topk_whole_vocabulary"])
 def test_switches_of_the_example_compute_the_same(switch, tmp_path):
     from neuron_switches import switched
