@@ -326,7 +326,7 @@ def test_the_example_measures_a_switch(tmp_path, monkeypatch):
     on_trn1, model = {"instance_type": "trn1"}, Path(validate_on_trn.__file__).parent / "models" / "opt-austen"
     options = argparse.Namespace(
         output=tmp_path, cpu=False, batch_size=1, sequence_length=64, tensor_parallel_size=2, auto_cast_type="f16",
-        switches=["all_reduce_f32"],
+        weight_dtype=None, switches=["all_reduce_f32"],
     )  # fmt: skip
     measured = validate_on_trn.switches(str(model), options, {"export": {"seconds": 1.0}})
     values = measured["all_reduce_f32"]
@@ -559,7 +559,7 @@ def test_graph_key_tells_what_graphs_depend_on():
     others = [
         *(_graph_key(config, OPTNeuronConfig(**{**options, **change})) for change in (
             {"batch_size": 3}, {"sequence_length": 65}, {"tp_degree": 2}, {"amp": "bf16"}, {"kv_cache_dtype": "f32"},
-            {"max_topk": 5}, {"prompt_embeddings": True},
+            {"max_topk": 5}, {"prompt_embeddings": True}, {"weight_dtype": "int8"},
         )),
         *(_graph_key(tiny_config(**change), OPTNeuronConfig(**options)) for change in (
             {"vocab_size": 127}, {"num_hidden_layers": 9}, {"max_position_embeddings": 99},

@@ -80,9 +80,9 @@ class Operations(TorchDispatchMode):
 
 def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """One rank's weights by the names that graphs give them, from the layout of the checkpoint."""
-    amp = neuron_config.amp
+    amp, weight_dtype = neuron_config.amp, neuron_config.weight_dtype
     shapes = {RANKS: (torch.Size([1]), torch.int32)}
-    parts = [(f"layer_{i}", layer_specs(config, amp)) for i in range(config.num_hidden_layers)]
+    parts = [(f"layer_{i}", layer_specs(config, amp, weight_dtype)) for i in range(config.num_hidden_layers)]
     for part, specs in [("outer", outer_specs(config, amp)), *parts]:
         for name, spec in specs.items():
             shape, dim = list(spec.shape), shard_dim(name)
@@ -103,19 +103,20 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def graphs() -> dict[str, str]:
-    """A hash of the operations of each graph, for every kind of OPT."""
+    """A hash of the operations of each graph, for every kind of OPT, and with int8 weights."""
     return {name: hashlib.sha256("\n".join(o.noted).encode()).hexdigest()[:16] for name, o in operations().items()}
 
 
 def operations() -> dict[str, Operations]:
-    """The operations of each graph, for every kind of OPT."""
+    """The operations of each graph, for every kind of OPT, and with int8 weights."""
     found = {}
-    for kind, overrides in KINDS.items():
+    for kind, overrides in {**KINDS, "int8": {}}.items():
         config = tiny_config(**overrides)
         buckets = {"prompt_buckets": (16, 48), "cache_buckets": (24, 48)}
         neuron_config = OPTNeuronConfig(
-            batch_size=3, sequence_length=48, tp_degree=TP_DEGREE, instance_type="inf2", **buckets
-        )
+            batch_size=3, sequence_length=48, tp_degree=TP_DEGREE, instance_type="inf2", **buckets,
+            weight_dtype="int8" if kind == "int8" else None,
+        )  # fmt: skip
         for graph, examples in example_inputs(config, neuron_config).items():
             module = RankModule(
                 graph, config, neuron_config, shapes_of(config, neuron_config),
