@@ -163,13 +163,14 @@ class RankModule(nn.Module):
         Reading all slots first would have the compiler keep a second cache, or copy it. It is not needed: no slot is
         both copied from and copied to (see `Runtime.copy`).
         """
-        slots = torch.arange(len(sources), dtype=torch.int32, device=sources.device).split(1)
+        slots = torch.arange(len(sources), dtype=torch.int32, device=sources.device)
         copied = []
         for state in states:
-            for slot, source in zip(slots, sources.split(1), strict=True):
+            for row in range(len(sources)):  # Slices: torch_xla cannot look up by what `split` returns.
+                source, slot = sources[row : row + 1], slots[row : row + 1]
                 state = self.operators.put_slot(state, state.index_select(0, source), slot)
             copied.append(state)
-        return sources + slots[0], sources.float(), *copied
+        return sources + slots, sources.float(), *copied
 
     def _part(self, prefix: str) -> Weights:
         """The weights of a part, as the rank program takes them; looked up anew, since tracing swaps them."""
