@@ -21,7 +21,7 @@ from torch import Tensor
 from ..configuration_opt import split_adapter
 from .formats import open_file
 from .layout import CheckpointError, FileSpecs, canonical_name
-from .stream import sha256_file
+from .listing import sha256_file
 
 
 CONFIG_FILE, WEIGHT_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
