@@ -35,7 +35,7 @@ from speed.workers import Workplace
 
 HERE = Path(__file__).parent
 POSITIONS = 2048
-DEFAULT_SHAPES = [shape for shape in SHAPES if shape != "tiny"]
+DEFAULT_SHAPES = [shape for shape in SHAPES if shape not in ("6.7b", "tiny")]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     default_groups = [name for name in groups() if "-tuned-" not in name and not name.endswith("-passive")]
     what = parser.add_argument_group("what to measure")
     what.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, choices=list(SHAPES), metavar="SHAPE",
-                      help=f"of {', '.join(SHAPES)} (default: all but tiny)")  # fmt: skip
+                      help=f"of {', '.join(SHAPES)} (default: all but 6.7b and tiny)")  # fmt: skip
     what.add_argument("--peers", nargs="+", choices=list(groups()), metavar="PEER",
                       help=f"of {', '.join(groups())} (default: without transformers-tuned-*, and with *-passive, "
                       "whose OpenMP threads sleep while they wait, only if --busy)")  # fmt: skip

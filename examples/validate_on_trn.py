@@ -3,6 +3,7 @@
 
     python examples/validate_on_trn.py                                    # opt-125m, then opt-13b, on all cores
     python examples/validate_on_trn.py --models facebook/opt-125m --batch_size 4
+    python examples/validate_on_trn.py --weight_dtype int8 --output validation-int8
     python examples/validate_on_trn.py --cpu --models examples/models/opt-austen      # a rehearsal without devices
 
 Each model is exported, loaded and compared with transformers on the CPU; its steps are timed and set against the
@@ -55,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--sequence_length", type=int, default=512, help="(default: %(default)s)")
     add("--tensor_parallel_size", type=int, help="(default: all NeuronCores)")
     add("--auto_cast_type", default="f16", choices=TOLERANCE, help="(default: %(default)s)")
+    add("--weight_dtype", choices=("int8",),
+        help="int8 for the matrices of attention and MLP (default: the dtype of --auto_cast_type)")  # fmt: skip
     add("--switches", nargs="+", default=SWITCHES, choices=(*SWITCHES, "none"), metavar="SWITCH",
         help=f"of {', '.join(SWITCHES)}; none (default: all, on devices)")  # fmt: skip
     add("--cpu", action="store_true", help="on the host's CPU, uncompiled: whether the script itself works")
@@ -96,6 +99,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def folder(name: str, options: argparse.Namespace) -> str:
+    """The directory of a model's export in --output; the next run uses it again."""
+    of_weights = [options.weight_dtype] if options.weight_dtype else []
+    return "--".join([*name.strip("/").split("/"), *of_weights])
+
+
 def export(name: str, directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     from optimum_opt_trn import NeuronOPTForCausalLM
     from optimum_opt_trn.export import export_opt
@@ -108,6 +117,7 @@ def export(name: str, directory: Path, options: argparse.Namespace) -> dict[str,
             sequence_length=options.sequence_length,
             tensor_parallel_size=options.tensor_parallel_size,
             amp=options.auto_cast_type,
+            weight_dtype=options.weight_dtype,
         )
         export_opt(name, directory, config, eager=options.cpu)
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
@@ -121,7 +131,10 @@ def parity(model: Any, directory: Path) -> dict[str, Any]:
 
     weights = sum(file.stat().st_size for file in (directory / "checkpoint").glob("*.safetensors"))
     needed = weights * 4 // model.dtype.itemsize
-    if needed < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if model.neuron_config.weight_dtype == "int8":
+        by = "this package's cpu target, float32 (transformers needs compressed-tensors to read int8)"
+        reference = on_the_cpu(model, directory)
+    elif needed < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         by = "transformers, float32"
         reference = AutoModelForCausalLM.from_pretrained(directory / "checkpoint", dtype=torch.float32)
     else:
@@ -226,7 +239,7 @@ def memory(plan: Any) -> dict[str, Any]:
 def validate(name: str, options: argparse.Namespace, instance: str | None) -> dict[str, Any]:
     from optimum_opt_trn import NeuronOPTForCausalLM
 
-    directory = options.output / name.strip("/").replace("/", "--")
+    directory = options.output / folder(name, options)
     report: dict[str, Any] = {"export": attempt(export, name, directory, options)}
     if "error" in report["export"]:
         return report
@@ -263,7 +276,7 @@ def switches(name: str, options: argparse.Namespace, own: dict[str, Any]) -> dic
     from optimum_opt_trn import NeuronOPTForCausalLM
 
     def measure(switch: str) -> dict[str, Any]:
-        directory = options.output / f"{name.strip('/').replace('/', '--')}--{switch}"
+        directory = options.output / f"{folder(name, options)}--{switch}"
         with switched(switch):
             exported = attempt(export, name, directory, options)
         if "error" in exported:

@@ -160,11 +160,6 @@ class OPTNeuronConfig(NeuronConfig):
                 f"target={self.target!r} does not fit instance_type={self.instance_type!r}, whose target is "
                 f"{target!r}: give only instance_type."
             )
-        if self.weight_dtype == "int8" and target != "cpu":
-            raise ValueError(
-                f"weight_dtype='int8' is for instance_type='cpu', not {self.instance_type!r}: leave it out, with "
-                "amp='f16' or 'bf16'."
-            )
         self.target = target
         length = self.sequence_length
         prompts = self.prompt_buckets or default_prompt_buckets(length, target)

@@ -47,7 +47,7 @@ _ITS_NAMES = {"optimum_neuron_version": "__version__"}
 
 
 @contextmanager
-def _without_alarm() -> Iterator[None]:
+def without_alarm() -> Iterator[None]:
     """Drops what optimum-neuron says at its import on a host without Neuron devices, where `cpu` needs none."""
     system = logging.getLogger("optimum.neuron.utils.system")
 
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
     if name not in _TAKEN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if INSTALLED:
-        with _without_alarm():
+        with without_alarm():
             return getattr(import_module(_TAKEN[name]), _ITS_NAMES.get(name, name))
     return getattr(import_module(".without_optimum_neuron", __package__), name)
 

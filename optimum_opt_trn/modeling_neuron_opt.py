@@ -157,11 +157,11 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
                 )
         if sequence_length is None:
             sequence_length = min(opt_config.max_position_embeddings, LONGEST_DEFAULT_SEQUENCE)
-        local, on_cpu = Path(model_name_or_path).is_dir(), instance_type == "cpu"
+        local = Path(model_name_or_path).is_dir()
         given: dict[str, Any] = {
             **options,
             "batch_size": batch_size,
-            "weight_dtype": options.get("weight_dtype") or ("int8" if is_int8(opt_config) and on_cpu else None),
+            "weight_dtype": options.get("weight_dtype") or ("int8" if is_int8(opt_config) else None),
             "checkpoint_id": None if local else str(model_name_or_path),
             "checkpoint_revision": None if local else opt_config._commit_hash,
         }

@@ -82,7 +82,6 @@ def test_a_checkpoint_in_int8_stays_so_unless_told(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"weight_dtype": "int8", "instance_type": "trn1"}, "weight_dtype='int8' is for instance_type='cpu'"),
         ({"weight_dtype": "int4"}, "weight_dtype='int4' is neither int8 nor amp='f16'"),
         ({"weight_dtype": "bf16"}, "weight_dtype='bf16' is neither int8 nor amp='f16'"),
     ],
@@ -91,4 +90,4 @@ def test_what_exports_cannot_have(options, message):
     with pytest.raises(ValueError, match=message):
         OPTNeuronConfig(**options)
     assert OPTNeuronConfig(weight_dtype="fp16").weight_dtype is None
-    assert OPTNeuronConfig(weight_dtype=torch.int8).weight_dtype == "int8"
+    assert OPTNeuronConfig(weight_dtype=torch.int8, instance_type="trn1").weight_dtype == "int8"

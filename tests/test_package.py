@@ -88,3 +88,10 @@ def test_loading_the_model_class_raises_no_alarm_on_a_host_without_devices():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "No major for neuron device" not in result.stderr and "CPU-only machine" not in result.stderr
+
+
+def test_running_the_package_is_optimum_cli_without_alarm():
+    command = [sys.executable, "-m", "optimum_opt_trn", "neuron", "doctor", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout.startswith("usage: optimum-cli neuron doctor")

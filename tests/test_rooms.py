@@ -11,7 +11,7 @@ import optimum_opt_trn
 PACKAGE = Path(optimum_opt_trn.__file__).parent
 # From top to bottom. Rooms of one floor do not import each other.
 FLOORS = (
-    ("commands", "compat", "pipelines"),
+    ("__main__", "commands", "compat", "pipelines"),
     ("modeling_neuron_opt",),
     ("module_methods", "serving"),
     ("export", "generation"),

@@ -74,6 +74,10 @@ def _ctranslate2(kind: str) -> Contender:
     )
 
 
+def _torchao(how: str) -> Contender:
+    return Contender(f"torchao-{how}-int8", "torchao", "int8", "bf16", "torchao", None, {"dtype": "bf16", "how": how})
+
+
 def _onnxruntime(dtype: str) -> Contender:
     name = f"onnxruntime-{dtype}"
     return Contender(name, "onnxruntime", dtype, dtype, "onnxruntime", name, {"dtype": dtype})
@@ -109,6 +113,8 @@ PEERS = {
         _openvino("int8", "int8", "f32"),
         _ctranslate2("f32"),
         _ctranslate2("int8"),
+        _torchao("compiled"),
+        _torchao("tuned"),
         _onnxruntime("f32"),
         _onnxruntime("f16"),
     )

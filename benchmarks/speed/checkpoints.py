@@ -22,6 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32},
     "2.7b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "6.7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32},
     # No published one: to try the harness.
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512},
 }

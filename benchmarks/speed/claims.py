@@ -12,7 +12,7 @@ from .records import Record, Records
 
 
 PASS, SHORT, UNKNOWN = "pass", "short", "not measured"
-BASE, BASE_BF16 = "ours-f16", "ours-bf16"
+BASE, BASE_BF16, BASE_INT8 = "ours-f16", "ours-bf16", "ours-int8"
 # Compile times are equal if they differ by no more, relatively or in seconds.
 EQUAL, EQUAL_SECONDS = 0.15, 2.0
 
@@ -50,6 +50,7 @@ def check(records: Records, busy: int = 0, zeros: float | None = None) -> list[C
         return list(_planted(records, zeros))
     return [
         *_decoding(records),
+        *_int8(records),
         _against("125m: 1.5 times the fastest 16- or 32-bit peer, batch 1", records, "125m", 1, 1.5, floats()),
         _prefill(records, BASE, "f32"),
         _prefill(records, BASE_BF16, "bf16"),
@@ -87,15 +88,40 @@ def _decoding(records: Records) -> Iterator[Claim]:
     sixteen = [name for name, peer in PEERS.items() if peer.weights in ("f16", "bf16")]
     for shape in ("1.3b", "2.7b"):
         for batch in (1, 2):
-            runs = _shortest(records, shape, batch)
-            shares = [share for record in runs for share in record.shares]
-            share = statistics.median(shares) if shares else None
-            shown = f"{share:.0%} ({len(shares)} runs)" if share is not None else ""
-            yield _judge(f"{shape}: 80 % of the probe's bandwidth, batch {batch}", share, 0.8, shown)
+            yield _bandwidth(f"{shape}: 80 % of the probe's bandwidth, batch {batch}", records, shape, batch, 0.8)
         for batch in (1, 2, 4, 8):
             times = 1.3 if batch <= 2 else 1.2
             text = f"{shape}: {times} times the fastest peer with 16-bit weights, batch {batch}"
             yield _against(text, records, shape, batch, times, sixteen)
+
+
+def _int8(records: Records) -> Iterator[Claim]:
+    """Of ours with int8 weights: beside our float16, beside peers with int8 weights, and the bandwidth."""
+    eight = [name for name, peer in PEERS.items() if peer.weights == "int8"]
+    for batch in (1, 2):
+        text = f"1.3b: int8 weights 1.6 times ours in float16, batch {batch}"
+        found = _shortest(records, "1.3b", batch, BASE_INT8)
+        ratios = [r for r in (_beside_float16(records, record) for record in found) if r is not None]
+        ratio = statistics.median(ratios) if ratios else None
+        shown = f"{ratio:.2f} times (median of {len(ratios)} groups)" if ratio is not None else ""
+        yield _judge(text, ratio, 1.6, shown)
+        text = f"1.3b: int8 weights 1.3 times the fastest peer with int8 weights, batch {batch}"
+        yield _against(text, records, "1.3b", batch, 1.3, eight, BASE_INT8)
+        text = f"1.3b: int8 weights at 75 % of the probe's bandwidth, batch {batch}"
+        yield _bandwidth(text, records, "1.3b", batch, 0.75, BASE_INT8)
+
+
+def _beside_float16(records: Records, int8: Record) -> float | None:
+    where = {"shape": int8.shape, "group": int8.group, "figure": int8.figure}
+    return records.ratio(int8.contender, BASE, batch=int8.batch, length=int8.length, **where)
+
+
+def _bandwidth(text: str, records: Records, shape: str, batch: int, limit: float, base: str = BASE) -> Claim:
+    """Whether the bytes that a step reads, by its time, are such a share of the probe's bandwidth around it."""
+    shares = [share for record in _shortest(records, shape, batch, base) for share in record.shares]
+    share = statistics.median(shares) if shares else None
+    shown = f"{share:.0%} ({len(shares)} runs)" if share is not None else ""
+    return _judge(text, share, limit, shown)
 
 
 def _shortest(records: Records, shape: str, batch: int, contender: str = BASE) -> list[Record]:

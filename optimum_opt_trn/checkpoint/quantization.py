@@ -5,6 +5,8 @@ The matrices of attention and MLP are quantized, each output channel with a scal
 nearest. All else keeps its dtype, the embedding and the head too: the format leaves them out.
 
 The format is `int-quantized` (https://github.com/vllm-project/compressed-tensors), which transformers and vLLM load.
+Its `pack-quantized`, which llm-compressor writes for such weights, is read too: `weight_packed` is int32
+`(out, ceil(in / 4))`, each with four values plus 128, the first in the lowest byte; `weight_shape` has `(out, in)`.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 
 
-METHOD, FORMAT = "compressed-tensors", "int-quantized"
-SCALE = "_scale"
+METHOD, FORMAT, PACKED_FORMAT = "compressed-tensors", "int-quantized", "pack-quantized"
+# What follows the name of a matrix.
+SCALE, PACKED, SHAPE = "_scale", "_packed", "_shape"
 
 # Linear layers that are not quantized: the head, and 350M's projections.
 _IGNORED = ["lm_head", "model.decoder.project_in", "model.decoder.project_out"]
@@ -64,8 +67,8 @@ def check_quantization(quantization: Any, source: Any) -> None:
     if problem:
         raise ValueError(
             f"{source}: its config.json has a quantization_config, {problem}. Choose the model that it was quantized "
-            f"from, or one in {METHOD}' format {FORMAT} with int8 weights, symmetric, with a scale for each output "
-            "channel."
+            f"from, or one in {METHOD}' format {FORMAT} or {PACKED_FORMAT} with int8 weights, symmetric, with a scale "
+            "for each output channel (its strategy 'channel')."
         )
 
 
@@ -73,9 +76,10 @@ def _problem(quantization: Mapping[str, Any]) -> str | None:
     method = quantization["quant_method"]
     if method != METHOD:
         return f"of {method!r}"
-    given = quantization.get("format")
-    if given != FORMAT:
-        return f"in format {given!r}"
+    groups = quantization["config_groups"].values()
+    for given in (quantization.get("format"), *(group.get("format") or FORMAT for group in groups)):
+        if given not in (FORMAT, PACKED_FORMAT):
+            return f"in format {given!r}"
     if quantization.get("kv_cache_scheme"):
         return "with a quantized cache"
     if (
@@ -83,7 +87,6 @@ def _problem(quantization: Mapping[str, Any]) -> str | None:
         or (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense"
     ):
         return "of transformed or sparse weights"
-    groups = quantization["config_groups"].values()
     for group in groups:
         weights = group["weights"]
         kind = f"{weights['type']}{weights['num_bits']}"
@@ -107,3 +110,16 @@ def scales(rows: Tensor) -> Tensor:
 def quantize(rows: Tensor) -> Tensor:
     """Some rows of a matrix, floating point `(n, in)` → int8, to be multiplied with `scales(rows)`."""
     return (rows.float() / scales(rows)).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+
+
+def unpack(packed: Tensor, columns: int) -> Tensor:
+    """A packed matrix, int32 `(out, ceil(columns / 4))` → uint8 `(out, columns)`, its values plus 128.
+
+    It is a view, for hosts whose integers begin with the lowest byte. `signed` makes int8 of its rows.
+    """
+    return packed.contiguous().view(torch.uint8)[:, :columns]
+
+
+def signed(rows: Tensor) -> Tensor:
+    """Some rows of an int8 matrix, as they are stored: int8, or uint8 of `unpack` → int8 `(n, in)`, contiguous."""
+    return (rows if rows.dtype == torch.int8 else (rows ^ 128).view(torch.int8)).contiguous()

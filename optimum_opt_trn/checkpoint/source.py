@@ -16,12 +16,15 @@ from .adapter import Adapter
 from .formats import Piece, Readers
 from .layout import LANGUAGE_MODEL, CheckpointError, FileSpecs, canonical_name
 from .manifest import source_key
-from .quantization import SCALE, quantize, scales
+from .quantization import PACKED, SCALE, SHAPE, quantize, scales, signed, unpack
 
 
 # Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output. glibc
 # keeps freed blocks of up to 32 MiB in its heap. With chunks of 16 MiB that was up to 100 MB, and no faster.
 CHUNK_BYTES = 2 << 20
+
+# Dtypes of the integers of a matrix with scales: as they are, and from a packed matrix.
+_INTEGERS = (torch.int8, torch.uint8)
 
 # Of an element that is quantized, in float32: itself, its row's share of temporary tensors, and the result.
 _QUANTIZING_BYTES = 16
@@ -69,10 +72,13 @@ class WeightSource:
                 if is_part and not name.startswith(LANGUAGE_MODEL):
                     continue
                 ours = canonical_name(name)
-                if (matrix := ours.removesuffix(SCALE)) != ours and matrix in self._specs:
-                    self._scales[matrix] = index, name
-                else:
+                matrix, suffix = _split_name(ours)
+                if suffix and matrix not in self._specs:
                     self._tensors[ours] = index, name
+                elif suffix == SCALE:
+                    self._scales[matrix] = index, name
+                elif suffix != SHAPE:  # config.json has the shapes
+                    self._tensors[matrix] = index, name
         self._check()
 
     def _check(self) -> None:
@@ -135,7 +141,7 @@ class WeightSource:
                 that are not finite after the cast.
         """
         matrix = self._tensor(_matrix(name))
-        stored = matrix.dtype == torch.int8 and not self._changing(name)
+        stored = matrix.dtype in _INTEGERS and not self._changing(name)
         if _matrix(name) != name:
             if stored:
                 yield self._scale(name, len(matrix))
@@ -144,7 +150,7 @@ class WeightSource:
         elif self._specs[name].dtype != "int8":
             yield from self._cast(name, matrix, to_torch(self._specs[name].dtype))
         elif stored:
-            yield from (rows.contiguous() for rows in _some_rows(matrix, 1))
+            yield from map(signed, _some_rows(matrix, 1))
         else:
             yield from (quantize(rows) for rows in self._cast(name, matrix, torch.float32, _QUANTIZING_BYTES))
 
@@ -155,14 +161,14 @@ class WeightSource:
     def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype, item_bytes: int = 0) -> Iterator[Tensor]:
         """The rows of `tensor` in `dtype`, some at a time, with scales and adapters applied; errors as of `chunks`."""
         adders = [adapter.adder(_matrix(name)) for adapter in self._changing(name)]
-        scale = self._scale(name, len(tensor)) if tensor.dtype == torch.int8 else None
+        scale = self._scale(name, len(tensor)) if tensor.dtype in _INTEGERS else None
         if adders or scale is not None:  # there are two copies then: in float32, and what it is cast to
             item_bytes = max(item_bytes, torch.float32.itemsize + dtype.itemsize)
         start = 0
         for rows in _some_rows(tensor, item_bytes or dtype.itemsize):
             try:
                 if scale is not None:
-                    rows = rows * scale[start : start + len(rows)]
+                    rows = signed(rows) * scale[start : start + len(rows)]
                 if adders:
                     rows = rows.to("cpu", torch.float32, copy=True)
                     for add in adders:
@@ -203,15 +209,27 @@ class WeightSource:
 
     def _tensor(self, name: str) -> Tensor:
         tensor, shape = self._read(name, self._tensors[name]), self._specs[name].shape
+        if is_packed := self._tensors[name][1].endswith(PACKED):
+            tensor = self._unpacked(name, tensor, shape)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {shape}."
             )
-        if not tensor.is_floating_point() and not (tensor.dtype == torch.int8 and name in self._scales):
+        is_int8 = (tensor.dtype == torch.int8 or is_packed) and name in self._scales
+        if not tensor.is_floating_point() and not is_int8:
             raise CheckpointError(f"{self.origin}: {name} has dtype {tensor.dtype}, not a floating-point dtype.")
         if tensor.is_meta:
             raise CheckpointError(f"{self.origin}: {name} has no data: it is on the meta device.")
         return tensor
+
+    def _unpacked(self, name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        expected = (shape[0], -(-shape[1] // 4)) if len(shape) == 2 else None
+        if tuple(packed.shape) != expected or packed.dtype != torch.int32:
+            raise CheckpointError(
+                f"{self.origin}: {name}{PACKED} is {packed.dtype} {tuple(packed.shape)}, but config.json makes it "
+                f"torch.int32 {expected}."
+            )
+        return unpack(packed, shape[1])
 
 
 def open_model(model: PreTrainedModel, files: FileSpecs, adapters: Sequence[Adapter] = ()) -> WeightSource:
@@ -240,3 +258,9 @@ def _some_rows(tensor: Tensor, itemsize: int) -> Sequence[Tensor]:
 def _matrix(name: str) -> str:
     """The matrix whose scales `name` is, or `name` itself."""
     return name.removesuffix(SCALE)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """The matrix that `name` belongs to, and what `name` says of it; `name` and "" if it is no part of one."""
+    suffix = next((suffix for suffix in (SCALE, PACKED, SHAPE) if name.endswith(suffix)), "")
+    return name.removesuffix(suffix), suffix

@@ -158,7 +158,8 @@ class Engine:
             input_ids = tokens[:, None]
 
     def copy(self, copies: dict[int, int], length: int) -> None:
-        """Copies the first `length` positions of slots, target -> source."""
+        """Copies the first `length` positions of slots, target -> source; no target is another's source."""
+        assert copies.keys().isdisjoint(copies.values())
         if copies and length:
             sources = torch.arange(self.slots.batch_size, dtype=torch.int32)
             sources[list(copies)] = torch.tensor(list(copies.values()), dtype=torch.int32)

@@ -12,6 +12,12 @@ from torch import Tensor
 # torch.nn.LayerNorm's default, which OPT uses.
 LAYER_NORM_EPS = 1e-5
 
+# Products with int8 weights are sums of activations times whole numbers up to 127, which can leave float16's range
+# (65,504) where the scaled result does not. In float16 this factor, which rounds no activation from 2^-9 up, keeps
+# sums in range for results of up to 16,000 times the largest weight of their channel. Float32 and bfloat16 have
+# range enough.
+_FLOAT16_HEADROOM = 2.0**-5
+
 
 class LayerNorm(NamedTuple):
     """A layernorm's float32 weight and bias `(n,)`, or neither."""
@@ -81,12 +87,17 @@ class Arithmetic:
         Returns:
             float32 `(…, out)`.
         """
+        if narrow := scale is not None and self.compute_dtype == torch.float16:
+            xs = [x * _FLOAT16_HEADROOM for x in xs]
         total = None
         for x, weight in zip(xs, weights, strict=True):
             y = torch.nn.functional.linear(x.to(self.compute_dtype), weight.to(self.compute_dtype)).float()
             total = y if total is None else total + y
         assert total is not None
-        total = total if scale is None else total * scale.squeeze(1)
+        if scale is not None:
+            # The product is scaled, not the weight, as in NxD's quantized layers: whole numbers up to 127 are exact
+            # in every dtype, so weights are not rounded again; and a device multiplies `out` values, not `out * in`.
+            total = total * (scale.squeeze(1) / _FLOAT16_HEADROOM if narrow else scale.squeeze(1))
         total = total if bias is None else total + bias.float()
         return total if residual is None else residual + total
 

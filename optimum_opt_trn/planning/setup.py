@@ -21,7 +21,7 @@ class Setup:
         sequence_length: positions of a slot.
         tp_degree: ranks.
         amp: dtype of the weights that are not float32 in any case.
-        weight_dtype: `int8` for the matrices of attention and MLP; None for `amp`. Exports for Neuron do not have it.
+        weight_dtype: `int8` for the matrices of attention and MLP; None for `amp`.
         kv_cache_dtype: dtype of the cache; by default `amp`.
     """
 
@@ -50,7 +50,7 @@ class Setup:
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an element of a product's factors on Neuron, where int8 is converted on the way."""
+        """Bytes of an element of a product's factors on Neuron; int8 is converted to it."""
         return DTYPES[self.amp].bytes
 
     @property

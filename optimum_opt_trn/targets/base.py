@@ -125,7 +125,10 @@ class Runtime(ABC):
 
     @abstractmethod
     def copy(self, sources: Tensor, length: int) -> None:
-        """Slot i takes over the first `length` positions of slot `sources[i]`; int `(batch_size,)`."""
+        """Slot i takes over the first `length` positions of slot `sources[i]`; int `(batch_size,)`.
+
+        What slot i has behind them is lost. No slot is both copied from and copied to, other than to itself.
+        """
 
     def begin(self, *inputs: Tensor) -> None:  # noqa: B027 - most have nothing to do
         """Called at the beginning of a user's call that may draw random numbers.

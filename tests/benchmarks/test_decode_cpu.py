@@ -128,6 +128,30 @@ def test_the_nearest_peer_decides(peer_seconds, verdict):
     assert found["1.3b: 80 % of the probe's bandwidth, batch 1"] == PASS  # 50 ms of 60, in two groups of three
 
 
+@pytest.mark.parametrize("peer_seconds, verdict", [(0.066, PASS), (0.064, SHORT)])
+@pytest.mark.parametrize("float16_seconds, beside", [(0.081, PASS), (0.079, SHORT)])
+def test_int8_weights_beside_float16_and_peers_with_int8_weights(peer_seconds, verdict, float16_seconds, beside):
+    found = verdicts(
+        *(decoded("openvino-int8", *one) for one in (("ours-f16", float16_seconds), ("ours-int8", 0.05))),
+        decoded("openvino-int8", "openvino-int8", peer_seconds),
+        *(decoded("torchao-tuned-int8", *one) for one in (("ours-f16", float16_seconds), ("ours-int8", 0.05))),
+        decoded("torchao-tuned-int8", "torchao-tuned-int8", 0.2),
+        # Its weights are in 16 bits.
+        decoded("transformers-f16", "ours-f16", 0.05),
+        decoded("transformers-f16", "transformers-f16", 0.05),
+    )
+    assert found["1.3b: int8 weights 1.6 times ours in float16, batch 1"] == beside
+    assert found["1.3b: int8 weights 1.3 times the fastest peer with int8 weights, batch 1"] == verdict
+    assert found["1.3b: int8 weights at 75 % of the probe's bandwidth, batch 1"] == PASS  # 50 ms of 50
+    assert found["1.3b: int8 weights 1.6 times ours in float16, batch 2"] == UNKNOWN
+
+
+def test_bandwidth_of_int8_weights_is_by_the_bytes_read():
+    text = "1.3b: int8 weights at 75 % of the probe's bandwidth, batch 2"
+    for seconds, verdict in ((0.066, PASS), (0.068, SHORT)):  # 2 GB at 40 GB/s are 50 ms
+        assert verdicts(decoded("int8", "ours-int8", seconds, batch=2))[text] == verdict
+
+
 def test_loads_and_exports_are_judged():
     def loaded(contender: str, load: float, first: float) -> list[Record]:
         where = ("1.3b", "transformers-f16", contender)
@@ -164,7 +188,9 @@ def test_groups_hold_ours_and_the_peer():
         assert contenders[0] is OURS["ours-f16"]
         if name in PEERS:
             assert contenders[-1] is PEERS[name]
-            assert (OURS["ours-bf16"] in contenders) == (PEERS[name].compute == "bf16")
+            int8 = PEERS[name].weights == "int8"
+            assert (OURS["ours-int8"] in contenders) == int8
+            assert (OURS["ours-bf16"] in contenders) == (PEERS[name].compute == "bf16" and not int8)
     for peer in PEERS.values():
         requirements = (BENCHMARKS / "peers" / f"{peer.environment}.txt").read_text().splitlines()
         assert all("==" in line for line in requirements if not line.startswith("#"))

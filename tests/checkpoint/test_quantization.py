@@ -14,7 +14,14 @@ from optimum_opt_trn.checkpoint import CheckpointError, save_pretrained_split, v
 from optimum_opt_trn.checkpoint.config import load_config
 from optimum_opt_trn.checkpoint.hub import open_checkpoint
 from optimum_opt_trn.checkpoint.layout import checkpoint_files
-from optimum_opt_trn.checkpoint.quantization import check_quantization, quantization_config, quantize, scales
+from optimum_opt_trn.checkpoint.quantization import (
+    check_quantization,
+    quantization_config,
+    quantize,
+    scales,
+    signed,
+    unpack,
+)
 
 
 FC1 = "model.decoder.layers.0.fc1.weight"
@@ -47,7 +54,7 @@ def test_transformers_loads_what_was_split(kind, tmp_path):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def compressed(kind: str, directory, ignore=("lm_head",), dtype=torch.float32) -> OPTForCausalLM:
+def compressed(kind: str, directory, ignore=("lm_head",), dtype=torch.float32, form="int-quantized") -> OPTForCausalLM:
     """Writes what compressed-tensors makes of a model; returns the model before."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
@@ -59,7 +66,7 @@ def compressed(kind: str, directory, ignore=("lm_head",), dtype=torch.float32) -
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
         ignore=list(ignore),
         quantization_status="frozen",
-        format="int-quantized",
+        format=form,
     )
     apply_quantization_config(model, scheme)
     for module in model.modules():
@@ -77,6 +84,52 @@ def compressed(kind: str, directory, ignore=("lm_head",), dtype=torch.float32) -
     model.config.save_pretrained(directory)
     compressor.update_config(str(directory))
     return tiny_opt(**KINDS[kind])
+
+
+def packed_by_hand(values: torch.Tensor) -> torch.Tensor:
+    """As the format has it, in Python's whole numbers: four values plus 128 in 32 bits, the first in the lowest."""
+    rows = []
+    for row in values.tolist():
+        row += [-128] * (-len(row) % 4)
+        words = [sum((v + 128) << 8 * i for i, v in enumerate(row[at : at + 4])) for at in range(0, len(row), 4)]
+        rows.append([word - (word >> 31 << 32) for word in words])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@given(st.integers(1, 5), st.integers(1, 41), st.integers(0, 2**31))
+def test_packed_values_are_read(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    read = signed(unpack(packed_by_hand(values), columns))
+    assert read.dtype == torch.int8 and read.is_contiguous() and torch.equal(read, values)
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", None])
+@pytest.mark.parametrize("kind, dtype", [("pre_norm", torch.float32), ("post_norm", torch.float16)])
+def test_packed_checkpoints_are_read_as_unpacked_ones(kind, dtype, weight_dtype, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    for form in ("int-quantized", "pack-quantized"):
+        (tmp_path / form).mkdir()
+        compressed(kind, tmp_path / form, dtype=dtype, form=form)
+        save_pretrained_split(tmp_path / form, tmp_path / f"split-{form}", "f32", weight_dtype=weight_dtype)
+    names = load_file(tmp_path / "pack-quantized" / "model.safetensors")
+    assert names[f"{FC1}_packed"].dtype == torch.int32 and f"{FC1}_shape" in names and FC1 not in names
+    read = [
+        {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for directory in (tmp_path / "split-int-quantized", tmp_path / "split-pack-quantized")
+    ]
+    assert read[0].keys() == read[1].keys()
+    assert all(torch.equal(read[0][name], read[1][name]) for name in read[0])
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(96, 17), torch.zeros(96, 17).int(), torch.zeros(95, 16).int()])
+def test_packed_matrices_are_checked(wrong, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    compressed("pre_norm", tmp_path, form="pack-quantized")
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), f"{FC1}_packed": wrong}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"fc1.weight_packed is .* makes it torch.int32 \(96, 16\)"):
+        open_checkpoint(tmp_path, checkpoint_files(tiny_config(), "f32"))
 
 
 @pytest.mark.parametrize("weight_dtype", ["int8", None])
@@ -128,7 +181,7 @@ def changed(**values):
     "quantization, message",
     [
         (changed(quant_method="gptq"), "of 'gptq'"),
-        (changed(format="pack-quantized"), "in format 'pack-quantized'"),
+        (changed(format="float-quantized"), "in format 'float-quantized'"),
         (changed(num_bits=4), "with weights in int4, symmetric, by channel"),
         (changed(symmetric=False), "with weights in int8, asymmetric, by channel"),
         (changed(strategy="group"), "int8, symmetric, by group"),
@@ -146,9 +199,19 @@ def test_other_schemes_are_refused(quantization, message):
     assert "int8 weights, symmetric" in str(raised.value)
 
 
+def test_a_format_of_one_group_is_checked():
+    config = changed(format="pack-quantized")
+    config["config_groups"]["group_0"]["format"] = "pack-quantized"
+    check_quantization(config, "a model")
+    config["config_groups"]["group_0"]["format"] = "nvfp4-pack-quantized"
+    with pytest.raises(ValueError, match="in format 'nvfp4-pack-quantized'"):
+        check_quantization(config, "a model")
+
+
 def test_quantized_activations_are_refused():
     config = changed()
     config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
     with pytest.raises(ValueError, match="with quantized activations"):
         check_quantization(config, "a model")
     check_quantization(quantization_config(), "a model")
+    check_quantization(changed(format="pack-quantized"), "a model")

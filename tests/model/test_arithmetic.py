@@ -43,6 +43,27 @@ def test_16_bit_activations_round_both_factors(dtype):
     torch.testing.assert_close(y.double(), exact, rtol=4 * eps, atol=4 * eps * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [2.0**-9, 1.0, 8.0], ids=["small", "usual", "large"])
+def test_int8_weights_are_scaled_after_the_product(dtype, size):
+    """Weights are not rounded to 16 bits. The sums before scaling would leave the range of float16."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randint(-127, 128, (6, 4096), dtype=torch.int8, generator=generator)
+    scale = torch.rand(6, 1, generator=generator) * 0.01 + 0.001
+    bias, residual = random(2, 6), random(3, 2, 5, 6)
+    # Activations with the signs of a row of weights: the largest sums of their size.
+    x = size * (weight[0].sign() * torch.rand(2, 5, 4096, generator=generator)).to(dtype).float()
+    exact = (x.double() @ weight.double().T) * scale.double().T
+    assert size < 8 or (exact / scale.double().T).abs().max() > torch.finfo(torch.float16).max
+    y = Arithmetic(dtype).linear_sum([x], [weight], scale=scale)
+    eps = max(torch.finfo(dtype).eps, 1e-5)
+    assert (y - exact).abs().max() < eps * exact.abs().max()
+    (several,) = Arithmetic(dtype).linears(x, [weight], [bias], scales=[scale])
+    assert torch.equal(several, y + bias)
+    summed = Arithmetic(dtype).linear_sum([x, x], [weight, weight], bias, residual, scale)
+    assert (summed - (2 * exact + bias + residual)).abs().max() < 2 * eps * exact.abs().max()
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 33), st.floats(-100, 100), st.floats(0.1, 1e3), st.booleans())
 def test_layer_norm(rows, size, mean, scale, affine):

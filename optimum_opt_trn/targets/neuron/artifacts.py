@@ -19,7 +19,7 @@ from .trust import check_trusted, record_compiled
 
 # Raised when a graph computes something else, or takes or returns something else, than before; exports that were
 # compiled with another version are refused. tests/targets/neuron/graph_version_cases.py notices such changes.
-GRAPH_VERSION = 4
+GRAPH_VERSION = 5
 
 # TorchScript, with a NEFF for each graph in it; optimum-neuron's name for the same.
 MODEL_NAME = "model.pt"

@@ -10,7 +10,7 @@ results. Hence all graphs share the six arguments and the results below:
 | `token_generation`, for each cache bucket c | `(b,)` | `(b,)` | `(c,)`, not read | `(b,)`, `(b, vocabulary)` |
 | `speculation`, of k tokens | `(b, k)` | `(b, k)` | `(1,)`, not read | `(b,)`, `(b, k, vocabulary)` |
 | `prompt_embeddings`, if the export has it | float32 `(b, k, dim)` | `(b, k)` | `(1,)`, not read | `(b,)`, `(b, k, vocabulary)` |
-| `cache_copy`, for more slots than one | `(b,)`, sources | `(1,)`, the length | `(1,)`, not read | of no meaning |
+| `cache_copy`, for more slots than one | `(b,)`, sources | `(1,)`, not read | `(1,)`, not read | of no meaning |
 
 with `params`, `uniforms` and `suppressed` of `SamplingInputs` in all, a row for each row of tokens.
 
@@ -109,7 +109,7 @@ class RankModule(nn.Module):
         """Next tokens, logits, and the new states, in the order of `states`."""
         states = [getattr(self, name) for name in self.states]
         if self.graph == "cache_copy":
-            return self._copy(tokens, positions, states)
+            return self._copy(tokens, states)
         prompt, window, ids, places = self.graph == "context_encoding", None, tokens, positions
         if prompt:
             places = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)[None]
@@ -157,10 +157,19 @@ class RankModule(nn.Module):
         parts = Candidates(gather(found.best), both[:, :, :k].flatten(1), both[:, :, k])
         return join_candidates(parts, self.max_topk, self.operators.top_k)
 
-    def _copy(self, sources: Tensor, length: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
-        moved = torch.arange(states[0].shape[2], dtype=torch.int32, device=length.device) < length
-        copied = [torch.where(moved[:, None], state.index_select(0, sources), state) for state in states]
-        return sources + length, (sources + length).float(), *copied
+    def _copy(self, sources: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
+        """Whole slots, one after the other, read where they were last written: in place, with one slot on the way.
+
+        Reading all slots first would have the compiler keep a second cache, or copy it. It is not needed: no slot is
+        both copied from and copied to (see `Runtime.copy`).
+        """
+        slots = torch.arange(len(sources), dtype=torch.int32, device=sources.device).split(1)
+        copied = []
+        for state in states:
+            for slot, source in zip(slots, sources.split(1), strict=True):
+                state = self.operators.put_slot(state, state.index_select(0, source), slot)
+            copied.append(state)
+        return sources + slots[0], sources.float(), *copied
 
     def _part(self, prefix: str) -> Weights:
         """The weights of a part, as the rank program takes them; looked up anew, since tracing swaps them."""

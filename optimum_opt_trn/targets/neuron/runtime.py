@@ -79,10 +79,10 @@ class NeuronRuntime(Runtime):
         return call.result()
 
     def copy(self, sources: Tensor, length: int) -> None:
-        """See `Runtime`."""
+        """See `Runtime`. The graph copies whole slots."""
         if self.neuron_config.batch_size > 1:
             greedy = SamplingInputs.greedy(self.neuron_config.batch_size)
-            self._run(sources, torch.tensor([length]), NO_PLACE, greedy)
+            self._run(sources, NO_PLACE, NO_PLACE, greedy)
 
     def _context_encoding(self, call: _Call, slot: int, tokens: slice) -> None:
         """One prompt into its slot; no other slot takes part."""

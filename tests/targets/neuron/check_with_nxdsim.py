@@ -16,6 +16,9 @@ neuronx-cc accepts it. Exit status: 1 if a row fails; 0 otherwise, and where nxd
   deviations of its logits, each step given the same tokens; a cache that is gone on with included.
 - sampled: the same seed on both targets, tokens that differ; told, but not judged, at 16 bits.
 - beams: two beams, which copy slots, likewise.
+
+With --weight_dtype int8 the same of int8 weights, whose reference has them multiplied out in float32; the matrices
+have to be int8 in the graphs, too.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ def prepare() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="(default: all)")
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
     parser.add_argument("--amp", nargs="+", default=list(TOLERANCE), choices=TOLERANCE, help="(default: all)")
+    parser.add_argument("--weight_dtype", choices=["int8"], help="(default: that of --amp)")
     options = parser.parse_args()
     folders = (options.nxdsim, options.nxd / "src", Path(__file__).parents[3], Path(__file__).parent)
     sys.path[:0] = [str(folder.resolve()) for folder in folders]
@@ -133,8 +137,9 @@ OPTIONS = prepare()
 NXD_VERSION = complete_the_sdk()
 
 import torch  # noqa: E402
-from graph_report import report_graph, table  # noqa: E402
+from graph_report import TYPES, report_graph, table  # noqa: E402
 from opcodes import ALLOWED  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import OPTConfig, OPTForCausalLM  # noqa: E402
 from transformers.modeling_utils import no_init_weights  # noqa: E402
@@ -179,6 +184,13 @@ class Recorder:
         graphs = self.builder.model_collection
         return {code for graph in graphs for module in self.modules(graph) for code in _opcodes(module)} - set(ALLOWED)
 
+    def int8_parameters(self) -> int:
+        """How many weights of a decoding step are int8."""
+        module = self.modules("token_generation")[-1]
+        entry = next(part for part in module.computations if part.id == module.entry_computation_id)
+        parameters = [i for i in entry.instructions if i.opcode == "parameter"]
+        return sum(TYPES.get(i.shape.element_type) == ("s8", 1) for i in parameters)
+
     def aliases(self) -> set[int]:
         """How many states each graph aliases."""
         graphs = self.builder.model_collection
@@ -212,18 +224,38 @@ def prompts(lengths: tuple[int, ...]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def load_reference(checkpoint: Path) -> OPTForCausalLM:
+    """transformers' model in float32; what is int8 is multiplied with its scales, for which it has another package."""
+    config = OPTConfig.from_pretrained(checkpoint)
+    if not hasattr(config, "quantization_config"):
+        return OPTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    del config.quantization_config
+    tensors: dict[str, Tensor] = {}
+    for file in checkpoint.glob("*.safetensors"):
+        tensors.update(load_file(file))
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        matrix = name.removesuffix("_scale")
+        tensors[matrix] = tensors[matrix].float() * tensors.pop(name)
+    with no_init_weights():
+        model = OPTForCausalLM(config).float().eval()
+    missing, unexpected = model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"{checkpoint}: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    return model
+
+
 def check(changes: dict, amp: str, tp: int, workdir: Path, recorder: Recorder) -> dict:
     """One row of the table."""
     make_model(changes, heads=max(tp, 4)).save_pretrained(workdir / "source")
     shape = {"batch_size": BATCH, "sequence_length": SEQUENCE, "prompt_buckets": BUCKETS, "cache_buckets": BUCKETS}
-    neuron_config = OPTNeuronConfig(**shape, tp_degree=tp, amp=amp, instance_type="inf2")
+    shape |= {"tp_degree": tp, "amp": amp, "weight_dtype": OPTIONS.weight_dtype}
+    neuron_config = OPTNeuronConfig(**shape, instance_type="inf2")
     process._claim = None  # in the simulator, models of any degree follow one another
     NeuronOPTForCausalLM.export(workdir / "source", neuron_config).save_pretrained(workdir / "export")
     neuron = NeuronOPTForCausalLM.from_pretrained(workdir / "export")
-    cpu = NeuronOPTForCausalLM.from_pretrained(
-        workdir / "source", **shape, tp_degree=tp, amp=amp, instance_type="cpu", eager=True
-    )
-    reference = OPTForCausalLM.from_pretrained(workdir / "export" / "checkpoint", dtype=torch.float32)
+    cpu = NeuronOPTForCausalLM.from_pretrained(workdir / "source", **shape, instance_type="cpu", eager=True)
+    reference = load_reference(workdir / "export" / "checkpoint")
     greedy = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 1}
     detailed = {**greedy, "output_logits": True, "return_dict_in_generate": True}
     worst, wrong = 0.0, 0
@@ -264,6 +296,7 @@ def check(changes: dict, amp: str, tp: int, workdir: Path, recorder: Recorder) -
         "all-reduce": opcodes["all-reduce"],
         "all-gather": opcodes["all-gather"],
         "aliases": recorder.aliases(),
+        "int8": recorder.int8_parameters(),
         "unknown": recorder.unknown(),
         "reports": recorder.reports(),
     }
@@ -282,8 +315,10 @@ def judge(row: dict, amp: str, tp: int, layers: int = 2) -> list[str]:
         faults.append("collectives")
     if row["aliases"] != {2 * layers}:
         faults.append("aliases")
+    if row["int8"] != (6 * layers if OPTIONS.weight_dtype else 0):
+        faults.append("int8 parameters")
     for graph, report in row["reports"].items():
-        if graph != "cache_copy" and (report.whole_cache or report.waiting_dots):
+        if report.whole_cache or report.waiting_dots:
             faults.append(f"{graph} moves or waits for a cache")
         if report.wide:
             faults.append(f"{graph} has 64-bit integers")
@@ -306,8 +341,9 @@ def main() -> int:
                 faults = judge(row, amp, tp)
                 failed |= bool(faults)
                 figures = (row["tokens"], row["sampled"], row["beams"], row["all-reduce"], row["all-gather"])
+                dtypes = f"{amp}, int8" if OPTIONS.weight_dtype else amp
                 print(
-                    f"| {kind} | {tp} | {amp} | {row['error']:.1e} | {TOLERANCE[amp]:.0e} | "
+                    f"| {kind} | {tp} | {dtypes} | {row['error']:.1e} | {TOLERANCE[amp]:.0e} | "
                     + " | ".join(map(str, figures))
                     + f" | {', '.join(map(str, row['aliases']))} | {', '.join(faults) or 'ok'} |",
                     flush=True,

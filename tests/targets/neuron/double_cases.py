@@ -263,6 +263,37 @@ def test_a_prompt_for_one_slot_touches_no_other(tmp_path):
         assert not (cache[slot, :, :length] == 7).any()
 
 
+@pytest.mark.parametrize(
+    ("tp", "copies"),
+    [
+        (1, [[1, 1], [0, 0]]),
+        # One source for several slots, two sources, none.
+        (2, [[1, 1, 2, 1, 4], [3, 1, 1, 3, 4], [0, 1, 2, 3, 4]]),
+    ],
+    ids=["two slots", "five slots"],
+)
+def test_copied_slots(tp, copies, tmp_path):
+    """Every cache of every rank, compared with indexing."""
+    batch, length = len(copies[0]), 17
+    buckets = {"prompt_buckets": (SEQUENCE,), "cache_buckets": (SEQUENCE,)}
+    out = export(tmp_path, tiny_opt(), amp="f32", tp_degree=tp, batch_size=batch, **buckets)
+    runtime = NeuronOPTForCausalLM.from_pretrained(out).runtime
+    generator = torch.Generator().manual_seed(4)
+
+    def caches() -> list[torch.Tensor]:
+        return [cache for rank in runtime.model.nxd_model.state for cache in rank.values()]
+
+    for cache in caches():
+        cache.normal_(generator=generator)
+    for sources in map(torch.tensor, copies):
+        before = [cache.clone() for cache in caches()]
+        runtime.copy(sources.to(torch.int32), length)
+        kept = sources == torch.arange(batch)
+        for cache, old in zip(caches(), before, strict=True):
+            assert torch.equal(cache[:, :, :length], old[sources, :, :length])
+            assert torch.equal(cache[kept], old[kept])
+
+
 @pytest.mark.parametrize("switch", ["attention_after_write", "all_reduce_f32", "topk_whole_vocabulary"])
 def test_switches_of_the_example_compute_the_same(switch, tmp_path):
     from neuron_switches import switched
@@ -295,7 +326,7 @@ def test_the_example_measures_a_switch(tmp_path, monkeypatch):
     on_trn1, model = {"instance_type": "trn1"}, Path(validate_on_trn.__file__).parent / "models" / "opt-austen"
     options = argparse.Namespace(
         output=tmp_path, cpu=False, batch_size=1, sequence_length=64, tensor_parallel_size=2, auto_cast_type="f16",
-        switches=["all_reduce_f32"],
+        weight_dtype=None, switches=["all_reduce_f32"],
     )  # fmt: skip
     measured = validate_on_trn.switches(str(model), options, {"export": {"seconds": 1.0}})
     values = measured["all_reduce_f32"]
@@ -528,7 +559,7 @@ def test_graph_key_tells_what_graphs_depend_on():
     others = [
         *(_graph_key(config, OPTNeuronConfig(**{**options, **change})) for change in (
             {"batch_size": 3}, {"sequence_length": 65}, {"tp_degree": 2}, {"amp": "bf16"}, {"kv_cache_dtype": "f32"},
-            {"max_topk": 5}, {"prompt_embeddings": True},
+            {"max_topk": 5}, {"prompt_embeddings": True}, {"weight_dtype": "int8"},
         )),
         *(_graph_key(tiny_config(**change), OPTNeuronConfig(**options)) for change in (
             {"vocab_size": 127}, {"num_hidden_layers": 9}, {"max_position_embeddings": 99},

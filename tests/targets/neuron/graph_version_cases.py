@@ -31,7 +31,8 @@ from small_models import KINDS, tiny_config  # noqa: E402
 from optimum_opt_trn import OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs  # noqa: E402
 from optimum_opt_trn.dtypes import to_torch  # noqa: E402
-from optimum_opt_trn.model.shapes import shard_dim  # noqa: E402
+from optimum_opt_trn.model.shapes import cache_shape, shard_dim  # noqa: E402
+from optimum_opt_trn.targets.neuron import builder  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import GRAPH_VERSION  # noqa: E402
 from optimum_opt_trn.targets.neuron.rank_module import RANKS, DeviceOperators, RankModule, example_inputs  # noqa: E402
 
@@ -42,14 +43,23 @@ TP_DEGREE = 2
 # torch-xla compares the indices of these with a 64-bit zero.
 WIDE = ("aten.index.Tensor", "aten.index_put")
 
+# Writes to a cache, which are aliased. Other operations are not to have a result of a cache's shape.
+UPDATES = ("aten.scatter", "neuron_double.dynamic_update_slice")
+
 
 class Operations(TorchDispatchMode):
-    """Notes each operation with the shapes and dtypes of its arguments and results."""
+    """Notes each operation with the shapes and dtypes of its arguments and results.
 
-    def __init__(self) -> None:
+    Args:
+        cache: the shape of a layer's keys or values; operations that move one are noted in `moved`.
+    """
+
+    def __init__(self, cache: tuple[int, ...] = ()) -> None:
         super().__init__()
+        self.cache = cache
         self.noted: list[str] = []
         self.wide: set[str] = set()
+        self.moved: set[str] = set()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
@@ -58,6 +68,11 @@ class Operations(TorchDispatchMode):
             isinstance(x, torch.Tensor) and x.dtype == torch.int64 for x in leaves
         ):
             self.wide.add(str(function))
+        # A view moves nothing.
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.shape == self.cache]
+        if not str(function).startswith(UPDATES) and any(x.untyped_storage().data_ptr() not in given for x in made):
+            self.moved.add(str(function))
         described = [(tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]
         self.noted.append(f"{function} {described}")
         return result
@@ -65,9 +80,9 @@ class Operations(TorchDispatchMode):
 
 def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """One rank's weights by the names that graphs give them, from the layout of the checkpoint."""
-    amp = neuron_config.amp
+    amp, weight_dtype = neuron_config.amp, neuron_config.weight_dtype
     shapes = {RANKS: (torch.Size([1]), torch.int32)}
-    parts = [(f"layer_{i}", layer_specs(config, amp)) for i in range(config.num_hidden_layers)]
+    parts = [(f"layer_{i}", layer_specs(config, amp, weight_dtype)) for i in range(config.num_hidden_layers)]
     for part, specs in [("outer", outer_specs(config, amp)), *parts]:
         for name, spec in specs.items():
             shape, dim = list(spec.shape), shard_dim(name)
@@ -88,29 +103,29 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def graphs() -> dict[str, str]:
-    """A hash of the operations of each graph, for every kind of OPT."""
+    """A hash of the operations of each graph, for every kind of OPT, and with int8 weights."""
     return {name: hashlib.sha256("\n".join(o.noted).encode()).hexdigest()[:16] for name, o in operations().items()}
 
 
 def operations() -> dict[str, Operations]:
-    """The operations of each graph, for every kind of OPT."""
+    """The operations of each graph, for every kind of OPT, and with int8 weights."""
     found = {}
-    for kind, overrides in KINDS.items():
+    for kind, overrides in {**KINDS, "int8": {}}.items():
         config = tiny_config(**overrides)
         buckets = {"prompt_buckets": (16, 48), "cache_buckets": (24, 48)}
         neuron_config = OPTNeuronConfig(
-            batch_size=3, sequence_length=48, tp_degree=TP_DEGREE, instance_type="inf2", **buckets
-        )
+            batch_size=3, sequence_length=48, tp_degree=TP_DEGREE, instance_type="inf2", **buckets,
+            weight_dtype="int8" if kind == "int8" else None,
+        )  # fmt: skip
         for graph, examples in example_inputs(config, neuron_config).items():
             module = RankModule(
                 graph, config, neuron_config, shapes_of(config, neuron_config),
                 DeviceOperators(
                     lambda x: x.clone(), lambda x: torch.cat([x] * TP_DEGREE, dim=-1),
-                    lambda cache, new, slot: cache.index_select(0, slot) + new.sum(),
-                    top_k,
+                    builder.put_slot, top_k,
                 ),
             )  # fmt: skip
-            with torch.no_grad(), Operations() as noted:
+            with torch.no_grad(), Operations(cache_shape(config, neuron_config)) as noted:
                 for arguments in examples:
                     module(*arguments)
             found[f"{kind}: {graph}"] = noted
@@ -129,6 +144,22 @@ def test_a_changed_graph_has_a_new_version():
 
 def test_no_graph_has_64_bit_integers():
     assert not set().union(*(noted.wide for noted in operations().values()))
+
+
+def test_no_graph_moves_a_whole_cache():
+    assert not set().union(*(noted.moved for noted in operations().values()))
+
+
+def test_a_moved_cache_is_noticed():
+    cache, rows = torch.zeros(3, 2, 8, 4), torch.tensor([2, 0, 1], dtype=torch.int32)
+    mask = torch.ones(8, 1, dtype=torch.bool)
+    for operation in (lambda: cache.index_select(0, rows), lambda: torch.where(mask, cache, cache), lambda: cache + 1):
+        with Operations((3, 2, 8, 4)) as noted:
+            operation()
+        assert noted.moved
+    with Operations((3, 2, 8, 4)) as noted:
+        cache[:, :, :8], builder.put_slot(cache, cache.index_select(0, rows[:1]), rows[1:2])
+    assert not noted.moved
 
 
 def test_64_bit_integers_are_noticed():
@@ -155,8 +186,6 @@ def test_every_change_of_a_graph_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_switch_of_the_example_changes_what_it_says(switch):
-    from optimum_opt_trn.targets.neuron import builder
-
     def compiled() -> dict[str, str]:
         config = OPTNeuronConfig(instance_type="trn1")
         return {graph: builder.compiler_arguments(config, graph) for graph in example_inputs(tiny_config(), config)}

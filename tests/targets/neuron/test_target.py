@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 @needs_optimum_neuron
-@pytest.mark.parametrize("cases", ["double_cases.py", "graph_version_cases.py", "trust_cases.py"])
+@pytest.mark.parametrize("cases", ["double_cases.py", "graph_version_cases.py", "int8_cases.py", "trust_cases.py"])
 def test_on_the_double(cases, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", HERE / cases],
