@@ -21,7 +21,7 @@ from torch import Tensor
 from ..configuration_opt import split_adapter
 from .formats import open_file
 from .layout import CheckpointError, FileSpecs, canonical_name
-from .stream import sha256_file
+from .listing import sha256_file
 
 
 CONFIG_FILE, WEIGHT_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -99,12 +99,16 @@ class Adapter:
         """Whether it has something to add to this tensor of ours."""
         return name in self._names
 
-    def add_to(self, rows: Tensor, name: str, start: int) -> None:
-        """Adds its part to some rows of a tensor, float32 `(n, in)`, the first of which is row `start`."""
+    def adder(self, name: str) -> Callable[[Tensor, int], object]:
+        """Reads its matrices for a tensor that it changes, and returns what adds their product to rows of the tensor.
+
+        That is called with float32 rows `(n, in)`, which it changes, and the index of the first one in the tensor.
+        """
         module = self._names[name]
         a, b = (self._modules[module][part]() for part in _PARTS)
-        b, scale = b[start : start + len(rows)], self._scale(module, len(a)) * self.weight
-        rows.addmm_(b.float(), a.float(), alpha=scale)  # in place: no other matrix of this size is made
+        scale, a = self._scale(module, len(a)) * self.weight, a.float()
+        # In place: no other matrix of this size is made.
+        return lambda rows, start: rows.addmm_(b[start : start + len(rows)].float(), a, alpha=scale)
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = float(self._config["lora_alpha"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .layout import CHECKPOINT_DIR
-from .stream import Progress, sha256_file
+from .stream import Progress
 
 
 EXPORT_MANIFEST_NAME = "export_manifest.json"
@@ -25,6 +25,17 @@ _FORMAT = 1
 
 # What people add to a repository on the hub. Nothing here reads it.
 _NOT_LISTED = ("README.md",)
+
+
+def sha256_file(file: Path, progress: Progress = lambda _: None) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(buffer[:count])
+            progress(count)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

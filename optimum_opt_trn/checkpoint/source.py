@@ -19,8 +19,9 @@ from .manifest import source_key
 from .quantization import PACKED, SCALE, SHAPE, quantize, scales, signed, unpack
 
 
-# Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output.
-CHUNK_BYTES = 16 << 20
+# Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output. glibc
+# keeps freed blocks of up to 32 MiB in its heap. With chunks of 16 MiB that was up to 100 MB, and no faster.
+CHUNK_BYTES = 2 << 20
 
 # Dtypes of the integers of a matrix with scales: as they are, and from a packed matrix.
 _INTEGERS = (torch.int8, torch.uint8)
@@ -159,19 +160,19 @@ class WeightSource:
 
     def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype, item_bytes: int = 0) -> Iterator[Tensor]:
         """The rows of `tensor` in `dtype`, some at a time, with scales and adapters applied; errors as of `chunks`."""
-        adapters = self._changing(name)
+        adders = [adapter.adder(_matrix(name)) for adapter in self._changing(name)]
         scale = self._scale(name, len(tensor)) if tensor.dtype in _INTEGERS else None
-        if adapters or scale is not None:  # there are two copies then: in float32, and what it is cast to
+        if adders or scale is not None:  # there are two copies then: in float32, and what it is cast to
             item_bytes = max(item_bytes, torch.float32.itemsize + dtype.itemsize)
         start = 0
         for rows in _some_rows(tensor, item_bytes or dtype.itemsize):
             try:
                 if scale is not None:
                     rows = signed(rows) * scale[start : start + len(rows)]
-                if adapters:
+                if adders:
                     rows = rows.to("cpu", torch.float32, copy=True)
-                    for adapter in adapters:
-                        adapter.add_to(rows, _matrix(name), start)
+                    for add in adders:
+                        add(rows, start)
                 start += len(rows)
                 cast = rows.to("cpu", dtype).contiguous()
                 # Both are NaN if any element is. This is several times faster than isfinite of each element.

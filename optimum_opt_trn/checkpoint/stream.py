@@ -1,4 +1,4 @@
-"""Writing and hashing safetensors files in pieces, so that no whole file or tensor is in memory.
+"""Writing safetensors files in pieces, with their hashes, so that no whole file or tensor is in memory.
 
 The format is https://github.com/huggingface/safetensors#format: the header's length in eight bytes, a JSON header
 padded to a multiple of eight, and the tensors' bytes without gaps.
@@ -82,17 +82,6 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(count)
-
-
-def sha256_file(file: Path, progress: Progress = lambda _: None) -> str:
-    """The SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
-    with file.open("rb", buffering=0) as opened:
-        while count := opened.readinto(buffer):
-            digest.update(buffer[:count])
-            progress(count)
-    return digest.hexdigest()
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:

@@ -147,9 +147,9 @@ def write_split(weights: WeightSource, directory: Path, amp: str, write_small_fi
     with one_writer(directory):
         if clash := [f.name for f in directory.glob("*.safetensors") if f.name not in files]:
             raise CheckpointError(f"{directory} already holds {clash[0]}, which is foreign to a split checkpoint.")
+        unmerged = {file: specs for file, specs in files.items() if not weights.is_merged(file)}
         keys = {file: weights.key(file) for file in files}
         manifest = Manifest(amp, intact_files(directory, keys))
-        unmerged = {file: specs for file, specs in files.items() if not weights.is_merged(file)}
         linkable = linkable_files(weights.directory, unmerged, amp) if weights.directory else {}
         prepared = directory / _SMALL_FILES_DIR
         shutil.rmtree(prepared, ignore_errors=True)

@@ -30,8 +30,8 @@ from .roofline import REALISTIC_SHARE, Roofline, roofline
 from .setup import OPTShape, Setup
 
 
-# Memory for splitting a checkpoint of any size: a few chunks of 16 MiB (checkpoint/source.py) at a time. Measured: up
-# to 135 MB from float32 to float16, up to 370 MB from float16 to float32 (docs/checkpoints.md).
+# Memory for splitting a checkpoint of any size: a few chunks (checkpoint/source.py) at a time. Measured: up to 50 MB
+# (docs/checkpoints.md); the rest is a reserve.
 SPLIT_BYTES = GiB // 2
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from small_models import KINDS, tiny_config
 
 from optimum_opt_trn.checkpoint.layout import TensorSpec, checkpoint_files
-from optimum_opt_trn.checkpoint.stream import sha256_file, write_tensors
+from optimum_opt_trn.checkpoint.stream import write_tensors
 from optimum_opt_trn.dtypes import AMP_DTYPES, DTYPES, to_torch
 
 
@@ -56,12 +56,3 @@ def test_any_shapes_and_pieces(shapes, dtypes, rows, tmp_path):
     assert all(
         torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
-
-
-def test_hash_of_a_file(tmp_path):
-    for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
-        content = bytes(range(256)) * (size // 256 + 1)
-        (tmp_path / "file").write_bytes(content[:size])
-        seen: list[int] = []
-        assert sha256_file(tmp_path / "file", seen.append) == hashlib.sha256(content[:size]).hexdigest()
-        assert sum(seen) == size
