@@ -93,5 +93,17 @@ def test_loading_the_model_class_raises_no_alarm_on_a_host_without_devices():
 def test_running_the_package_is_optimum_cli_without_alarm():
     command = [sys.executable, "-m", "optimum_opt_trn", "neuron", "doctor", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and result.stderr == ""
+    assert result.returncode == 0, result.stderr
+    assert "No major for neuron device" not in result.stderr and "CPU-only machine" not in result.stderr
     assert result.stdout.startswith("usage: optimum-cli neuron doctor")
+
+
+def test_the_two_commands_are_the_first_shell_lines_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    first, second = readme.split("```bash\n")[1].split("```")[0].splitlines()[-2:]
+    assert first.startswith("python3 -m venv .venv && ") and first.endswith(
+        "examples/demo.py examples/models/opt-austen"
+    )
+    assert second.startswith("python3 -m venv .venv && ") and "-m pytest" in second
+    users = readme.split("```bash\n")[2].split("```")[0]
+    assert ["install" in users, "export neuron" in users, "neuron generate" in users] == [True] * 3

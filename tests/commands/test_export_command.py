@@ -12,6 +12,7 @@ from optimum.commands import optimum_cli
 from requirements import needs_optimum_neuron
 from safetensors import safe_open
 from small_models import SHIPPED_MODEL, rounded, tiny_opt
+from tqdm.std import tqdm
 from transformers import AutoTokenizer, BertConfig
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig
@@ -51,6 +52,19 @@ def test_help_teaches():
     for words in ("examples:", "--kv_cache_dtype {fp16,bf16,fp32}", "checkpoint/", "compiled/", "(default: fp16)"):
         assert words in " ".join(result.stdout.split())
     assert "optimum_opt_trn" not in result.stderr
+
+
+def test_one_progress_bar_at_a_time(cli, source, tmp_path, monkeypatch):
+    shown, display = [], tqdm.display
+
+    def record(bar, *arguments, **options):
+        shown.append((bar.desc, bar.pos))
+        return display(bar, *arguments, **options)
+
+    monkeypatch.setattr(tqdm, "display", record)
+    cli("-m", source, tmp_path / "out")
+    assert "Splitting" in {name.strip(": ") for name, _ in shown}
+    assert {position for _, position in shown} == {0}  # that of a bar within another is not
 
 
 # The names that options of an export have in optimum-neuron's commands.

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from requirements import needs_optimum_neuron
@@ -136,6 +137,8 @@ def test_a_chart(opt_13b, plan, tmp_path, suffix, start, instance):
     file = tmp_path / f"chart{suffix}"
     plan("-m", opt_13b, "--instance", instance, "--plot", str(file))
     assert file.read_bytes().startswith(start)
+    if suffix == ".svg":  # whose comments are the texts that are drawn
+        assert f"<!-- {Path(opt_13b).parent.name}" in file.read_text()
 
 
 def test_the_chart_shows_few_batch_sizes_up_to_the_largest():
