@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import queue
 import threading
@@ -98,6 +99,7 @@ class ContinuousBatchingManager:
         self._results.open(True)
         self._thread = threading.Thread(target=self._loop, name="continuous-batching", daemon=True)
         self._thread.start()
+        atexit.register(self._end_with_the_process)
 
     def is_running(self) -> bool:
         thread = self._thread
@@ -312,6 +314,10 @@ class ContinuousBatchingManager:
                 "wait for results before you add more, or allow a longer timeout or queue."
             )
 
+    def _end_with_the_process(self) -> None:
+        """Ends the thread before the interpreter would: that aborts the process if the thread is in torch."""
+        self.stop(hard_stop=True)
+
     def _loop(self) -> None:
         try:
             while True:
@@ -331,3 +337,4 @@ class ContinuousBatchingManager:
         finally:
             self._results.open(False)
             _running.pop(self.model.engine, None)
+            atexit.unregister(self._end_with_the_process)

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import inspect
 import queue
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from against_transformers import pair
+from small_models import SHIPPED_MODEL
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria
 from transformers.generation.continuous_batching import ContinuousBatchingManager as Theirs
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
@@ -272,3 +275,22 @@ def test_an_interrupt_ends_all_and_the_next_call_works():
     results = ours.generate_batch(PROMPTS, progress_bar=False, **GREEDY)
     assert [one.generated_tokens for one in results.values()] == [expected(prompt) for prompt in PROMPTS]
     assert results.statistics.requests_running == results.statistics.requests_waiting == 0
+
+
+LEFT_RUNNING = """
+import sys
+from optimum_opt_trn import NeuronOPTForCausalLM
+model = NeuronOPTForCausalLM.from_pretrained(sys.argv[1], batch_size=2, sequence_length=256, amp="f32")
+manager = model.init_continuous_batching()
+manager.start()
+manager.add_requests([[5, 6, 7], [8, 9]], max_new_tokens=250, eos_token_id=None, streaming=True)
+next(iter(manager))
+sys.exit(3)
+"""
+
+
+def test_a_process_ends_while_requests_run():
+    """Its exit status is its own, and nothing is said of an abort."""
+    command = [sys.executable, "-W", "ignore", "-c", LEFT_RUNNING, str(SHIPPED_MODEL)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 3, ended.stderr[-500:]
