@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,7 @@ class Worker:
                 text=True,
                 cwd=place.directory,
                 env={**place.variables(), **own, **contender.variables, **variables},
+                start_new_session=True,
             )
         self.versions: dict[str, str] = self._answer()["versions"]
         self.seconds = time.perf_counter() - started
@@ -147,7 +149,7 @@ class Worker:
         raise ContenderFailed(": ".join([why, *last]))
 
     def close(self) -> None:
-        """Ends the process: the end of its stdin does, or else it is killed."""
+        """Ends the process: the end of its stdin does, or it is killed. Processes that it started are killed."""
         assert self._process.stdin and self._process.stdout
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -156,6 +158,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.stdout.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
