@@ -1,7 +1,7 @@
 # The module that csrc/module.cpp makes; what the arguments are is said there.
 
 VARIANTS: tuple[str, ...]
-MOST_FEW_ROWS: tuple[int, ...]
+MOST_NORMED_ROWS: int
 MOST_UNIT_ROWS: int
 SCRATCH: int
 

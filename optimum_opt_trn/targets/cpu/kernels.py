@@ -93,10 +93,8 @@ class KernelArithmetic(Arithmetic):
     def __post_init__(self) -> None:
         index = variants().index(self.variant)
         object.__setattr__(self, "_index", index)
-        object.__setattr__(self, "_most_few_rows", _kernels.MOST_FEW_ROWS[index])
 
     _index: int = field(init=False, repr=False, compare=False)
-    _most_few_rows: int = field(init=False, repr=False, compare=False)
 
     def linears(
         self,
@@ -115,7 +113,7 @@ class KernelArithmetic(Arithmetic):
             raise RuntimeError(f"{len(weights)} weights, {len(biases or ())} biases, {len(scales or ())} scales")
         k, dtype = _check_x(x), weights[0].dtype
         m = x.numel() // k
-        if norm is not None and m > self._most_few_rows:
+        if norm is not None and m > _kernels.MOST_NORMED_ROWS:
             x, norm = self.layer_norm(x, norm), None
         ys: list[Tensor] = []
         arguments: list[int] = []

@@ -22,7 +22,7 @@ from optimum_opt_trn.targets.cpu.kernels import VARIANT_VARIABLE, KernelArithmet
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Below, at and beyond what a piece, a tile and a panel take at once; many rows start at 49, and by unit at 9.
-ROWS = [1, 2, 3, 4, 7, 8, 9, 17, 48, 49, 56, 61]
+ROWS = [1, 2, 3, 4, 7, 8, 9, 17, 48, 49, 56, 61, 192, 193, 201]
 OUTPUTS = [1, 3, 4, 15, 16, 17, 47, 48, 49, 100, 257]
 DEPTHS = [1, 5, 15, 16, 17, 64, 100, 256, 257, 512, 513, 1023, 1025, 2100]
 

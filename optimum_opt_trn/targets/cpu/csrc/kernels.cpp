@@ -6,9 +6,9 @@
 #include "rows.h"
 
 #if defined(KERNELS_AVX512)
-extern const Kernels kernels_avx512 = {"avx512", MOST_FEW_ROWS, linears, linear_sum, attend, layer_norm, best};
+extern const Kernels kernels_avx512 = {"avx512", linears, linear_sum, attend, layer_norm, best};
 #elif defined(KERNELS_AVX2)
-extern const Kernels kernels_avx2 = {"avx2", MOST_FEW_ROWS, linears, linear_sum, attend, layer_norm, best};
+extern const Kernels kernels_avx2 = {"avx2", linears, linear_sum, attend, layer_norm, best};
 #elif defined(KERNELS_NEON)
-extern const Kernels kernels_neon = {"neon", MOST_FEW_ROWS, linears, linear_sum, attend, layer_norm, best};
+extern const Kernels kernels_neon = {"neon", linears, linear_sum, attend, layer_norm, best};
 #endif

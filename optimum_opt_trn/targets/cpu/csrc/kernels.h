@@ -11,6 +11,8 @@ enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 // By unit, linear_sum takes at most so many rows as they are; with more, a panel of weights is converted first.
 constexpr int64_t MOST_UNIT_ROWS = 8;
+// linears takes at most so many rows through a layernorm: the calling thread does that.
+constexpr int64_t MOST_NORMED_ROWS = 48;
 
 constexpr uint64_t NO_MEMORY = ~uint64_t{0};
 
@@ -38,8 +40,6 @@ struct Norm {
 
 struct Kernels {
   const char* name;
-  // The most rows that weights are multiplied with as they are; with more, a panel of them is converted first.
-  int64_t most_few_rows;
   // x (m, k), through a layernorm unless `norm` is null; negative results become 0 with `relu`.
   uint64_t (*linears)(int threads, Dtype dtype, int64_t m, int64_t k, const float* x, const Norm* norm, bool relu,
                       int64_t count, const Output* outputs);

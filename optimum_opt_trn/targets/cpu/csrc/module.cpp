@@ -224,14 +224,11 @@ PyMODINIT_FUNC PyInit__kernels() {
   variant_count = find_variants(variants);
   PyObject* module = PyModule_Create(&definition);
   PyObject* names = PyTuple_New(variant_count);
-  PyObject* rows = PyTuple_New(variant_count);
-  if (module == nullptr || names == nullptr || rows == nullptr) return nullptr;
-  for (int i = 0; i < variant_count; i++) {
-    PyTuple_SetItem(names, i, PyUnicode_FromString(variants[i]->name));
-    PyTuple_SetItem(rows, i, PyLong_FromLongLong(variants[i]->most_few_rows));
-  }
-  // What this processor can run, the best first; and of each the most rows of a product of few.
-  if (PyModule_AddObject(module, "VARIANTS", names) < 0 || PyModule_AddObject(module, "MOST_FEW_ROWS", rows) < 0 ||
+  if (module == nullptr || names == nullptr) return nullptr;
+  for (int i = 0; i < variant_count; i++) PyTuple_SetItem(names, i, PyUnicode_FromString(variants[i]->name));
+  // What this processor can run, the best first.
+  if (PyModule_AddObject(module, "VARIANTS", names) < 0 ||
+      PyModule_AddIntConstant(module, "MOST_NORMED_ROWS", MOST_NORMED_ROWS) < 0 ||
       PyModule_AddIntConstant(module, "MOST_UNIT_ROWS", MOST_UNIT_ROWS) < 0 ||
       PyModule_AddIntConstant(module, "SCRATCH", SCRATCH) < 0)
     return nullptr;
