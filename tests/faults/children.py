@@ -55,6 +55,8 @@ def run(
     """
     reading, writing = os.pipe()
     started = time.monotonic()
+    # A SIGINT that comes before the child expects it waits: it would interrupt the child's copy of pytest.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with _ONE_AT_A_TIME:  # filelock refuses a fork during a fork of another thread
         child = os.fork()
     if child == 0:
@@ -64,6 +66,7 @@ def run(
             # tqdm's own lock is shared with the parent: a child that is killed while it holds it would block all.
             tqdm.set_lock(threading.RLock())
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             prepare()
             work()
             status = _FINISHED
@@ -78,6 +81,7 @@ def run(
                 os.write(writing, text.encode()[-4000:])
             finally:
                 os._exit(status)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.close(writing)
     sent = until is None
     while True:
