@@ -61,7 +61,7 @@ def load(arguments: argparse.Namespace, rows: int) -> Any:
     if not (Path(arguments.model) / "neuron_config.json").is_file():
         options["batch_size"] = arguments.batch_size or rows
         if not arguments.eager:
-            print(f"Exporting {arguments.model}. The first export of a host compiles some seconds.", flush=True)
+            print(f"Exporting {arguments.model}.", flush=True)
     given = {name: value for name, value in options.items() if value is not None}
     model = NeuronOPTForCausalLM.from_pretrained(arguments.model, eager=arguments.eager, **given)
     if arguments.output:
