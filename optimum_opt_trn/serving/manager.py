@@ -98,8 +98,8 @@ class ContinuousBatchingManager:
         self._stopping, self._error = False, None
         self._results.open(True)
         self._thread = threading.Thread(target=self._loop, name="continuous-batching", daemon=True)
+        atexit.register(self._end_with_the_process)  # first: the thread takes it back at its end
         self._thread.start()
-        atexit.register(self._end_with_the_process)
 
     def is_running(self) -> bool:
         thread = self._thread

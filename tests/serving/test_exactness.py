@@ -1,4 +1,4 @@
-"""Each request gets what transformers gives for its prompt alone, whatever the other requests and their order."""
+"""Each request gets the tokens that transformers gives for its prompt. Other requests and their order change none."""
 
 from __future__ import annotations
 
