@@ -38,7 +38,10 @@ _kept: deque[tuple[int, tuple[object, ...]]] = deque()
 
 
 def variants() -> tuple[str, ...]:
-    """The instruction sets (`avx512`, `avx2`, `neon`) that this processor and this build have, the best first."""
+    """The instruction sets that this processor and this build have, the best first.
+
+    Of `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2` and `neon`; each of the first three can do what follows it.
+    """
     return () if _kernels is None else _kernels.VARIANTS
 
 

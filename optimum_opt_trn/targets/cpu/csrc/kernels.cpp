@@ -1,14 +1,25 @@
-// The table of kernels for one instruction set: compiled once for each, with KERNELS_… saying which (setup.py).
+// The tables of kernels for one instruction set: compiled once for each, with KERNELS_… saying which (setup.py).
 
 #include "attention.h"
 #include "common.h"
 #include "products.h"
 #include "rows.h"
 
+namespace {
+
+template <Extra E>
+constexpr Kernels table(const char* name) {
+  return {name, linears<E>, linear_sum<E>, attend, layer_norm, best};
+}
+
+}  // namespace
+
 #if defined(KERNELS_AVX512)
-extern const Kernels kernels_avx512 = {"avx512", linears, linear_sum, attend, layer_norm, best};
+extern const Kernels kernels_avx512 = table<Extra::NONE>("avx512");
+extern const Kernels kernels_avx512_vnni = table<Extra::VNNI>("avx512_vnni");
+extern const Kernels kernels_avx512_bf16 = table<Extra::BF16>("avx512_bf16");
 #elif defined(KERNELS_AVX2)
-extern const Kernels kernels_avx2 = {"avx2", linears, linear_sum, attend, layer_norm, best};
+extern const Kernels kernels_avx2 = table<Extra::NONE>("avx2");
 #elif defined(KERNELS_NEON)
-extern const Kernels kernels_neon = {"neon", linears, linear_sum, attend, layer_norm, best};
+extern const Kernels kernels_neon = table<Extra::NONE>("neon");
 #endif

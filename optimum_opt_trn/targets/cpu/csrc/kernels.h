@@ -59,8 +59,11 @@ struct Kernels {
                    float mask, int64_t k, float* values, int32_t* places);
 };
 
+// What kernels may use beyond the vectors of their instruction set; each includes those before it.
+enum class Extra { NONE, VNNI, BF16 };
+
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_vnni, kernels_avx512_bf16;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 #endif

@@ -27,12 +27,16 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // What this processor can run, the best first.
 int find_variants(const Kernels* (&found)[4]) {
   int count = 0;
 #if defined(__x86_64__)
+  if (has_bf16()) found[count++] = &kernels_avx512_bf16;
+  if (has_vnni()) found[count++] = &kernels_avx512_vnni;
   if (has_avx512()) found[count++] = &kernels_avx512;
   if (has_avx2()) found[count++] = &kernels_avx2;
 #elif defined(__aarch64__)

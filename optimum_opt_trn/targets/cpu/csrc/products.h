@@ -236,6 +236,7 @@ inline int64_t divide(ProductsCall* call, int threads, bool few) {
   return pieces;
 }
 
+template <Extra E>
 inline uint64_t run_products(Job* job, int threads, Dtype dtype, ProductsCall* call) {
   const bool few = call->m <= MOST_FEW_ROWS && !call->products[0].by_unit;
   const int64_t pieces = divide(call, threads, few);
@@ -246,6 +247,7 @@ inline uint64_t run_products(Job* job, int threads, Dtype dtype, ProductsCall* c
   });
 }
 
+template <Extra E>
 inline uint64_t linears(int threads, Dtype dtype, int64_t m, int64_t k, const float* x, const Norm* norm, bool relu,
                         int64_t count, const Output* outputs) {
   // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
@@ -266,9 +268,10 @@ inline uint64_t linears(int threads, Dtype dtype, int64_t m, int64_t k, const fl
     products[i] = {output.n, 0, 1, 0, inputs + i, output.scale, output.bias, nullptr, relu, false, output.y};
   }
   *call = {m, count, products};
-  return run_products(job, threads, dtype, call);
+  return run_products<E>(job, threads, dtype, call);
 }
 
+template <Extra E>
 inline uint64_t linear_sum(int threads, Dtype dtype, int64_t m, int64_t n, bool by_unit, bool skip, const float* scale,
                            const void* bias, const float* residual, float* y, int64_t count, const Input* inputs) {
   if (by_unit && takes_units(m, n, count, inputs))
@@ -283,7 +286,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, int64_t m, int64_t n, bool 
   memcpy(copied, inputs, count * sizeof(Input));
   *product = {n, 0, count, 0, copied, scale, bias, residual, false, by_unit, y};
   *call = {m, 1, product};
-  return run_products(job, threads, dtype, call);
+  return run_products<E>(job, threads, dtype, call);
 }
 
 }  // namespace
