@@ -155,7 +155,7 @@ def write_split(weights: WeightSource, directory: Path, amp: str, write_small_fi
         shutil.rmtree(prepared, ignore_errors=True)
         prepared.mkdir()
         write_small_files(prepared)
-        others = {name: list_file(file) for name, file in visible_files(prepared).items()}
+        others = {name: list_file(path) for name, path in visible_files(prepared).items()}
         others[INDEX_NAME] = list_text(json_text(index))
         if manifest.files.keys() == files.keys() and _is_finished(directory, others):
             logger.info(f"{directory} is this split checkpoint already: nothing is written.")
@@ -166,8 +166,8 @@ def write_split(weights: WeightSource, directory: Path, amp: str, write_small_fi
             (directory / name).unlink(missing_ok=True)  # the tokenizer of another model, for example
         manifest.write(directory / UNFINISHED_NAME)
         (directory / MANIFEST_NAME).unlink(missing_ok=True)
-        for file in prepared.iterdir():
-            os.replace(file, directory / file.name)
+        for path in prepared.iterdir():
+            os.replace(path, directory / path.name)
         prepared.rmdir()
 
         _write_files(weights, directory, keys, linkable, manifest)
