@@ -12,7 +12,7 @@ from typing import Any
 from transformers import OPTConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
-from .quantization import check_quantization
+from .quantization import quantization_problem
 
 
 _COUNTS = (
@@ -89,8 +89,9 @@ def check_values(given: Mapping[str, Any], source: Any) -> None:
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if hidden % heads:
         _refuse(source, "num_attention_heads", heads, f"it must divide hidden_size={hidden}")
-    if values.get("quantization_config") is not None:
-        check_quantization(values["quantization_config"], source)
+    quantization = values.get("quantization_config")
+    if quantization is not None and (problem := quantization_problem(quantization)):
+        raise ValueError(f"{source}: its config.json has a quantization_config, {problem}")
 
 
 def check_tokens(values: Mapping[str, Any], origin: str) -> None:

@@ -53,23 +53,19 @@ def is_int8(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def check_quantization(quantization: Any, source: Any) -> None:
-    """Checks the `quantization_config` of a config.json.
+def quantization_problem(quantization: Any) -> str | None:
+    """What is wrong with the `quantization_config` of a config.json, and what would do; None if nothing is.
 
-    Raises:
-        ValueError: if it is not one of weights in int8 with a scale for each output channel; the message names what
-            it is, and what would do.
+    It must be one of weights in int8 with a scale for each output channel.
     """
     try:
         problem = _problem(quantization)
     except (KeyError, TypeError, AttributeError) as error:
         problem = f"one that cannot be read ({type(error).__name__}: {error})"
-    if problem:
-        raise ValueError(
-            f"{source}: its config.json has a quantization_config, {problem}. Choose the model that it was quantized "
-            f"from, or one in {METHOD}' format {FORMAT} or {PACKED_FORMAT} with int8 weights, symmetric, with a scale "
-            "for each output channel (its strategy 'channel')."
-        )
+    return problem and (
+        f"{problem}. Choose the model that it was quantized from, or one in {METHOD}' format {FORMAT} or "
+        f"{PACKED_FORMAT} with int8 weights, symmetric, with a scale for each output channel (its strategy 'channel')."
+    )
 
 
 def _problem(quantization: Mapping[str, Any]) -> str | None:
