@@ -37,9 +37,9 @@ import torch
 from transformers import OPTConfig
 
 from optimum_opt_trn import OPTNeuronConfig
-from optimum_opt_trn.checkpoint.config import save_config
 from optimum_opt_trn.checkpoint.formats import Piece
 from optimum_opt_trn.checkpoint.layout import CHECKPOINT_DIR, checkpoint_files
+from optimum_opt_trn.checkpoint.small_files import save_config
 from optimum_opt_trn.checkpoint.source import WeightSource
 from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.generation.inputs import pack

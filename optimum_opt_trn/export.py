@@ -14,13 +14,13 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from .checkpoint.config import load_config, save_config, save_small_files
-from .checkpoint.config_values import check_opt
+from .checkpoint.config import check_opt, load_config
 from .checkpoint.hub import open_checkpoint
 from .checkpoint.layout import CHECKPOINT_DIR, CheckpointError, checkpoint_files
 from .checkpoint.listing import Listed, checkpoint_entries, read_export_manifest, record, write_export_manifest
 from .checkpoint.lock import one_writer
 from .checkpoint.manifest import MANIFEST_NAME, read_manifest
+from .checkpoint.small_files import save_config, save_small_files
 from .checkpoint.write import write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME

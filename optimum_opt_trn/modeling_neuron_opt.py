@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from .checkpoint import CheckpointError, push_to_hub, verify_checkpoint
-from .checkpoint.config import load_config, load_tokenizer
-from .checkpoint.config_values import check_opt, check_tokens
+from .checkpoint.config import check_opt, check_tokens, load_config
 from .checkpoint.quantization import is_int8
+from .checkpoint.small_files import load_tokenizer
 from .checkpoint.verify import find_unlisted
 from .configuration_opt import OPTNeuronConfig, normalize_adapters, reject_unknown
 from .dtypes import normalize_dtype, normalize_weight_dtype

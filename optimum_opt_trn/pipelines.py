@@ -11,8 +11,9 @@ import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.generation import GenerationMixin
 
-from .checkpoint.config import load_config, load_tokenizer
+from .checkpoint.config import load_config
 from .checkpoint.listing import record
+from .checkpoint.small_files import load_tokenizer
 from .configuration_opt import reject_unknown
 from .export import find_export
 from .generation.transformers_versions import default_new_tokens

@@ -1,29 +1,34 @@
-"""The small files of a checkpoint: config.json, which has to be an OPT's, generation config and tokenizer."""
+"""config.json, which has to be an OPT's: loaded, and checked in one place before anything reads it.
+
+transformers 4.57 loads a config.json with any values, and fails later, or gives a model that is not the one meant;
+transformers 5 refuses some, in many lines.
+"""
 
 from __future__ import annotations
 
-import copy
 import os
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    OPTConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
+from transformers import AutoConfig, OPTConfig, PretrainedConfig
+from transformers.activations import ACT2FN
+from transformers.utils import CONFIG_NAME
+
+from .quantization import quantization_problem
+
+
+_COUNTS = (
+    *("vocab_size", "hidden_size", "word_embed_proj_dim", "num_hidden_layers", "num_attention_heads", "ffn_dim"),
+    "max_position_embeddings",
 )
-from transformers.utils import CONFIG_NAME, logging
-
-from ..dtypes import to_torch
-from .config_values import check_opt, check_values, opt_values
-from .quantization import is_int8, quantization_config
-
-
-logger = logging.get_logger(__name__)
+# Far beyond any OPT. Larger numbers would be a damaged file, and take all memory before anything else is compared.
+_LIMIT, _LIMITS = 2**24, {"num_hidden_layers": 10_000}
+_SWITCHES = (
+    *("do_layer_norm_before", "_remove_final_layer_norm", "layer_norm_elementwise_affine"),
+    *("enable_bias", "tie_word_embeddings"),
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
@@ -64,74 +69,89 @@ def load_config(source: str | os.PathLike, **hub: Any) -> OPTConfig:
     return check_opt(config, source)
 
 
-def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model `source`, a local directory or an id on the hub; `options` as in transformers.
-
-    Raises:
-        ValueError: if there is none that can be loaded.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-        if tokenizer.vocab_size:
-            tokenizer("a")  # what is wrong in tokenizer.json may show only here
-    except BaseException as error:
-        # tokenizers raise many errors; without files it can be an ImportError, and with broken ones a panic of Rust.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        cause = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{source} has no tokenizer that can be loaded ({cause})") from error
-    if not tokenizer.vocab_size:  # what transformers 5 makes of a directory without a tokenizer
-        raise ValueError(f"{source} has no tokenizer that can be loaded (it has no files of one)")
-    return tokenizer
-
-
-def stored_config(config: OPTConfig, amp: str, weight_dtype: str | None = None) -> OPTConfig:
-    """`config` as it is for weights in `amp`, or in int8; `config` itself is not changed."""
-    saved = copy.deepcopy(config)
-    saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
-    if weight_dtype == "int8":
-        saved.quantization_config = quantization_config()
-    elif is_int8(saved):
-        del saved.quantization_config
-    return saved
-
-
-def save_config(config: OPTConfig, amp: str, directory: Path, weight_dtype: str | None = None) -> None:
-    """Writes `stored_config` as config.json."""
-    saved = stored_config(config, amp, weight_dtype)
-    saved.save_pretrained(directory)
-
-
-def save_small_files(
-    source: Path,
-    config: OPTConfig,
-    amp: str,
-    directory: Path,
-    longest: int | None = None,
-    weight_dtype: str | None = None,
-) -> None:
-    """Writes config.json, and the generation config and the tokenizer of the checkpoint `source`, to `directory`.
-
-    Without a tokenizer there is a warning.
+def opt_values(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of the OPT: all of it, or, of a BLIP-2, its `text_config`; None if there is no OPT.
 
     Args:
-        source: a local directory.
-        config: of the model.
-        amp, weight_dtype: dtypes of the weights.
-        directory: where to write.
-        longest: tokens that the model takes at most, for the tokenizer to know; None leaves that as it is.
+        given: what config.json holds.
     """
-    save_config(config, amp, directory, weight_dtype)
-    generation_config = GenerationConfig.from_model_config(config)
-    # A BLIP-2's generation config is for the whole model: its language model gets the defaults of its configuration.
-    if PretrainedConfig.get_config_dict(source)[0].get("model_type") == "opt":
-        with suppress(OSError):
-            generation_config = GenerationConfig.from_pretrained(source)
-    generation_config.save_pretrained(directory)
-    try:
-        tokenizer = load_tokenizer(source)
-        if longest is not None:
-            tokenizer.model_max_length = longest
-        tokenizer.save_pretrained(directory)
-    except ValueError as error:
-        logger.warning(f"{error}, so the copy has none.")
+    text = given.get("text_config")
+    for values in (given, text):
+        if isinstance(values, Mapping) and values.get("model_type") == "opt":
+            return values
+    return None
+
+
+def check_opt(config: PretrainedConfig, source: Any) -> OPTConfig:
+    """`config`, or its `text_config` if that is the OPT, as in a BLIP-2.
+
+    Raises:
+        ValueError: if neither is an OPT's, or for a value that no OPT has.
+    """
+    text = getattr(config, "text_config", None)
+    opt = config if config.model_type == "opt" else text
+    if getattr(opt, "model_type", None) != "opt":
+        raise ValueError(
+            f"{source} is of model_type {config.model_type!r}, and optimum_opt_trn serves only 'opt', alone or as the "
+            "language model of a BLIP-2. For other models see optimum-neuron."
+        )
+    assert opt is not None
+    if opt is not config:
+        opt._commit_hash = getattr(config, "_commit_hash", None)
+    check_values(opt.to_dict(), source)
+    return opt
+
+
+def check_values(given: Mapping[str, Any], source: Any) -> None:
+    """Checks the values that this package, or transformers, computes with.
+
+    Args:
+        given: what config.json holds; the rest has the defaults of an OPT.
+        source: what messages call it.
+
+    Raises:
+        ValueError: for the first wrong value, naming it, the limit and the way out.
+    """
+    values = {**OPTConfig().to_dict(), **given}
+    for name in _COUNTS:
+        value = values[name]
+        if type(value) is not int or value < 1:
+            _refuse(source, name, value, "it must be a positive whole number")
+        if value > _LIMITS.get(name, _LIMIT):
+            _refuse(source, name, value, f"no OPT has more than {_LIMITS.get(name, _LIMIT)}")
+    for name in _SWITCHES:
+        value = values[name]
+        if not isinstance(value, bool):
+            _refuse(source, name, value, "it must be true or false")
+    check_tokens(values, f"{source}: its config.json")
+    activation = values["activation_function"]
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        _refuse(source, "activation_function", activation, "OPT has 'relu', Galactica 'gelu'")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if hidden % heads:
+        _refuse(source, "num_attention_heads", heads, f"it must divide hidden_size={hidden}")
+    quantization = values.get("quantization_config")
+    if quantization is not None and (problem := quantization_problem(quantization)):
+        raise ValueError(f"{source}: its config.json has a quantization_config, {problem}")
+
+
+def check_tokens(values: Mapping[str, Any], origin: str) -> None:
+    """Checks the special tokens in a config.json or generation_config.json; `origin` is what the message calls it.
+
+    Raises:
+        ValueError: for the first that is no number of a token.
+    """
+    for name in _TOKENS:
+        value = values.get(name)
+        ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+        if value is not None and not all(type(i) is int and abs(i) <= _LIMIT for i in ids):
+            raise ValueError(
+                f"{origin} has {name}={value!r}, and it must be the number of a token, or null. Correct the file, or "
+                "fetch it again."
+            )
+
+
+def _refuse(source: Any, name: str, value: Any, limit: str) -> None:
+    raise ValueError(
+        f"{source}: its config.json has {name}={value!r}, and {limit}. Correct the file, or fetch it again."
+    )

@@ -26,8 +26,7 @@ from ..configuration_opt import normalize_adapters
 from ..dtypes import normalize_dtype, normalize_weight_dtype
 from ..hardware import in_units
 from .adapter import open_adapters
-from .config import load_config, save_config, save_small_files
-from .config_values import check_opt
+from .config import check_opt, load_config
 from .hub import open_checkpoint
 from .layout import INDEX_NAME, CheckpointError, FileSpecs, checkpoint_files
 from .listing import Listed, json_text, list_file, list_text, visible_files, write_json
@@ -41,6 +40,7 @@ from .manifest import (
     linkable_files,
     read_manifest,
 )
+from .small_files import save_config, save_small_files
 from .source import WeightSource, open_model
 from .stream import write_tensors
 

@@ -248,7 +248,7 @@ def _export(
 def _is_opt(options: dict[str, Any]) -> bool:
     from transformers import PretrainedConfig
 
-    from ..checkpoint.config_values import opt_values
+    from ..checkpoint.config import opt_values
 
     where = {name: options[name] for name in ("revision", "cache_dir", "subfolder") if name in options}
     try:

@@ -123,7 +123,8 @@ def run(options: Namespace) -> None:
 
 
 def _load(options: Namespace) -> tuple[NeuronOPTForCausalLM, PreTrainedTokenizerBase]:
-    from ..checkpoint.config import load_config, load_tokenizer
+    from ..checkpoint.config import load_config
+    from ..checkpoint.small_files import load_tokenizer
     from ..modeling_neuron_opt import NeuronOPTForCausalLM
 
     hub = {"revision": options.revision, "cache_dir": options.cache_dir}

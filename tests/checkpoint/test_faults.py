@@ -17,11 +17,11 @@ from transformers import OPTForCausalLM
 
 from optimum_opt_trn import CheckpointError, save_pretrained_split
 from optimum_opt_trn.checkpoint import verify_checkpoint
-from optimum_opt_trn.checkpoint.config import save_config
 from optimum_opt_trn.checkpoint.hub import open_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, checkpoint_files
 from optimum_opt_trn.checkpoint.lock import one_writer
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME, read_manifest
+from optimum_opt_trn.checkpoint.small_files import save_config
 from optimum_opt_trn.checkpoint.write import write_split
 
 

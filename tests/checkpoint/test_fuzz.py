@@ -19,10 +19,10 @@ from small_models import save_as_pytorch, tiny_config, tiny_opt
 
 from optimum_opt_trn import OPTNeuronConfig
 from optimum_opt_trn.checkpoint import load_weights
-from optimum_opt_trn.checkpoint.config import save_config
 from optimum_opt_trn.checkpoint.hub import open_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, checkpoint_files
 from optimum_opt_trn.checkpoint.manifest import MANIFEST_NAME, UNFINISHED_NAME
+from optimum_opt_trn.checkpoint.small_files import save_config
 from optimum_opt_trn.checkpoint.verify import find_problems
 from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.model.parallel import RankGroup

@@ -20,9 +20,10 @@ from small_models import SHIPPED_MODEL, tiny_opt
 from transformers import OPTConfig
 
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig
-from optimum_opt_trn.checkpoint.config import load_config, load_tokenizer, save_config
+from optimum_opt_trn.checkpoint.config import load_config
 from optimum_opt_trn.checkpoint.hub import open_checkpoint
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, checkpoint_files
+from optimum_opt_trn.checkpoint.small_files import load_tokenizer, save_config
 from optimum_opt_trn.checkpoint.verify import find_problems, find_unlisted
 from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.export import export_opt

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from small_models import KINDS, tiny_config
 
 from optimum_opt_trn import NeuronOPTForCausalLM
-from optimum_opt_trn.checkpoint.config import load_config
-from optimum_opt_trn.checkpoint.config_values import check_values
+from optimum_opt_trn.checkpoint.config import check_values, load_config
 
 
 WRONG = {
