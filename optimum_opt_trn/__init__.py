@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from .configuration_opt import OPTNeuronConfig
     from .modeling_neuron_opt import NeuronOPTForCausalLM
     from .pipelines import pipeline
-    from .planning.fit import DoesNotFitError
+    from .planning.memory import DoesNotFitError
 
 # Public name -> the module that has it, which is imported at first use.
 _EXPORTS = {
     "CheckpointError": "checkpoint",
     "NeuronOPTForCausalLM": "modeling_neuron_opt",
-    "DoesNotFitError": "planning.fit",
+    "DoesNotFitError": "planning.memory",
     "OPTNeuronConfig": "configuration_opt",
     "pipeline": "pipelines",
     "save_pretrained_split": "checkpoint",

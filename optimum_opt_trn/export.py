@@ -24,7 +24,7 @@ from .checkpoint.small_files import save_config, save_small_files
 from .checkpoint.write import write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
-from .planning.fit import check_fit
+from .planning.memory import check_fit
 from .targets import get_target
 from .targets.base import COMPILED_DIR
 

@@ -29,7 +29,7 @@ from .host_framework import (
     get_neuron_major,
 )
 from .module_methods import ModuleMethodsMixin
-from .planning.fit import check_fit
+from .planning.memory import check_fit
 from .serving import ContinuousBatchingMixin
 from .targets import Runtime, get_target
 from .version import NEEDED_FOR_NEURON

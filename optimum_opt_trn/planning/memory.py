@@ -7,18 +7,27 @@ itself is a calibrated constant. See docs/memory.md.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 from ..buckets import SHORTEST_SEQUENCE
 from ..checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
-from ..hardware import INSTANCES, GiB, Instance, equal_degrees
+from ..hardware import INSTANCES, GiB, Instance, equal_degrees, in_units
 from ..model.shapes import ModelShape, cache_shape, shard_dim, shard_range
-from .host import host_threads
+from .host import host_threads, largest_of_family
 from .setup import Setup
 from .workspace import cpu_buffers, graph_workspace, prompt_scores
 
+
+if TYPE_CHECKING:
+    from ..configuration_opt import OPTNeuronConfig
+
+
+# What transformers' get_logger returns, too; but a plan does not import transformers.
+logger = logging.getLogger(__name__)
 
 # Memory for a core's runtime, code and DMA rings. Calibrated: OPT-13B in float16 at 2048 positions runs on the two
 # cores of a trn1.2xlarge at batch size 2, and not at 3. The plan says so with any reserve of 0.65 to 1.93 GiB; with
@@ -30,6 +39,10 @@ NEURON_RESERVE = 5 * GiB // 4
 SCRATCHPAD_PAGE = GiB // 2
 
 GROUPS = ("attention", "mlp", "embeddings and head", "positions, layernorms")
+
+
+class DoesNotFitError(ValueError):
+    """An export that needs more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +201,51 @@ def cheapest(config: ModelShape, setup: Setup) -> tuple[Instance, int] | None:
     return None
 
 
-def settings_that_fit(config: ModelShape, setup: Setup, instance: Instance) -> Iterator[str]:
+def check_fit(config: ModelShape, neuron_config: OPTNeuronConfig, force: bool = False) -> None:
+    """Checks an export against the cores of its instance family, or on `cpu` against the memory available now.
+
+    On `cpu` everything except the weights has to fit. Weights are mapped files: if memory is short, there is a warning
+    that they are read from the disk again and again. With `force` there are only warnings.
+
+    Raises:
+        DoesNotFitError: with the sums, and with settings that fit.
+    """
+    try:
+        instance = largest_of_family(neuron_config.instance_type)
+    except OSError:  # the system does not tell how much memory there is
+        return
+    setup = Setup.of(neuron_config)
+    plan = plan_memory(config, setup, instance)
+    if plan.fits:
+        return
+    if plan.runs:
+        logger.warning(f"{_shortage(plan)}. Weights will be read from the disk again and again, which is slow.")
+        return
+    if force:
+        logger.warning(f"{_shortage(plan)}. Continuing, since force is given.")
+        return
+    ways = [*_settings_that_fit(config, setup, instance), "force=True (--force) to continue in spite of this"]
+    raise DoesNotFitError(f"{_shortage(plan)}. Choose {', or '.join(ways)}.")
+
+
+def _shortage(plan: MemoryPlan) -> str:
+    setup, instance = plan.setup, plan.instance
+    parts = {
+        "weights": sum(plan.weights.values()),
+        "cache": plan.cache,
+        "workspace": plan.workspace,
+        "reserve": plan.reserve,
+    }
+    listed = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items() if size)
+    where = f"a core of {instance.family.name} has" if instance.on_neuron else "are available on this host"
+    return (
+        f"batch_size={setup.batch_size}, sequence_length={setup.sequence_length}, tp_degree={setup.tp_degree} needs "
+        f"{in_units(plan.total)} ({listed}), {in_units(-plan.free)} more than the {in_units(instance.core_bytes)} "
+        f"that {where}"
+    )
+
+
+def _settings_that_fit(config: ModelShape, setup: Setup, instance: Instance) -> Iterator[str]:
     """The nearest settings that fit, each a change of one option."""
     if size := max_batch_size(config, setup, instance):
         yield f"batch_size={size}"

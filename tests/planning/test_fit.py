@@ -9,9 +9,8 @@ from test_memory import OPT_13B, OPT_30B
 import optimum_opt_trn.planning.host
 from optimum_opt_trn import DoesNotFitError, NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
-from optimum_opt_trn.planning.fit import check_fit
 from optimum_opt_trn.planning.host import this_host
-from optimum_opt_trn.planning.memory import plan_memory
+from optimum_opt_trn.planning.memory import check_fit, plan_memory
 from optimum_opt_trn.planning.setup import Setup
 
 
