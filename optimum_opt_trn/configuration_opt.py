@@ -11,11 +11,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import OPTConfig
 
 from .buckets import SHORTEST_SEQUENCE, check_buckets, default_cache_buckets, default_prompt_buckets
 from .dtypes import normalize_dtype, normalize_weight_dtype, to_torch
-from .hardware import FAMILIES, equal_degrees
+from .hardware import FAMILIES
 from .host_framework import NeuronConfig, get_neuronxcc_version, optimum_neuron_version, register_neuron_config
 from .version import __version__
 
@@ -181,27 +180,6 @@ class OPTNeuronConfig(NeuronConfig):
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"OPTNeuronConfig is immutable: {name} is decided at export.")
-
-    def check_model(self, config: OPTConfig) -> None:
-        """Checks that a model of `config` can be exported with these options.
-
-        Raises:
-            ValueError: if `sequence_length` exceeds the positions that the model has, or if its heads or its MLP
-                cannot be split into `tp_degree` equal parts; the message names the limit and the possible values.
-        """
-        limit = config.max_position_embeddings
-        if self.sequence_length > limit:
-            raise ValueError(
-                f"sequence_length={self.sequence_length} exceeds the {limit} positions that the model was trained "
-                f"with (max_position_embeddings): choose at most {limit}."
-            )
-        heads, ffn_dim = config.num_attention_heads, config.ffn_dim
-        degrees = equal_degrees(heads, ffn_dim)
-        if self.tp_degree not in degrees:
-            raise ValueError(
-                f"tp_degree={self.tp_degree} cannot split {heads} attention heads and an MLP of {ffn_dim} into equal "
-                f"parts: choose one of {', '.join(map(str, degrees))}."
-            )
 
     @property
     def amp_dtype(self) -> torch.dtype:

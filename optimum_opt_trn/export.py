@@ -24,7 +24,7 @@ from .checkpoint.small_files import save_config, save_small_files
 from .checkpoint.write import write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
-from .planning.memory import check_fit
+from .planning.memory import check_fit, check_model
 from .targets import get_target
 from .targets.base import COMPILED_DIR
 
@@ -83,7 +83,7 @@ def export_opt(
     amp, weight_dtype = neuron_config.amp, neuron_config.weight_dtype
     _check_output(output, source)
     opt_config = load_config(source, **hub) if config is None else check_opt(config, source)
-    neuron_config.check_model(opt_config)
+    check_model(opt_config, neuron_config)
     check_fit(opt_config, neuron_config, force)
     target = get_target(neuron_config)
     files = checkpoint_files(opt_config, amp, weight_dtype)

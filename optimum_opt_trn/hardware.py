@@ -12,7 +12,6 @@ Llama3.1 405B"), the powers of two below it are an assumption.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -126,15 +125,3 @@ INSTANCES = {
         _instance("trn2.48xlarge", 16, 64, _V3, 2048),
     )
 }
-
-
-def equal_degrees(num_heads: int, ffn_dim: int, supported: Iterable[int] = ()) -> tuple[int, ...]:
-    """The tensor-parallel degrees that split a model's attention heads and MLP into equal parts, ascending.
-
-    Args:
-        num_heads: attention heads.
-        ffn_dim: units of the MLP.
-        supported: the degrees to choose from; by default any.
-    """
-    degrees = tuple(supported) or range(1, num_heads + 1)
-    return tuple(n for n in degrees if num_heads % n == 0 and ffn_dim % n == 0)

@@ -29,7 +29,7 @@ from .host_framework import (
     get_neuron_major,
 )
 from .module_methods import ModuleMethodsMixin
-from .planning.memory import check_fit
+from .planning.memory import check_fit, check_model
 from .serving import ContinuousBatchingMixin
 from .targets import Runtime, get_target
 from .version import NEEDED_FOR_NEURON
@@ -171,7 +171,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
             tp_degree=tensor_parallel_size,
             **{name: value for name, value in given.items() if value is not None},
         )
-        neuron_config.check_model(opt_config)
+        check_model(opt_config, neuron_config)
         return neuron_config
 
     @classmethod
@@ -321,7 +321,7 @@ class NeuronOPTForCausalLM(ModuleMethodsMixin, ContinuousBatchingMixin, NeuronMo
                     "loading: leave the option out, or export the model again."
                 )
         config = OPTConfig.from_pretrained(directory)
-        neuron_config.check_model(config)
+        check_model(config, neuron_config)
         if load:
             check_fit(config, neuron_config, force)
         target = get_target(neuron_config, tp_processes, trust_remote_code)

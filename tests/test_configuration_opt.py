@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from requirements import needs_optimum_neuron
-from small_models import tiny_config
 
 from optimum_opt_trn.configuration_opt import (
     FORMAT_VERSION,
@@ -260,30 +259,3 @@ def test_default_buckets_suit_the_target():
     assert OPTNeuronConfig(sequence_length=100).prompt_buckets == (100,)
     neuron = OPTNeuronConfig(sequence_length=1000, instance_type="trn1")
     assert neuron.prompt_buckets == neuron.cache_buckets == (128, 256, 512, 1000)
-
-
-def test_check_model_accepts_what_fits():
-    model = tiny_config(max_position_embeddings=100)
-    for degree in (1, 2, 4):
-        OPTNeuronConfig(sequence_length=100, tp_degree=degree).check_model(model)
-
-
-def test_check_model_length():
-    with pytest.raises(ValueError, match="sequence_length=101 exceeds the 100 positions.*choose at most 100"):
-        OPTNeuronConfig(sequence_length=101).check_model(tiny_config(max_position_embeddings=100))
-
-
-@pytest.mark.parametrize(
-    ("heads", "ffn_dim", "degree", "possible"),
-    [
-        (12, 48, 5, "1, 2, 3, 4, 6, 12"),
-        (12, 48, 24, "1, 2, 3, 4, 6, 12"),  # more ranks than heads
-        (12, 20, 3, "1, 2, 4"),  # the heads can be split, the MLP cannot
-        (7, 28, 2, "1, 7"),
-    ],
-)
-def test_check_model_degrees(heads, ffn_dim, degree, possible):
-    model = tiny_config(hidden_size=heads * 4, num_attention_heads=heads, ffn_dim=ffn_dim)
-    message = f"tp_degree={degree} cannot split {heads} attention heads and an MLP of {ffn_dim}.*one of {possible}\\."
-    with pytest.raises(ValueError, match=message):
-        OPTNeuronConfig(sequence_length=64, tp_degree=degree).check_model(model)

@@ -1,8 +1,6 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from optimum_opt_trn.hardware import FAMILIES, INSTANCES, GiB, equal_degrees
+from optimum_opt_trn.hardware import FAMILIES, INSTANCES, GiB
 
 
 def test_names_and_families_are_those_of_exports():
@@ -44,10 +42,3 @@ def test_an_instance_runs_the_degrees_of_its_family_that_it_has_cores_for():
     for family in FAMILIES.values():
         largest = max((i.tp_degrees for i in INSTANCES.values() if i.family == family), key=len, default=())
         assert largest == family.tp_degrees
-
-
-@given(heads=st.integers(1, 60), ffn_dim=st.integers(1, 60), supported=st.sets(st.integers(1, 60), max_size=8))
-def test_equal_degrees_are_those_that_leave_no_rest(heads, ffn_dim, supported):
-    found = equal_degrees(heads, ffn_dim, sorted(supported))
-    for degree in supported or range(1, 61):
-        assert (degree in found) == (heads % degree == ffn_dim % degree == 0)

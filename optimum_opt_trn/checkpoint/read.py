@@ -103,6 +103,6 @@ def _shards(file: Path, tensor: Tensor, name: str, spec: TensorSpec, group: Rank
     for rank in group.ranks:
         start, stop, padding = shard_range(spec.shape[dim], rank, group.tp_degree)
         shard = tensor.narrow(dim, start, stop - start)
-        # Only a vocabulary that does not divide is padded, in dimension 0 and by a copy: OPTNeuronConfig.check_model.
+        # Only a vocabulary that does not divide is padded, in dimension 0 and by a copy: planning's check_model.
         shards.append(F.pad(shard, (0, 0, 0, padding)) if padding else shard)
     return shards

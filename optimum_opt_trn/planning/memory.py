@@ -1,4 +1,4 @@
-"""The memory plan: how much a model takes on each core, from only its config.json, and what fits.
+"""The memory plan: how much a model takes on each core, from only its config.json; what fits, and what is refused.
 
 Weights and cache are exact: the tensors of `checkpoint/layout.py`, cut over ranks as `model/shapes.py` says, which has
 the cache's shape too. Workspace is the rank program's tensors (`workspace.py`). What the Neuron runtime takes for
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..buckets import SHORTEST_SEQUENCE
 from ..checkpoint.layout import TensorSpec, layer_prefix, layer_specs, outer_specs
-from ..hardware import INSTANCES, GiB, Instance, equal_degrees, in_units
+from ..hardware import INSTANCES, GiB, Instance, in_units
 from ..model.shapes import ModelShape, cache_shape, shard_dim, shard_range
 from .host import host_threads, largest_of_family
 from .setup import Setup
@@ -156,9 +156,14 @@ def plan_memory(config: ModelShape, setup: Setup, instance: Instance) -> MemoryP
     return MemoryPlan(instance, setup, weights, cache, graphs, pages * SCRATCHPAD_PAGE, NEURON_RESERVE, scores)
 
 
-def tp_degrees(config: ModelShape, instance: Instance) -> tuple[int, ...]:
-    """The degrees that `instance` supports and that split the model's heads and MLP into equal parts."""
-    return equal_degrees(config.num_attention_heads, config.ffn_dim, instance.tp_degrees)
+def tp_degrees(config: ModelShape, instance: Instance | None = None) -> tuple[int, ...]:
+    """The degrees, ascending, that split the model's heads and MLP into equal parts, and that `instance` supports.
+
+    Without an instance, or on `cpu`, all that split them.
+    """
+    heads, units = config.num_attention_heads, config.ffn_dim
+    supported = (instance and instance.tp_degrees) or range(1, heads + 1)
+    return tuple(n for n in supported if heads % n == 0 and units % n == 0)
 
 
 def max_batch_size(config: ModelShape, setup: Setup, instance: Instance) -> int:
@@ -199,6 +204,27 @@ def cheapest(config: ModelShape, setup: Setup) -> tuple[Instance, int] | None:
         if degree is not None:
             return instance, degree
     return None
+
+
+def check_model(config: ModelShape, neuron_config: OPTNeuronConfig) -> None:
+    """Checks that a model of `config` can be exported with these options.
+
+    Raises:
+        ValueError: if `sequence_length` exceeds the positions that the model has, or if its heads or its MLP cannot be
+            split into `tp_degree` equal parts; the message names the limit and the possible values.
+    """
+    length, limit = neuron_config.sequence_length, config.max_position_embeddings
+    if length > limit:
+        raise ValueError(
+            f"sequence_length={length} exceeds the {limit} positions that the model was trained with "
+            f"(max_position_embeddings): choose at most {limit}."
+        )
+    degree, degrees = neuron_config.tp_degree, tp_degrees(config)
+    if degree not in degrees:
+        raise ValueError(
+            f"tp_degree={degree} cannot split {config.num_attention_heads} attention heads and an MLP of "
+            f"{config.ffn_dim} into equal parts: choose one of {', '.join(map(str, degrees))}."
+        )
 
 
 def check_fit(config: ModelShape, neuron_config: OPTNeuronConfig, force: bool = False) -> None:

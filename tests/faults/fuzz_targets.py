@@ -27,6 +27,7 @@ from optimum_opt_trn.checkpoint.small_files import load_tokenizer, save_config
 from optimum_opt_trn.checkpoint.verify import find_problems, find_unlisted
 from optimum_opt_trn.checkpoint.write import write_split
 from optimum_opt_trn.export import export_opt
+from optimum_opt_trn.planning.memory import check_model
 from optimum_opt_trn.targets import TargetError
 
 
@@ -66,7 +67,7 @@ def verify_split(root: Path) -> None:
 
 def configuration(root: Path) -> None:
     config = load_config(root / "export")
-    OPTNeuronConfig(sequence_length=8, tp_degree=2).check_model(config)
+    check_model(config, OPTNeuronConfig(sequence_length=8, tp_degree=2))
 
 
 def tokenizer(root: Path) -> None:

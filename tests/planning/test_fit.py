@@ -1,4 +1,4 @@
-"""Exports that cannot fit are refused."""
+"""Exports that cannot fit, and options that do not suit the model, are refused."""
 
 import logging
 
@@ -10,7 +10,7 @@ import optimum_opt_trn.planning.host
 from optimum_opt_trn import DoesNotFitError, NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.planning.host import this_host
-from optimum_opt_trn.planning.memory import check_fit, plan_memory
+from optimum_opt_trn.planning.memory import check_fit, check_model, plan_memory
 from optimum_opt_trn.planning.setup import Setup
 
 
@@ -98,3 +98,30 @@ def test_a_load_is_refused_unless_forced(save_opt, tmp_path, available):
     with pytest.raises(DoesNotFitError, match="force=True"):
         NeuronOPTForCausalLM.from_pretrained(output, eager=True)
     assert NeuronOPTForCausalLM.from_pretrained(output, eager=True, force=True).runtime
+
+
+def test_a_model_that_suits_the_options_passes():
+    model = tiny_config(max_position_embeddings=100)
+    for degree in (1, 2, 4):
+        check_model(model, OPTNeuronConfig(sequence_length=100, tp_degree=degree))
+
+
+def test_a_sequence_beyond_the_positions_is_refused():
+    with pytest.raises(ValueError, match="sequence_length=101 exceeds the 100 positions.*choose at most 100"):
+        check_model(tiny_config(max_position_embeddings=100), OPTNeuronConfig(sequence_length=101))
+
+
+@pytest.mark.parametrize(
+    ("heads", "ffn_dim", "degree", "possible"),
+    [
+        (12, 48, 5, "1, 2, 3, 4, 6, 12"),
+        (12, 48, 24, "1, 2, 3, 4, 6, 12"),  # more ranks than heads
+        (12, 20, 3, "1, 2, 4"),  # the heads can be split, the MLP cannot
+        (7, 28, 2, "1, 7"),
+    ],
+)
+def test_a_degree_that_does_not_split_the_model_is_refused(heads, ffn_dim, degree, possible):
+    model = tiny_config(hidden_size=heads * 4, num_attention_heads=heads, ffn_dim=ffn_dim)
+    message = f"tp_degree={degree} cannot split {heads} attention heads and an MLP of {ffn_dim}.*one of {possible}\\."
+    with pytest.raises(ValueError, match=message):
+        check_model(model, OPTNeuronConfig(sequence_length=64, tp_degree=degree))

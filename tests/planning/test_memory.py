@@ -29,7 +29,7 @@ from optimum_opt_trn.planning.memory import (
     smallest_degree,
     tp_degrees,
 )
-from optimum_opt_trn.planning.setup import Setup
+from optimum_opt_trn.planning.setup import OPTShape, Setup
 from optimum_opt_trn.planning.workspace import CONTEXT_ENCODING, cpu_buffers
 
 
@@ -159,6 +159,16 @@ def test_degrees_are_the_runtimes_that_divide_the_heads():
     assert tp_degrees(OPT_66B, INSTANCES["inf2.48xlarge"]) == (1, 2, 4, 8, 12, 24)
     assert tp_degrees(OPT_13B, INSTANCES["trn1.32xlarge"]) == (1, 2, 8)
     assert tp_degrees(tiny_config(), this_host()) == (1, 2, 4)
+
+
+@given(heads=st.integers(1, 60), ffn_dim=st.integers(1, 60), supported=st.sets(st.integers(1, 60), max_size=8))
+def test_degrees_leave_no_rest(heads, ffn_dim, supported):
+    instance = replace(TRN1, cores=60, family=replace(TRN1.family, tp_degrees=tuple(sorted(supported))))
+    config = OPTShape(num_attention_heads=heads, ffn_dim=ffn_dim)
+    found = tp_degrees(config, instance)
+    for degree in supported or range(1, 61):
+        assert (degree in found) == (heads % degree == ffn_dim % degree == 0)
+    assert supported or found == tp_degrees(config)
 
 
 def small(core_bytes: int) -> Instance:
