@@ -129,7 +129,7 @@ class KernelArithmetic(Arithmetic):
             arguments += weight.data_ptr(), n, ldw, scale, bias, y.data_ptr()
         if m:
             handle = _kernels.linears(
-                *(self._index, torch.get_num_threads(), _DTYPES[dtype], m, k, x.data_ptr(), relu),
+                *(self._index, torch.get_num_threads(), _DTYPES[dtype], self._rounds(), m, k, x.data_ptr(), relu),
                 *(norm is not None, *_norm_arguments(norm)),
                 *arguments,
             )
@@ -172,19 +172,25 @@ class KernelArithmetic(Arithmetic):
         y = torch.empty(shape)
         m = y.numel() // n
         # By unit, some rows at a time: they are limited by arithmetic, so that reading weights again costs nothing.
-        at_once = -(-m // -(-m // _kernels.MOST_UNIT_ROWS)) if by_unit and 0 < m <= _MOST_ROWS_BY_UNIT else m
+        rounds = self._rounds()
+        limit = _kernels.MOST_UNIT_ROWS if rounds else _MOST_ROWS_BY_UNIT
+        at_once = -(-m // -(-m // _kernels.MOST_UNIT_ROWS)) if by_unit and 0 < m <= limit else m
         for row in range(0, m, at_once or 1):
             arguments: list[int] = []
             for x, weight, k, ldw in zip(xs, weights, ks, strides, strict=True):
                 arguments += x.data_ptr() + row * k * _FLOAT32, weight.data_ptr(), k, ldw
             rows = row * n * _FLOAT32
             handle = _kernels.linear_sum(
-                *(self._index, torch.get_num_threads(), _DTYPES[dtype], min(at_once, m - row), n, by_unit),
-                *(self.skip_zeros, scaled, biased, 0 if residual is None else residual.data_ptr() + rows),
+                *(self._index, torch.get_num_threads(), _DTYPES[dtype], rounds, min(at_once, m - row), n),
+                *(by_unit, self.skip_zeros, scaled, biased, 0 if residual is None else residual.data_ptr() + rows),
                 *(y.data_ptr() + rows, *arguments),
             )
             _keep(handle, xs, weights, bias, residual, scale)
         return y
+
+    def _rounds(self) -> bool:
+        """Whether factors may be rounded to bfloat16, and this variant gains by it."""
+        return self.variant == "avx512_bf16" and torch.get_float32_matmul_precision() == "medium"
 
     def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
         """See `Arithmetic.layer_norm`; x contiguous."""

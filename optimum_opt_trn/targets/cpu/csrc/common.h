@@ -57,6 +57,23 @@ inline float scalar(BFloat16 value) {
   return wide;
 }
 
+#if !defined(KERNELS_AVX512)
+// The first `count` lanes; the others are 0, and are not read or written.
+template <typename T>
+inline Vec load(const T* from, int64_t count) {
+  if (count == LANES) return load(from);
+  float padded[LANES] = {};
+  for (int64_t i = 0; i < count; i++) padded[i] = scalar(from[i]);
+  return load(padded);
+}
+inline void store(float* to, Vec v, int64_t count) {
+  if (count == LANES) return store(to, v);
+  float padded[LANES];
+  store(padded, v);
+  memcpy(to, padded, count * sizeof(float));
+}
+#endif
+
 // To the nearest, of two to the even one, as torch converts.
 template <typename T>
 inline T narrow(float value);
@@ -97,6 +114,13 @@ inline Vec exponential(Vec v) {
 template <typename C>
 inline C* begin(Job** job, int64_t more = 0) {
   return static_cast<C*>(pool_begin(sizeof(C) + more, job));
+}
+
+// Where vectors of a call begin, behind what else it has: loads that cross a line take twice as long. It may be MARGIN
+// bytes further on.
+constexpr int64_t MARGIN = 64;
+inline float* vectors_from(void* behind) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(behind) + MARGIN - 1) / MARGIN * MARGIN);
 }
 
 // Calls `run` with a null pointer of the C++ type of `dtype`.

@@ -2,7 +2,7 @@
 
 #include "attention.h"
 #include "common.h"
-#include "products.h"
+#include "linears.h"
 #include "rows.h"
 
 namespace {

@@ -85,12 +85,13 @@ PyObject* run(F compute) {
   return PyLong_FromUnsignedLongLong(handle);
 }
 
-// (variant, threads, dtype, m, k, x, relu, normed, norm weight, norm bias, eps, (w, n, ldw, scale, bias, y)…)
+// (variant, threads, dtype, bfloat16, m, k, x, relu, normed, norm weight, norm bias, eps, (w, n, ldw, scale, bias, y)…)
 PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Reader reader{args, count, 0};
   const Kernels* kernels = reader.kernels();
   const int threads = static_cast<int>(reader.number());
   const Dtype dtype = static_cast<Dtype>(reader.number());
+  const bool bfloat16 = reader.number();
   const int64_t m = reader.number(), k = reader.number();
   const float* x = reader.address<const float>();
   const bool relu = reader.number(), normed = reader.number();
@@ -111,17 +112,18 @@ PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
     all[i].y = reader.address<float>();
   }
   PyObject* result = run(
-      [&] { return kernels->linears(threads, dtype, m, k, x, normed ? &norm : nullptr, relu, outputs, all); });
+      [&] { return kernels->linears(threads, dtype, bfloat16, m, k, x, normed ? &norm : nullptr, relu, outputs, all); });
   if (all != few) PyMem_Free(all);
   return result;
 }
 
-// (variant, threads, dtype, m, n, by unit, skip, scale, bias, residual, y, (x, w, k, ldw)…)
+// (variant, threads, dtype, bfloat16, m, n, by unit, skip, scale, bias, residual, y, (x, w, k, ldw)…)
 PyObject* linear_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Reader reader{args, count, 0};
   const Kernels* kernels = reader.kernels();
   const int threads = static_cast<int>(reader.number());
   const Dtype dtype = static_cast<Dtype>(reader.number());
+  const bool bfloat16 = reader.number();
   const int64_t m = reader.number(), n = reader.number();
   const bool by_unit = reader.number(), skip = reader.number();
   const float* scale = reader.address<const float>();
@@ -139,7 +141,7 @@ PyObject* linear_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
     all[i].ldw = reader.number();
   }
   PyObject* result = run([&] {
-    return kernels->linear_sum(threads, dtype, m, n, by_unit, skip, scale, bias, residual, y, inputs, all);
+    return kernels->linear_sum(threads, dtype, bfloat16, m, n, by_unit, skip, scale, bias, residual, y, inputs, all);
   });
   if (all != few) PyMem_Free(all);
   return result;

@@ -30,6 +30,19 @@ inline Vec load(const Int8* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+// The first `count` lanes; the others are 0, and are not read or written.
+inline Vec load(const float* from, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, from); }
+inline Vec load(const Half* from, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, from));
+}
+inline Vec load(const BFloat16* from, int64_t count) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << count) - 1, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Vec load(const Int8* from, int64_t count) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((1u << count) - 1, from)));
+}
+inline void store(float* to, Vec v, int64_t count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, v); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec largest(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec rounded(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -37,6 +50,14 @@ inline Vec power_of_two(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+// The sums of four vectors, to four floats: fewer operations than four of `sum`.
+inline void store_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+  const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const Vec abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 // A bit for each lane that is not 0; that a lane is NaN counts.
 inline uint32_t nonzero(Vec v) { return _mm512_cmp_ps_mask(v, zeros(), _CMP_NEQ_UQ); }
 // A bit for each lane that is not at most `limit`.

@@ -37,6 +37,9 @@ inline Vec power_of_two(Vec n) {
   return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
 inline float sum(Vec v) { return vaddvq_f32(v); }
+inline void store_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+  store(to, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
 inline uint32_t bits_of(uint32x4_t mask) {
   const uint32x4_t places = {1, 2, 4, 8};
   return vaddvq_u32(vandq_u32(mask, places));

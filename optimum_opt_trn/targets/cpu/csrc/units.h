@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common.h"
+#include "results.h"
 
 namespace {
 
@@ -18,10 +19,8 @@ constexpr int64_t BLOCK = 8;
 template <typename T>
 struct UnitsCall {
   int64_t m, n, groups, parts, width;  // parts of a group, of `width` outputs
-  const float* scale;
-  const typename BiasOf<T>::Type* bias;
-  const float* residual;
-  float *y, *sums;  // sums (groups, m, n)
+  Results results;
+  float* sums;  // (groups, m, n)
   struct Group {
     const T* w;
     int64_t ldw, count, ldx;  // count of units to add
@@ -126,18 +125,13 @@ void units_finish(const void* given) {
     for (int v = 0; v < 4; v++) total[v] = load(totals + i + v * LANES);
     for (int64_t group = 1; group < call.groups; group++)
       for (int v = 0; v < 4; v++) total[v] = total[v] + load(call.sums + group * size + i + v * LANES);
-    for (int v = 0; v < 4; v++) store(totals + i + v * LANES, total[v]);
+    for (int v = 0; v < 4; v++) store(totals + i + v * LANES, total[v] + zeros());  // -0 becomes 0
   }
-  for (; i < size; i++)
+  for (; i < size; i++) {
     for (int64_t group = 1; group < call.groups; group++) totals[i] += call.sums[group * size + i];
-  for (int64_t row = 0; row < call.m; row++)
-    for (int64_t c = 0; c < call.n; c++) {
-      float value = totals[row * call.n + c] + 0.0f;  // -0 becomes 0
-      if (call.scale != nullptr) value *= call.scale[c];
-      if (call.bias != nullptr) value += scalar(call.bias[c]);
-      if (call.residual != nullptr) value += call.residual[row * call.n + c];
-      call.y[row * call.n + c] = value;
-    }
+    totals[i] += 0.0f;
+  }
+  for (int64_t row = 0; row < call.m; row++) finish<T>(call.results, row, 0, call.n, totals + row * call.n);
 }
 
 // The units of x (m, count), rows k apart, that are not 0 in every row, ascending; how many.
@@ -164,10 +158,10 @@ inline bool takes_units(int64_t m, int64_t n, int64_t count, const Input* inputs
 }
 
 template <typename T>
-uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const float* scale, const void* bias,
-                   const float* residual, float* y, int64_t count, const Input* inputs) {
+uint64_t units_sum(int threads, int64_t m, bool skip, const Results& results, int64_t count, const Input* inputs) {
   using Call = UnitsCall<T>;
   using Group = typename Call::Group;
+  const int64_t n = results.n;
   int64_t groups = 0;
   for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
   const int64_t units_bytes = groups * GROUP * sizeof(int32_t), values_bytes = groups * GROUP * m * sizeof(float);
@@ -182,7 +176,7 @@ uint64_t units_sum(int threads, int64_t m, int64_t n, bool skip, const float* sc
   int64_t parts = 1;
   while (groups * parts < PIECES_OF_A_THREAD * threads && n >= 2 * parts * LEAST_WIDTH) parts *= 2;
   const int64_t width = pieces_of(pieces_of(n, parts), LANES) * LANES;
-  *call = {m, n, groups, pieces_of(n, width), width, scale, static_cast<const typename BiasOf<T>::Type*>(bias), residual, y, sums, group};
+  *call = {m, n, groups, pieces_of(n, width), width, results, sums, group};
   for (int64_t i = 0; i < count; i++) {
     const Input& input = inputs[i];
     for (int64_t first = 0; first < input.k; first += GROUP, group++) {

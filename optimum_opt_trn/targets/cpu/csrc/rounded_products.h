@@ -1,0 +1,238 @@
+// Products whose factors are rounded to bfloat16, which AVX-512 BF16 multiplies two at a time: twice as many a second as
+// float32 ones. Sums are float32. The rows of x are rounded once a call, each to whole vectors, with zeros at its end.
+#pragma once
+
+#include "products.h"
+
+#if defined(KERNELS_AVX512)
+
+#define WITH_BF16 __attribute__((target("avx512bf16")))
+
+namespace {
+
+// Factors of a vector.
+constexpr int64_t PAIRED = 2 * LANES;
+// So many rows of x at a time: with STREAMS weight rows their sums leave registers for the factors.
+constexpr int ROUNDED_ROWS = 6, STREAMS = 4;
+static_assert(OUTPUTS % STREAMS == 0);
+// With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
+constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 16; }
+
+constexpr int64_t paired(int64_t k) { return pieces_of(k, PAIRED) * PAIRED; }
+
+// The first `count` values, rounded, and zeros.
+WITH_BF16 inline __m512i rounded(const BFloat16* from, int64_t count) {
+  return _mm512_maskz_loadu_epi16(count < PAIRED ? (1u << count) - 1 : ~0u, from);
+}
+template <typename T>
+WITH_BF16 inline __m512i rounded(const T* from, int64_t count) {
+  const Vec low = load(from, lesser(LANES, count));
+  return (__m512i)_mm512_cvtne2ps_pbh(count > LANES ? load(from + LANES, count - LANES) : zeros(), low);
+}
+
+template <typename T>
+constexpr bool IS_BFLOAT16 = false;
+template <>
+constexpr bool IS_BFLOAT16<BFloat16> = true;
+
+// Rounds rows of k, `ld` apart, to rows of paired(k).
+template <typename T>
+WITH_BF16 void round_rows(const T* from, int64_t rows, int64_t k, int64_t ld, BFloat16* to) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t i = 0; i < k; i += PAIRED)
+      _mm512_storeu_si512(to + row * paired(k) + i, rounded(from + row * ld + i, lesser(PAIRED, k - i)));
+}
+
+// The rounded rows of x, where the call was given them.
+inline const BFloat16* rounded_x(const Input& input) { return reinterpret_cast<const BFloat16*>(input.x); }
+
+// totals += the products of R weight rows with M rows of x, both k long. If AHEAD, asks for R rows of bytes at `ahead`.
+template <bool AHEAD, int R, int M>
+WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const BFloat16* w, int64_t ldw, const BFloat16* x, int64_t k, const char* ahead,
+                                  int64_t stride, Vec (&totals)[R][M]) {
+  const int64_t ldx = paired(k);
+  for (int64_t i = 0; i < k; i += PAIRED) {
+    __m512bh weights[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) weights[r] = (__m512bh)rounded(w + r * ldw + i, lesser(PAIRED, k - i));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      if constexpr (AHEAD) __builtin_prefetch(ahead + r * stride + i * sizeof(BFloat16), 0, 1);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      __m512i xs = _mm512_loadu_si512(x + m * ldx + i);
+      asm("" : "+v"(xs));  // GCC would load it anew for each of its uses, and loads are the limit
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) totals[r][m] = _mm512_dpbf16_ps(totals[r][m], (__m512bh)xs, weights[r]);
+    }
+  }
+}
+
+// As `dot`. Weights that are not bfloat16 are in `packed`, from `begin` on, OUTPUTS rows of each input.
+template <int R, int M, typename T>
+WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t begin, int64_t column, const BFloat16* packed,
+                                  float* sums) {
+  Vec totals[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) totals[r][m] = zeros();
+  for (int64_t part = 0; part < p.count; part++) {
+    const Input& input = p.inputs[part];
+    const int64_t k = input.k, ldx = paired(k);
+    const BFloat16* x = rounded_x(input) + row * ldx;
+    // The first rows of x ask for the weights that come next: hardware does not follow a stream into the next page.
+    const T* next = static_cast<const T*>(input.w) + (column + (IS_BFLOAT16<T> ? R : OUTPUTS)) * input.ldw;
+    const char* ahead = reinterpret_cast<const char*>(next);
+    const int64_t stride = input.ldw * sizeof(T), ldw = IS_BFLOAT16<T> ? input.ldw : ldx;
+    const BFloat16* w = IS_BFLOAT16<T> ? static_cast<const BFloat16*>(input.w) + column * ldw
+                                       : packed + (column - begin) * ldw;
+    if (row == 0)
+      add_rounded<true>(w, ldw, x, k, ahead, stride, totals);
+    else
+      add_rounded<false>(w, ldw, x, k, ahead, stride, totals);
+    packed += OUTPUTS * ldx;
+  }
+  store_totals(totals, sums + column - begin);
+}
+
+template <int M, typename T>
+WITH_BF16 inline void rounded_dots(int64_t rows, const Product& p, int64_t row, int64_t begin, int64_t end,
+                                   const BFloat16* packed, float* sums) {
+  if constexpr (M > 1) {
+    if (rows < M) return rounded_dots<M - 1, T>(rows, p, row, begin, end, packed, sums);
+  }
+  int64_t column = begin;
+  for (; column + STREAMS <= end; column += STREAMS) rounded_dot<STREAMS, M, T>(p, row, begin, column, packed, sums);
+  for (; column < end; column++) rounded_dot<1, M, T>(p, row, begin, column, packed, sums);
+}
+
+// Floats of a piece's sums; what of its weights is packed comes behind them.
+inline int64_t sums_size(int64_t m) { return pieces_of(m * OUTPUTS, LANES) * LANES; }
+
+template <typename T>
+WITH_BF16 void rounded_piece(const void* given, int64_t piece, float* scratch) {
+  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
+  const Product& p = product_of(call, piece);
+  const int64_t begin = (piece - p.first_piece) * OUTPUTS, end = lesser(p.results.n, begin + OUTPUTS);
+  BFloat16* packed = reinterpret_cast<BFloat16*>(scratch + sums_size(call.m));
+  if constexpr (!IS_BFLOAT16<T>) {
+    BFloat16* to = packed;
+    for (int64_t part = 0; part < p.count; part++) {
+      const Input& input = p.inputs[part];
+      round_rows(static_cast<const T*>(input.w) + begin * input.ldw, end - begin, input.k, input.ldw, to);
+      to += OUTPUTS * paired(input.k);
+    }
+  }
+  const int64_t rows = pieces_of(call.m, pieces_of(call.m, ROUNDED_ROWS));  // as in few_rows_piece
+  for (int64_t row = 0; row < call.m; row += rows)
+    rounded_dots<ROUNDED_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, packed, scratch + row * OUTPUTS);
+}
+
+// As pack_units, but the weights of two units are neighbours, in the 32 bits of a lane: (depth / 2, PANEL).
+template <typename T>
+WITH_BF16 void pack_rounded_units(const Input& input, int64_t n, int64_t column, int64_t count, int64_t begin,
+                                  int64_t depth, float* panels) {
+  const int64_t width = lesser(count * PANEL, n - column);
+  // The lower half of a vector of 32 has the weights of one unit, the upper half those of the next.
+  alignas(64) uint16_t order[PAIRED];
+  for (int i = 0; i < PAIRED; i++) order[i] = i / 2 + i % 2 * LANES;
+  const __m512i places = _mm512_load_si512(order);
+  for (int64_t i = 0; i < depth; i += 2) {
+    const T* from = static_cast<const T*>(input.w) + (begin + i) * input.ldw + column;
+    const bool both = i + 1 < depth;
+    const T* next = from + (i + 8 < depth ? 8 * input.ldw : 0);
+    for (int64_t c = 0; c < count * PANEL; c += LANES) {
+      const int64_t present = c < width ? lesser(LANES, width - c) : 0;
+      __builtin_prefetch(next + c, 0, 2);
+      __builtin_prefetch(next + input.ldw + c, 0, 2);
+      const Vec low = load(from + c, present), high = both ? load(from + input.ldw + c, present) : zeros();
+      const __m512i pairs = _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      _mm512_storeu_si512(panels + c / PANEL * DEPTH * PANEL + i / 2 * PANEL + c % PANEL, pairs);
+    }
+  }
+}
+
+// As multiply_rows, of `pairs` pairs.
+template <int M>
+WITH_BF16 inline void multiply_rounded(int64_t rows, const BFloat16* x, int64_t ldx, const float* panel, int64_t pairs,
+                                       float* sums) {
+  if constexpr (M > 1) {
+    if (rows < M) return multiply_rounded<M - 1>(rows, x, ldx, panel, pairs, sums);
+  }
+  Vec totals[M][GEMM_VECTORS];
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = zeros();
+  for (int64_t i = 0; i < pairs; i++) {
+    __m512bh weights[GEMM_VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < GEMM_VECTORS; v++)
+      weights[v] = (__m512bh)_mm512_loadu_si512(panel + i * PANEL + v * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      int32_t pair;
+      memcpy(&pair, x + m * ldx + 2 * i, sizeof pair);
+      const __m512bh xs = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = _mm512_dpbf16_ps(totals[m][v], xs, weights[v]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < GEMM_VECTORS; v++) store(sums + m * PANEL + v * LANES, totals[m][v]);
+}
+
+// How panels of weights by unit are packed and multiplied; see many_rows_piece.
+template <typename T>
+struct RoundedPanels {
+  WITH_BF16 static void pack(const Product& p, const Input& input, int64_t column, int64_t count, int64_t begin,
+                             int64_t depth, float* panels) {
+    pack_rounded_units<T>(input, p.results.n, column, count, begin, depth, panels);
+  }
+  WITH_BF16 static void multiply(int64_t rows, const Input& input, int64_t row, int64_t begin, const float* panel,
+                                 int64_t depth, float* sums) {
+    const int64_t ldx = paired(input.k);
+    multiply_rounded<GEMM_ROWS>(rows, rounded_x(input) + row * ldx + begin, ldx, panel, pieces_of(depth, 2), sums);
+  }
+};
+
+// Whether the factors of these products are to be rounded, and can be.
+inline bool rounds(Dtype dtype, int64_t m, bool by_unit, int64_t count, const Input* inputs) {
+  if (by_unit) return true;
+  int64_t packed = 0;
+  for (int64_t i = 0; i < count; i++) packed += OUTPUTS * paired(inputs[i].k) / 2;
+  return m >= least_rounded_rows(dtype) && sums_size(m) + packed <= SCRATCH;
+}
+
+// Bytes of the rounded rows of all inputs.
+inline int64_t rounded_bytes(int64_t m, int64_t count, const Input* inputs) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < count; i++) size += m * paired(inputs[i].k) * sizeof(BFloat16);
+  return size;
+}
+
+// Rounds x (m, k) to `to`.
+inline const float* round_x(const float* x, int64_t m, int64_t k, float* to) {
+  round_rows(x, m, k, k, reinterpret_cast<BFloat16*>(to));
+  return to;
+}
+
+inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* call, int64_t pieces) {
+  return with_weight_dtype(dtype, [&]<typename T>(T*) {
+    if (!call->products[0].by_unit) return pool_run(job, threads, pieces, rounded_piece<T>, few_rows_commit<T>);
+    pool_run(job, threads, pieces, many_rows_piece<T, RoundedPanels<T>>, nullptr);
+    return uint64_t{0};  // no piece is computed twice, so that none is left
+  });
+}
+
+}  // namespace
+
+#else  // other instruction sets multiply in float32
+
+namespace {
+
+inline bool rounds(Dtype, int64_t, bool, int64_t, const Input*) { return false; }
+inline int64_t rounded_bytes(int64_t, int64_t, const Input*) { return 0; }
+inline const float* round_x(const float* x, int64_t, int64_t, float*) { return x; }
+inline uint64_t run_rounded(Job*, int, Dtype, ProductsCall*, int64_t) { return 0; }
+
+}  // namespace
+
+#endif
