@@ -15,8 +15,9 @@ one seed. Ours and a peer are loaded, each in its process, and answer all of the
 - **prefix**: seconds to the first token of 32 requests with 512 tokens in common, of the first and of the others.
 - **soak**: resident memory, threads and open files over ten thousand short requests of a tiny model.
 
-Checkpoints have random weights. Each peer gets a virtual environment with the packages of benchmarks/peers/*.txt.
---output gets serving_cpu.json with every time that was taken, anew after each measurement.
+Ours is the float16 export, but the bfloat16 export with `torch.set_float32_matmul_precision("medium")` beside a peer
+that computes in bfloat16. Checkpoints have random weights. Each peer gets a virtual environment with the packages of
+benchmarks/peers/*.txt. --output gets serving_cpu.json with every time that was taken, anew after each measurement.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Benchmark:
     def __init__(self, given: argparse.Namespace, place: Workplace):
         self.given, self.place = given, place
         self.report: dict[str, Any] = {"processor": processor(), "threads": given.threads, "results": []}
-        self.ours = replace(OURS, options={**OURS.options, "eager": given.eager})
+
+    def _ours(self, contender: Contender = OURS["f32"]) -> Contender:
+        """As the command was asked to export it."""
+        return replace(contender, options={**contender.options, "eager": self.given.eager})
 
     def run(self) -> None:
         given = self.given
@@ -98,11 +102,12 @@ class Benchmark:
         mix, rates = self._mix(shape), {"ours": [], "peer": []}
         asked = {"prompts": mix.prompts, "lengths": mix.lengths}
         peer = PEERS[name]
-        peer = replace(peer, options={**peer.options, "eager": self.given.eager}) if peer.environment is None else peer
+        peer = self._ours(peer) if peer.environment is None else peer
+        ours = self._ours(OURS.get(peer.compute, OURS["f32"]))
         with ExitStack() as stack:
             workers = {
                 "peer": stack.enter_context(self._loaded(peer, shape, batch, mix.longest)),
-                "ours": stack.enter_context(self._loaded(self.ours, shape, batch, mix.longest)),
+                "ours": stack.enter_context(self._loaded(ours, shape, batch, mix.longest)),
             }
             few = {"prompts": mix.prompts[:batch], "lengths": [4] * batch}
             for worker in workers.values():
@@ -135,7 +140,7 @@ class Benchmark:
         return {"tokens_per_second": bound, "reached": rate / bound, "step": step, "prompts": prompts}
 
     def _gaps(self, shape: str, batch: int) -> dict[str, Any]:
-        with self._loaded(self.ours, shape, batch, 2048) as worker:
+        with self._loaded(self._ours(), shape, batch, 2048) as worker:
             worker.ask("gaps", long=200, neighbours=batch - 1)  # warm
             measured = [
                 worker.ask("gaps", long=1500, neighbours=rows)[1]
@@ -153,13 +158,13 @@ class Benchmark:
         }
 
     def _prefix(self, shape: str, batch: int) -> dict[str, Any]:
-        with self._loaded(self.ours, shape, batch, 768) as worker:
+        with self._loaded(self._ours(), shape, batch, 768) as worker:
             worker.ask("serve", prompts=[[5, 6, 7] * 30], lengths=[4])  # warm
             made = worker.ask("prefix", common=512, requests=32)[1]
         return {**made, "ratio": made["first"] / made["others"], "expected_copied": 31 * 512}
 
     def _soak(self) -> dict[str, Any]:
-        with self._loaded(self.ours, "tiny", 4, 64) as worker:
+        with self._loaded(self._ours(), "tiny", 4, 64) as worker:
             seen = worker.ask("soak", requests=self.given.soak)[1]
         resident = seen["resident"]
         return {"requests": self.given.soak, "growth": resident[-1] / resident[len(resident) // 2] - 1, **seen}

@@ -46,8 +46,9 @@ class Contender:
 
 
 def _ours(name: str, amp: str, tp_degree: int = 1, processes: int = 1, weight_dtype: str | None = None) -> Contender:
-    options = {"amp": amp, "tp_degree": tp_degree, "weight_dtype": weight_dtype}
     compute = "bf16" if amp == "bf16" else "f32"
+    precision = "medium" if amp == "bf16" else "highest"
+    options = {"amp": amp, "tp_degree": tp_degree, "weight_dtype": weight_dtype, "precision": precision}
     return Contender(name, "ours", weight_dtype or amp, compute, None, name, options, processes)
 
 

@@ -30,6 +30,7 @@ class Peer(Runner):
         exported.save_pretrained(directory)
 
     def load(self, directory: str) -> None:
+        torch.set_float32_matmul_precision(self.options["precision"])
         processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun starts them
         self.model = NeuronOPTForCausalLM.from_pretrained(directory, tp_processes=processes)
 

@@ -32,6 +32,7 @@ class Peer(Server):
         exported.save_pretrained(directory)
 
     def load(self, directory: str, batch_size: int, length: int) -> None:
+        torch.set_float32_matmul_precision(self.options["precision"])
         self.model = NeuronOPTForCausalLM.from_pretrained(directory)
 
     def serve(self, prompts: list[list[int]], lengths: list[int]) -> list[int]:

@@ -21,8 +21,14 @@ def _contender(name: str, module: str, weights: str, compute: str, **options: An
     return Contender(name, module, weights, compute, environment, conversion, options)
 
 
-OURS = _contender("ours-f16", "serving_ours", "f16", "f32", amp="f16", eager=False)
-STATIC = _contender("ours-f16-static", "serving_ours", "f16", "f32", amp="f16", eager=False, static=True)
+def _ours(name: str, amp: str, compute: str, **options: Any) -> Contender:
+    precision = "medium" if compute == "bf16" else "highest"
+    return _contender(name, "serving_ours", amp, compute, amp=amp, eager=False, precision=precision, **options)
+
+
+# By how they and the peers beside them multiply.
+OURS = {"f32": _ours("ours-f16", "f16", "f32"), "bf16": _ours("ours-bf16", "bf16", "bf16")}
+STATIC = _ours("ours-f16-static", "f16", "f32", static=True)
 PEERS = {
     contender.name: contender
     for contender in (
