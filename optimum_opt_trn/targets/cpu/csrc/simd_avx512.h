@@ -67,20 +67,26 @@ inline float scalar(Half value) { return _cvtsh_ss(value.bits); }
 inline Half to_half(float value) { return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))}; }
 
 inline void transpose(Vec (&rows)[LANES]) {
-  // Butterflies: of each pair of rows `step` apart, the quarters off the diagonal change places.
-  for (int step = 1; step < 16; step *= 2) {
-    alignas(64) int low[16], high[16];
-    for (int lane = 0; lane < 16; lane++) {
-      low[lane] = lane & step ? 16 + lane - step : lane;
-      high[lane] = lane & step ? 16 + lane : lane + step;
+  // First 4 x 4 values in each quarter of the vectors, then the quarters of 4 x 4 vectors.
+  Vec pairs[16], quads[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      quads[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+      quads[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
     }
-    const __m512i lows = _mm512_load_si512(low), highs = _mm512_load_si512(high);
-    for (int i = 0; i < 16; i++)
-      if (!(i & step)) {
-        const Vec a = rows[i], b = rows[i + step];
-        rows[i] = _mm512_permutex2var_ps(a, lows, b);
-        rows[i + step] = _mm512_permutex2var_ps(a, highs, b);
-      }
+  for (int i = 0; i < 4; i++) {
+    const Vec even = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+    const Vec odd = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+    const Vec later_even = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+    const Vec later_odd = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+    rows[i] = _mm512_shuffle_f32x4(even, later_even, 0x88);
+    rows[i + 4] = _mm512_shuffle_f32x4(odd, later_odd, 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(even, later_even, 0xdd);
+    rows[i + 12] = _mm512_shuffle_f32x4(odd, later_odd, 0xdd);
   }
 }
 
