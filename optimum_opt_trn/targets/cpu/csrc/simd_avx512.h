@@ -30,6 +30,18 @@ inline Vec load(const Int8* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+inline void store(Half* to, Vec v) {
+  const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+// As `narrow` in common.h.
+inline void store(BFloat16* to, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+}
 // The first `count` lanes; the others are 0, and are not read or written.
 inline Vec load(const float* from, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, from); }
 inline Vec load(const Half* from, int64_t count) {
@@ -45,6 +57,7 @@ inline Vec load(const Int8* from, int64_t count) {
 inline void store(float* to, Vec v, int64_t count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, v); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec largest(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 inline Vec rounded(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec power_of_two(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
