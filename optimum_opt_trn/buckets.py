@@ -23,10 +23,6 @@ NEURON_SMALLEST_BUCKET = 128
 # (transformers' num_assistant_tokens, plus one).
 EXTENSION = 16
 
-# On `cpu`, the attention kernel reads the cache again for each token of a slot. From this many new tokens of a slot
-# on, matrix products are faster and are used instead.
-LONG_RUN = 16
-
 
 def _doubling(longest: int, first: int) -> tuple[int, ...]:
     sizes = []

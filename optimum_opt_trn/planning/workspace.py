@@ -9,15 +9,14 @@ The largest of these sums is what the graph needs, since its parts use the same 
   them that fit the core's 24 MiB of on-chip memory ("For an inference kernel, scratchpad usage is usually determined
   by the size of hidden states": AWS Neuron documentation, "Neuron Device Memory"). `prompt_scores` says how much they
   would take without tiles.
-- On `cpu` it is what the process that holds all ranks needs, with the kernels. They read 16-bit
-  weights directly, and allocate only their results. Tokens are packed, and the longest prompts fill every slot. Long
-  prompts go through PyTorch's flash attention, one slot after the other, which makes no scores. A thread's own buffers
-  are `CPU_THREAD_BYTES`. Without the kernels it is more (docs/memory.md).
+- On `cpu` it is what the process that holds all ranks needs, with the kernels. They read 16-bit weights and caches
+  directly, and allocate only their results. Tokens are packed, and the longest prompts fill every slot. A thread's own
+  buffers are `CPU_THREAD_BYTES`. Without the kernels it is more (docs/memory.md).
 """
 
 from __future__ import annotations
 
-from ..buckets import LONG_RUN, extension_length
+from ..buckets import extension_length
 from ..dtypes import DTYPES
 from ..model.shapes import ModelShape
 from .setup import Setup
@@ -29,10 +28,9 @@ SPECULATION = "speculation"
 
 _F32 = DTYPES["f32"].bytes
 
-# Bytes that a thread on `cpu` holds at most: a panel of weights (PANELS * DEPTH * PANEL floats in products.h; with
-# AVX-512 4 * 1024 * 48 of them: 0.75 MiB) and the blocks of flash attention (256 queries by 512 keys, for each query
-# two sums and the result: 0.57 MiB with heads of 64). The C library keeps the memory of one while the other is in use.
-CPU_THREAD_BYTES = 3 * 2**19
+# Bytes that a thread of the kernels on `cpu` holds at most: its scratch memory (SCRATCH floats in csrc/pool.h), for a
+# panel of converted weights, or a block of attention.
+CPU_THREAD_BYTES = 2**20
 
 
 def graph_workspace(config: ModelShape, setup: Setup, on_neuron: bool) -> dict[str, int]:
@@ -89,14 +87,8 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     embedded = indices + tokens * (4 + 4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
     # Attention: query, key, value and the weighted sum of values; then their product, one tensor for all ranks. (The
-    # result of the layernorm is free by then.) For the last slot of the last rank also its cached keys and values in
-    # float32, and a float32 for each query and head; or, a moment later, the results of all slots of the rank again,
-    # while they are joined.
-    attended = held + 4 * hidden
-    heads, width = config.num_attention_heads // ranks, config.hidden_size // ranks
-    converted = 2 if setup.cache_bytes < _F32 else 0
-    joined = setup.batch_size if setup.batch_size > 1 else 0
-    slot = n * max(converted * width + heads, joined * width) * _F32 if n >= LONG_RUN else 0
+    # result of the layernorm is free by then.)
+    attended = held + 5 * hidden
 
     # MLP: the result of attention and the inner units; with them the layernorm's result, or the inner units again
     # after an activation that the kernel does not have, or the layer's output.
@@ -108,11 +100,11 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     words = -(-config.vocab_size // ranks) * ranks
     last = setup.batch_size * config.hidden_size
     head = indices + (last + setup.batch_size * words * min(ranks, 2)) * _F32
-    return embedded, attended + slot, attended + hidden, mlp + max(activated, hidden), head
+    return embedded, attended, mlp + max(activated, hidden), head
 
 
 def cpu_buffers(config: ModelShape, threads: int) -> int:
-    """Bytes that the kernels and PyTorch hold on `cpu` between steps: those of each thread, and fc2's partial sums.
+    """Bytes that the kernels hold on `cpu` between steps: those of each thread, and fc2's partial sums.
 
     Of fc2 there are sums of 8 rows (MOST_UNIT_ROWS) for every 512 units (GROUP in csrc/units.h), and the values of
     its units.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from ...buckets import LONG_RUN
 from ...model.sampling import SamplingInputs, draw_tokens
 from ..base import Step
 from ..eager import EagerRuntime
@@ -18,33 +15,13 @@ from .kernels import KernelArithmetic
 
 @dataclass(frozen=True)
 class KernelAttention(PackedAttention):
-    """Attention by the kernels, except for slots with many tokens: there products of matrices are faster."""
+    """Attention by the kernels: all tokens of a step in one call."""
 
     kernels: KernelArithmetic
 
-    @cached_property
-    def parts(self) -> list[tuple[int | None, slice]]:
-        """The step's tokens in order, cut: each slot with many tokens, and all that is between, whose slot is None."""
-        parts: list[tuple[int | None, slice]] = []
-        for slot, tokens in self.step.runs:
-            if tokens.stop - tokens.start >= LONG_RUN:
-                parts.append((slot, tokens))
-            elif parts and parts[-1][0] is None:
-                parts[-1] = None, slice(parts[-1][1].start, tokens.stop)
-            else:
-                parts.append((None, tokens))
-        return parts
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See `PackedAttention`."""
-        step, mixed = self.step, []
-        for slot, tokens in self.parts:
-            new, places = (query[tokens], key[tokens], value[tokens]), step.positions[tokens]
-            if slot is None:
-                mixed.append(self.kernels.attend(*new, keys, values, step.slots[tokens], places, self.scale))
-            else:
-                mixed.append(self.attend_run(*new, keys[slot], values[slot], places))
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return self.kernels.attend(query, key, value, keys, values, self.step.slots, self.step.positions, self.scale)
 
 
 class CPURuntime(EagerRuntime):

@@ -274,56 +274,125 @@ def test_linears_refuses(change, message):
         KernelArithmetic().linears(**given)
 
 
-def check_attend(
-    arithmetic: KernelArithmetic,
-    slots: list[int],
-    starts: list[int],
-    counts: list[int],
-    heads: int,
-    d: int,
-    dtype: torch.dtype,
-) -> None:
-    """`counts[i]` new tokens in `slots[i]`, behind `starts[i]` that it holds."""
-    length = max(start + count for start, count in zip(starts, counts, strict=True)) + 2
-    shape = (max(slots) + 2, heads, length + 3, d)
-    keys, values = (random(seed, *shape, dtype=dtype)[:, :, :length] for seed in (1, 2))
-    before, after = (keys.clone(), values.clone()), (keys.clone(), values.clone())
-    places = [(slot, start + i) for slot, start, n in zip(slots, starts, counts, strict=True) for i in range(n)]
-    query, key, value = (random(seed, len(places), heads * d) for seed in (3, 4, 5))
-    rows = [x.double().unflatten(1, (heads, d)) for x in (query, key.to(dtype), value.to(dtype))]
-    exact = torch.empty(len(places), heads, d, dtype=torch.float64)
-    for token, (slot, position) in enumerate(places):
-        for cache, row in zip(after, rows[1:], strict=True):
-            cache[slot, :, position] = row[token].to(dtype)
-        k, v = (cache[slot, :, : position + 1].double() for cache in after)
-        weights = torch.softmax(torch.einsum("hd,hcd->hc", rows[0][token], k) * 0.3, -1)
+def attended(query, key, value, keys, values, slots, positions) -> torch.Tensor:
+    """`KernelArithmetic.attend` with a scale of 0.3 in float64. The new tokens are in the cache already."""
+    heads, d = keys.shape[1], keys.shape[3]
+    rows = query.double().unflatten(1, (heads, d))
+    exact = torch.empty(rows.shape, dtype=torch.float64)
+    for token, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        k, v = (cache[slot, :, : position + 1].double() for cache in (keys, values))
+        weights = torch.softmax(torch.einsum("hd,hcd->hc", rows[token], k) * 0.3, -1)
         exact[token] = torch.einsum("hc,hcd->hd", weights, v)
-    indices = [torch.tensor(column) for column in zip(*places, strict=True)]
-    mixed = arithmetic.attend(query, key, value, keys, values, *indices, 0.3)
-    assert_rounded(mixed, exact.flatten(1))
+    return exact.flatten(1)
+
+
+def check_attend(
+    arithmetic: KernelArithmetic, runs: list[tuple[int, list[int]]], heads: int, d: int, dtype: torch.dtype
+) -> None:
+    """`runs` has slots and the positions of their new tokens; what is at other positions is in the cache already."""
+    length = max(max(positions) for _, positions in runs) + 3
+    shape = (max(slot for slot, _ in runs) + 2, heads, length + 3, d)
+    keys, values = (random(seed, *shape, dtype=dtype)[:, :, :length] for seed in (1, 2))
+    before, after = keys.clone(), (keys.clone(), values.clone())
+    slots = torch.tensor([slot for slot, positions in runs for _ in positions])
+    positions = torch.tensor([position for _, places in runs for position in places])
+    query, key, value = (random(seed, len(slots), heads * d) for seed in (3, 4, 5))
+    query /= max(d / 64, 1) ** 0.5
+    for cache, new in zip(after, (key, value), strict=True):
+        cache[slots, :, positions] = new.unflatten(1, (heads, d)).to(dtype)
+    mixed = arithmetic.attend(query, key, value, keys, values, slots, positions, 0.3)
+    assert_rounded(mixed, attended(query, key, value, *after, slots, positions))
     assert torch.equal(keys, after[0]) and torch.equal(values, after[1])
-    assert not torch.equal(keys, before[0])
+    assert not torch.equal(keys, before)
+
+
+# At most, just below, at and just beyond what a block has of tokens (a multiple of 8, up to 64) and of keys (192), and
+# few tokens, which are taken one by one.
+counts = st.sampled_from([1, 2, 4, 5, 6, 8, 9, 16, 63, 64, 65, 130]) | st.integers(1, 40)
+starts = st.sampled_from([0, 1, 14, 15, 16, 40, 176, 187, 191, 192, 193, 400])
+sizes = st.sampled_from([1, 7, 16, 20, 64, 80, 128, 130])
+
+
+@st.composite
+def runs_of_tokens(draw) -> list[tuple[int, list[int]]]:
+    """Up to four slots with new tokens: one behind the other, with gaps, or in any order."""
+    runs = []
+    for slot in draw(st.lists(st.integers(0, 4), min_size=1, max_size=4, unique=True)):
+        count, start = draw(counts), draw(starts)
+        positions = list(range(start, start + count))
+        order = draw(st.sampled_from(["adjacent", "adjacent", "gaps", "shuffled"]))
+        if order == "gaps":
+            positions = [position + (100 if i > count // 2 else 0) + 2 * i for i, position in enumerate(positions)]
+        elif order == "shuffled":
+            positions = draw(st.permutations(positions))
+        runs.append((slot, positions))
+    return runs
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data(), arithmetics)
-def test_attend(data, arithmetic):
-    slots = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=4, unique=True))
-    starts = [data.draw(st.sampled_from([0, 1, 14, 15, 16, 40])) for _ in slots]
-    counts = [data.draw(st.integers(1, 5)) for _ in slots]
-    d = data.draw(st.sampled_from([1, 7, 16, 20, 64, 80, 128, 130]))
-    check_attend(
-        arithmetic, slots, starts, counts, data.draw(st.integers(1, 5)), d, data.draw(st.sampled_from(DTYPES))
-    )
+@given(arithmetics, runs_of_tokens(), st.integers(1, 5), sizes, st.sampled_from(DTYPES))
+def test_attend(arithmetic, runs, heads, d, dtype):
+    check_attend(arithmetic, runs, heads, d, dtype)
 
 
-def test_attend_reads_nothing_behind_a_token():
+@pytest.mark.parametrize("variant", variants())
+def test_attend_in_prompts(variant):
+    """Several blocks of tokens and of keys, also where heads are too large for blocks."""
+    for tokens, d in ((300, 64), (128, 64), (20, 1100)):
+        check_attend(KernelArithmetic(variant=variant), [(1, list(range(tokens))), (0, [7])], 2, d, torch.float16)
+
+
+def test_attend_in_more_pieces_than_a_call_takes():
+    runs = [(slot, list(range(2))) for slot in range(40)] + [(40, list(range(70)))]
+    check_attend(KernelArithmetic(), runs, 60, 3, torch.float32)
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("count", [4, 16, 70])
+def test_attend_does_not_depend_on_the_other_tokens_of_a_step(variant, count):
+    """Each token alone, up to rounding; and a neighbour's infinities are not its own."""
+    arithmetic = KernelArithmetic(variant=variant)
+    query, key, value = (random(seed, count, 64) for seed in (3, 4, 5))
+    value[-1], key[-1] = torch.inf, torch.nan
+    slots, positions = torch.ones(count, dtype=torch.long), 190 + torch.arange(count)
+    keys, values = (random(seed, 2, 2, 300, 32) for seed in (1, 2))
+    together = arithmetic.attend(query, key, value, keys.clone(), values.clone(), slots, positions, 0.3)
+    for token in range(count):
+        one = slice(token, token + 1)
+        new = (query[one], key[one], value[one])
+        alone = arithmetic.attend(*new, keys, values, slots[one], positions[one], 0.3)
+        torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert together[:-1].isfinite().all() and not together[-1].isfinite().any()
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_attend_reads_nothing_behind_a_token(count):
     """What a slot's last user left may be anything; 0 times infinity would be NaN."""
-    keys, values = (torch.full((1, 2, 9, 8), float("inf"), dtype=torch.float16) for _ in "kv")
-    query = key = value = random(1, 4, 16)
-    places = (torch.zeros(4, dtype=torch.long), torch.arange(4))
+    keys, values = (torch.full((1, 2, 19, 8), float("inf"), dtype=torch.float16) for _ in "kv")
+    query = key = value = random(1, count, 16)
+    places = (torch.zeros(count, dtype=torch.long), torch.arange(count))
     assert KernelArithmetic().attend(query, key, value, keys, values, *places, 1.0).isfinite().all()
-    assert keys[:, :, 4:].isinf().all() and keys[:, :, :4].isfinite().all()
+    assert keys[:, :, count:].isinf().all() and keys[:, :, :count].isfinite().all()
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [20, 1000])  # written by the caller alone, and shared
+def test_attend_writes_what_torch_rounds_to(variant, dtype, d):
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504, 65519.99, 65520, 3.4e38, 1e-40, 2**-25]
+    # All exponents, and ties of both 16-bit dtypes.
+    spread = torch.arange(0, 2**32, 2**11 + 2**9, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    shuffled = spread[torch.randperm(len(spread), generator=torch.Generator().manual_seed(0))]
+    numbers = torch.cat([torch.tensor(special), shuffled])
+    key, value = numbers[: 2 * 40 * 2 * d].view(2, 40, 2 * d)
+    keys, values = (torch.zeros(1, 2, 40, d, dtype=dtype) for _ in "kv")
+    places = (torch.zeros(40, dtype=torch.long), torch.arange(40))
+    KernelArithmetic(variant=variant).attend(torch.zeros(40, 2 * d), key, value, keys, values, *places, 1.0)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for cache, new in ((keys, key), (values, value)):
+        rounded = new.to(dtype).unflatten(1, (2, d)).transpose(0, 1)
+        same = cache[0].view(bits) == rounded.contiguous().view(bits)
+        assert (same | (cache[0].isnan() & rounded.isnan())).all()
 
 
 @pytest.mark.parametrize(

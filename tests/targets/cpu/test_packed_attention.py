@@ -8,7 +8,6 @@ from against_transformers import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_opt_trn.buckets import LONG_RUN
 from optimum_opt_trn.model.attention import LayerCache, StaticAttention, write_tokens
 from optimum_opt_trn.model.sampling import SamplingInputs
 from optimum_opt_trn.targets import Step
@@ -41,7 +40,7 @@ def attention_of(step: Step, with_kernels: bool) -> PackedAttention:
 def test_as_in_static_shapes(data, with_kernels, dtype):
     """Row by row, and all rows packed."""
     slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=SLOTS, unique=True))
-    counts = [data.draw(st.sampled_from([1, 2, 5, LONG_RUN - 1, LONG_RUN, 24])) for _ in slots]
+    counts = [data.draw(st.sampled_from([1, 2, 4, 5, 8, 15, 16, 24])) for _ in slots]
     starts = [data.draw(st.sampled_from([0, 1, 9, 24])) for _ in slots]
     query, key, value = (random(seed, sum(counts), HEADS * SIZE) for seed in (3, 4, 5))
     row_by_row, packed = caches(dtype), caches(dtype)
@@ -63,7 +62,7 @@ def test_as_in_static_shapes(data, with_kernels, dtype):
 
 
 @pytest.mark.parametrize("with_kernels", [True, False])
-@pytest.mark.parametrize("count", [1, LONG_RUN])
+@pytest.mark.parametrize("count", [1, 16])
 def test_what_a_slots_last_user_left_is_not_read(with_kernels, count):
     cache = caches(torch.float16)
     for tensor in (*cache.keys, *cache.values):

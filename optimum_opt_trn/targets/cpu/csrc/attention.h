@@ -1,114 +1,133 @@
-// Attention of few new tokens over the used part of the cache, in the cache's dtype.
+// Attention of a step's new tokens over the used part of the cache, in the cache's dtype.
 #pragma once
 
 #include <sched.h>
 
+#include "attention_block.h"
+#include "attention_token.h"
 #include "common.h"
 
 namespace {
 
+// From so many tokens of a slot on, converting keys and values for all of them pays.
+constexpr int64_t FEWEST_IN_BLOCK = 5;
+// The caller writes keys and values of so few floats alone, as that takes no longer than sharing them.
+constexpr int64_t MOST_WRITTEN_ALONE = 32768;
+
+// Where the cache is: keys and values (slots, heads, length, d).
 template <typename C>
-struct AttendCall {
-  int64_t heads, d, by_slot, by_head, by_place;
-  const float* query;
-  const C *keys, *values;
-  const int64_t *slots, *positions;
-  float scale;
-  float* y;
+struct Cache {
+  C *keys, *values;
+  int64_t by_slot, by_head, by_place;
 };
 
-// sums[0, N * LANES) += weights (count,) times values (count, >= N * LANES), rows ldv apart
-template <int N, typename C>
-inline void mix(const float* weights, const C* values, int64_t ldv, int64_t count, float* sums) {
-  Vec totals[N];
-  for (int v = 0; v < N; v++) totals[v] = load(sums + v * LANES);
-  for (int64_t j = 0; j < count; j++) {
-    const Vec weight = all(weights[j]);
-    const C* row = values + j * ldv;
-#pragma GCC unroll 8
-    for (int v = 0; v < N; v++) totals[v] = multiply_add(weight, load(row + v * LANES), totals[v]);
-  }
-  for (int v = 0; v < N; v++) store(sums + v * LANES, totals[v]);
+template <typename C>
+struct WriteCall {
+  int64_t tokens, heads, d, at_once;
+  const float *key, *value;
+  Cache<C> cache;
+  const int64_t *slots, *positions;
+};
+
+template <typename C>
+void write_piece(const void* given, int64_t piece, float*) {
+  const WriteCall<C>& call = *static_cast<const WriteCall<C>*>(given);
+  for (int64_t t = piece * call.at_once; t < lesser(call.tokens, (piece + 1) * call.at_once); t++)
+    for (int64_t head = 0; head < call.heads; head++) {
+      const int64_t from = (t * call.heads + head) * call.d;
+      const int64_t to =
+          call.slots[t] * call.cache.by_slot + head * call.cache.by_head + call.positions[t] * call.cache.by_place;
+      narrow(call.key + from, call.d, call.cache.keys + to);
+      narrow(call.value + from, call.d, call.cache.values + to);
+    }
 }
 
-// A token and a head: the head's query (d,) over the first keys and values of its slot, to mixed (d,), which comes
-// first in the scratch memory; scores are behind it.
+// Tokens of a slot that a piece takes together.
+struct Block {
+  int64_t slot, first, count;
+};
+
+template <typename C>
+struct AttendCall {
+  int64_t heads, d;
+  Cache<C> cache;
+  const float* query;
+  float scale;
+  float* y;
+  const Block* blocks;
+  const int64_t* positions;
+};
+
 template <typename C>
 void attend_piece(const void* given, int64_t piece, float* mixed) {
   const AttendCall<C>& call = *static_cast<const AttendCall<C>*>(given);
-  const int64_t token = piece / call.heads, head = piece % call.heads, d = call.d, ldc = call.by_place;
-  const int64_t cached = call.slots[token] * call.by_slot + head * call.by_head, count = call.positions[token] + 1;
-  const float* query = call.query + piece * d;
-  const C *keys = call.keys + cached, *values = call.values + cached;
-  float* scores = mixed + d;
-  float highest = -INFINITY;
-  for (int64_t j = 0; j < count; j++) {
-    const C* key = keys + j * ldc;
-    Vec sums = zeros();
-    int64_t i = 0;
-    for (; i + LANES <= d; i += LANES) {
-      sums = multiply_add(load(query + i), load(key + i), sums);
-      __builtin_prefetch(key + i + 16 * ldc, 0, 2);
-      __builtin_prefetch(values + j * ldc + i, 0, 3);
-    }
-    float score = sum(sums);
-    for (; i < d; i++) score += query[i] * scalar(key[i]);
-    scores[j] = score * call.scale;
-    highest = scores[j] > highest ? scores[j] : highest;
-  }
-  float total = 0.0f;
-  int64_t j = 0;
-  for (; j + LANES <= count; j += LANES) {
-    const Vec weights = exponential(load(scores + j) - all(highest));
-    store(scores + j, weights);
-    total += sum(weights);
-  }
-  for (; j < count; j++) total += scores[j] = expf(scores[j] - highest);
-  const float share = 1.0f / total;
-  for (j = 0; j < count; j++) scores[j] *= share;
-  for (int64_t i = 0; i < d; i++) mixed[i] = 0.0f;
-  int64_t i = 0;
-  for (; i + 4 * LANES <= d; i += 4 * LANES) mix<4>(scores, values + i, ldc, count, mixed + i);
-  for (; i + LANES <= d; i += LANES) mix<1>(scores, values + i, ldc, count, mixed + i);
-  for (; i < d; i++)
-    for (j = 0; j < count; j++) mixed[i] += scores[j] * scalar(values[j * ldc + i]);
+  const Block& block = call.blocks[piece / call.heads];
+  const int64_t head = piece % call.heads, from = block.slot * call.cache.by_slot + head * call.cache.by_head;
+  const int64_t* positions = call.positions + block.first;
+  const C *keys = call.cache.keys + from, *values = call.cache.values + from;
+  const float* query = call.query + (block.first * call.heads + head) * call.d;
+  if (block.count == 1)
+    attend_token(query, keys, values, call.cache.by_place, *positions + 1, call.d, call.scale, mixed);
+  else
+    attend_block(query, call.heads * call.d, block.count, positions, keys, values, call.cache.by_place, call.d,
+                 call.scale, mixed);
 }
 
 template <typename C>
 void attend_commit(const void* given, int64_t piece, const float* mixed) {
   const AttendCall<C>& call = *static_cast<const AttendCall<C>*>(given);
-  memcpy(call.y + piece * call.d, mixed, call.d * sizeof(float));
+  const Block& block = call.blocks[piece / call.heads];
+  for (int64_t row = 0; row < block.count; row++)
+    memcpy(call.y + ((block.first + row) * call.heads + piece % call.heads) * call.d, mixed + row * padded(call.d),
+           call.d * sizeof(float));
 }
 
-// The keys and values of the new tokens are written to the cache first, by the caller: they are few.
+// The block that begins with token `first`, of at most `most` tokens, or of one.
+inline Block block_at(int64_t first, int64_t tokens, const int64_t* slots, int64_t most) {
+  int64_t end = first + 1;
+  while (end < tokens && slots[end] == slots[first]) end++;
+  const int64_t count = end - first;
+  if (lesser(most, count) < FEWEST_IN_BLOCK) return {slots[first], first, 1};
+  // Blocks of a run have nearly the same size, if possible of whole tiles.
+  const int64_t share = pieces_of(count, pieces_of(count, most));
+  return {slots[first], first, lesser(lesser(count, most), pieces_of(share, GEMM_ROWS) * GEMM_ROWS)};
+}
+
 template <typename C>
 uint64_t attend_in(int threads, int64_t tokens, int64_t heads, int64_t d, const float* query, const float* key,
-                   const float* value, C* keys, C* values, const int64_t* strides, const int64_t* slots,
-                   const int64_t* positions, float scale, float* y) {
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t head = 0; head < heads; head++) {
-      const int64_t from = (t * heads + head) * d;
-      const int64_t to = slots[t] * strides[0] + head * strides[1] + positions[t] * strides[2];
-      for (int64_t i = 0; i < d; i++) {
-        keys[to + i] = narrow<C>(key[from + i]);
-        values[to + i] = narrow<C>(value[from + i]);
-      }
-    }
-  uint64_t handle = 0;
-  const int64_t at_once = MOST_PIECES / heads;
-  for (int64_t t = 0; t < tokens; t += at_once) {
-    Job* job;
-    const int64_t count = lesser(at_once, tokens - t);
-    AttendCall<C>* call = begin<AttendCall<C>>(&job, 2 * count * sizeof(int64_t));
+                   const float* value, Cache<C> cache, const int64_t* slots, const int64_t* positions, float scale,
+                   float* y) {
+  const WriteCall<C> written = {tokens, heads, d, tokens, key, value, cache, slots, positions};
+  Job* job;
+  if (tokens * heads * d <= MOST_WRITTEN_ALONE) {
+    write_piece<C>(&written, 0, nullptr);
+  } else {
+    WriteCall<C>* call = begin<WriteCall<C>>(&job);
     if (call == nullptr) return NO_MEMORY;
-    int64_t* copied = reinterpret_cast<int64_t*>(call + 1);
-    memcpy(copied, slots + t, count * sizeof(int64_t));
-    memcpy(copied + count, positions + t, count * sizeof(int64_t));
-    const int64_t offset = t * heads * d;
-    *call = {heads, d, strides[0], strides[1], strides[2], query + offset, keys, values, copied, copied + count, scale,
-             y + offset};
+    *call = written;
+    call->at_once = pieces_of(tokens, lesser(tokens, lesser<int64_t>(MOST_PIECES, 4 * threads)));
+    pool_run(job, threads, pieces_of(tokens, call->at_once), write_piece<C>, nullptr);
+  }
+  const auto blocks_of = [&](int64_t most) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < tokens; t += block_at(t, tokens, slots, most).count) count++;
+    return count;
+  };
+  int64_t most = blocks_fit(d) ? TOKENS : 1, blocks = blocks_of(most);
+  while (most > GEMM_ROWS && blocks * heads < 4 * threads) blocks = blocks_of(most /= 2);
+  uint64_t handle = 0;
+  for (int64_t t = 0; blocks > 0;) {
+    const int64_t count = lesser(blocks, MOST_PIECES / heads);
+    AttendCall<C>* call = begin<AttendCall<C>>(&job, count * sizeof(Block) + tokens * sizeof(int64_t));
+    if (call == nullptr) return NO_MEMORY;
+    Block* copied = reinterpret_cast<Block*>(call + 1);
+    for (int64_t i = 0; i < count; i++, t += copied[i - 1].count) copied[i] = block_at(t, tokens, slots, most);
+    int64_t* places = reinterpret_cast<int64_t*>(copied + count);
+    memcpy(places, positions, tokens * sizeof(int64_t));
+    *call = {heads, d, cache, query, scale, y, copied, places};
     while (!pool_left(handle)) sched_yield();
     handle = pool_run(job, threads, count * heads, attend_piece<C>, attend_commit<C>);
+    blocks -= count;
   }
   return handle;
 }
@@ -117,8 +136,8 @@ inline uint64_t attend(int threads, Dtype dtype, int64_t tokens, int64_t heads, 
                        const float* key, const float* value, void* keys, void* values, const int64_t* strides,
                        const int64_t* slots, const int64_t* positions, float scale, float* y) {
   return with_dtype(dtype, [&]<typename C>(C*) {
-    return attend_in<C>(threads, tokens, heads, d, query, key, value, static_cast<C*>(keys), static_cast<C*>(values),
-                        strides, slots, positions, scale, y);
+    const Cache<C> cache = {static_cast<C*>(keys), static_cast<C*>(values), strides[0], strides[1], strides[2]};
+    return attend_in<C>(threads, tokens, heads, d, query, key, value, cache, slots, positions, scale, y);
   });
 }
 

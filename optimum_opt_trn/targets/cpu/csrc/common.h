@@ -93,9 +93,17 @@ inline BFloat16 narrow<BFloat16>(float value) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+// count of them, to the nearest as well
+template <typename T>
+inline void narrow(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  for (; i < count; i++) to[i] = narrow<T>(from[i]);
+}
+
 // e to the power of v, v at most 0: 2^n * e^r, e^r by its Taylor series, which at |r| <= ln(2) / 2 is off by 2e-8.
 inline Vec exponential(Vec v) {
-  v = largest(v, all(-87.0f));
+  v = largest(all(-87.0f), v);  // in this order NaN stays NaN: x86 returns the second
   const Vec n = rounded(v * all(1.44269504f));
   Vec r = multiply_add(n, all(-0.693145752f), v);  // ln(2) in two parts, the first of few bits
   r = multiply_add(n, all(-1.42860677e-6f), r);

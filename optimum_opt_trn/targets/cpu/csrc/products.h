@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "results.h"
+#include "tiles.h"
 
 namespace {
 
@@ -148,30 +149,6 @@ void pack_outputs(const Input& input, int64_t n, int64_t column, int64_t begin, 
     }
 }
 
-// M rows of x times a panel. The lanes run along the outputs; sums is (M, PANEL).
-template <int M>
-inline void multiply_rows(int64_t rows, const float* x, int64_t ldx, const float* panel, int64_t depth, float* sums) {
-  if constexpr (M > 1) {
-    if (rows < M) return multiply_rows<M - 1>(rows, x, ldx, panel, depth, sums);
-  }
-  Vec totals[M][GEMM_VECTORS];
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = zeros();
-  for (int64_t i = 0; i < depth; i++) {
-    Vec weights[GEMM_VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < GEMM_VECTORS; v++) weights[v] = load(panel + i * PANEL + v * LANES);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const Vec xs = all(x[m * ldx + i]);
-#pragma GCC unroll 8
-      for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = multiply_add(xs, weights[v], totals[m][v]);
-    }
-  }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < GEMM_VECTORS; v++) store(sums + m * PANEL + v * LANES, totals[m][v]);
-}
-
 // How panels are packed and multiplied in float32.
 template <typename T>
 struct Float32Panels {
@@ -183,7 +160,8 @@ struct Float32Panels {
   }
   static void multiply(int64_t rows, const Input& input, int64_t row, int64_t begin, const float* panel, int64_t depth,
                        float* sums) {
-    multiply_rows<GEMM_ROWS>(rows, input.x + row * input.k + begin, input.k, panel, depth, sums);
+    ::multiply<false>(rows, GEMM_VECTORS, input.x + row * input.k + begin, input.k, panel, PANEL, LANES, depth, nullptr,
+                      sums, PANEL);
   }
 };
 

@@ -151,7 +151,7 @@ WITH_BF16 void pack_rounded_units(const Input& input, int64_t n, int64_t column,
   }
 }
 
-// As multiply_rows, of `pairs` pairs.
+// As multiply in tiles.h, of `pairs` pairs.
 template <int M>
 WITH_BF16 inline void multiply_rounded(int64_t rows, const BFloat16* x, int64_t ldx, const float* panel, int64_t pairs,
                                        float* sums) {

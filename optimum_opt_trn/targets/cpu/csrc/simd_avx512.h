@@ -30,6 +30,18 @@ inline Vec load(const Int8* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+inline void store(Half* to, Vec v) {
+  const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+// As `narrow` in common.h.
+inline void store(BFloat16* to, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i high = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+}
 // The first `count` lanes; the others are 0, and are not read or written.
 inline Vec load(const float* from, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, from); }
 inline Vec load(const Half* from, int64_t count) {
@@ -45,6 +57,7 @@ inline Vec load(const Int8* from, int64_t count) {
 inline void store(float* to, Vec v, int64_t count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, v); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec largest(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 inline Vec rounded(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec power_of_two(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
@@ -67,20 +80,26 @@ inline float scalar(Half value) { return _cvtsh_ss(value.bits); }
 inline Half to_half(float value) { return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))}; }
 
 inline void transpose(Vec (&rows)[LANES]) {
-  // Butterflies: of each pair of rows `step` apart, the quarters off the diagonal change places.
-  for (int step = 1; step < 16; step *= 2) {
-    alignas(64) int low[16], high[16];
-    for (int lane = 0; lane < 16; lane++) {
-      low[lane] = lane & step ? 16 + lane - step : lane;
-      high[lane] = lane & step ? 16 + lane : lane + step;
+  // First 4 x 4 values in each quarter of the vectors, then the quarters of 4 x 4 vectors.
+  Vec pairs[16], quads[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      quads[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+      quads[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
     }
-    const __m512i lows = _mm512_load_si512(low), highs = _mm512_load_si512(high);
-    for (int i = 0; i < 16; i++)
-      if (!(i & step)) {
-        const Vec a = rows[i], b = rows[i + step];
-        rows[i] = _mm512_permutex2var_ps(a, lows, b);
-        rows[i + step] = _mm512_permutex2var_ps(a, highs, b);
-      }
+  for (int i = 0; i < 4; i++) {
+    const Vec even = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+    const Vec odd = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+    const Vec later_even = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+    const Vec later_odd = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+    rows[i] = _mm512_shuffle_f32x4(even, later_even, 0x88);
+    rows[i + 4] = _mm512_shuffle_f32x4(odd, later_odd, 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(even, later_even, 0xdd);
+    rows[i + 12] = _mm512_shuffle_f32x4(odd, later_odd, 0xdd);
   }
 }
 

@@ -30,8 +30,18 @@ inline Vec load(const Int8* from) {
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
 inline void store(float* to, Vec v) { vst1q_f32(to, v); }
+inline void store(Half* to, Vec v) {
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32(v)));
+}
+// As `narrow` in common.h.
+inline void store(BFloat16* to, Vec v) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t high = vshrq_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16);
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vmovn_u32(vbslq_u32(vceqq_f32(v, v), high, vdupq_n_u32(0x7fc0))));
+}
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec largest(Vec a, Vec b) { return vmaxq_f32(a, b); }
+inline float largest(Vec v) { return vmaxvq_f32(v); }
 inline Vec rounded(Vec v) { return vrndnq_f32(v); }
 inline Vec power_of_two(Vec n) {
   return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
