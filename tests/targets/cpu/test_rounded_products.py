@@ -15,7 +15,7 @@ from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic, variants
 
 ROUNDING = "avx512_bf16"
 # Weights of these dtypes are rounded with so many rows.
-LEAST_ROWS = {torch.bfloat16: 4, torch.float16: 16, torch.float32: 16, torch.int8: 16}
+LEAST_ROWS = {torch.bfloat16: 4, torch.float16: 12, torch.float32: 12, torch.int8: 12}
 
 needs_units = pytest.mark.skipif(ROUNDING not in variants(), reason="this processor has no AVX-512 BF16")
 
@@ -47,7 +47,7 @@ def stored_by_unit(weight):
 
 
 shapes = (
-    st.sampled_from([1, 3, 4, 5, 6, 7, 8, 9, 13, 15, 16, 17, 24, 49, 100, 200]),
+    st.sampled_from([1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 49, 100, 200]),
     st.sampled_from([2, 3, 4, 5, 23, 24, 25, 48, 49, 130, 200]),
     st.sampled_from(list(LEAST_ROWS)),
     *[st.booleans()] * 2,

@@ -16,7 +16,7 @@ constexpr int64_t PAIRED = 2 * LANES;
 constexpr int ROUNDED_ROWS = 6, STREAMS = 4;
 static_assert(OUTPUTS % STREAMS == 0);
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
-constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 16; }
+constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
 
 constexpr int64_t paired(int64_t k) { return pieces_of(k, PAIRED) * PAIRED; }
 
