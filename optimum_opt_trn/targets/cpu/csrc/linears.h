@@ -1,6 +1,7 @@
 // The products of a model's layers, and which kernel computes them.
 #pragma once
 
+#include "int8_products.h"
 #include "products.h"
 #include "rounded_products.h"
 #include "rows.h"
@@ -38,11 +39,13 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t m, int6
                         bool relu, int64_t count, const Output* outputs) {
   const Input shared = {x, nullptr, k, k};
   const bool rounded = E >= Extra::BF16 && bfloat16 && rounds(dtype, m, false, 1, &shared);
+  const int64_t integers = E >= Extra::VNNI && dtype == INT8 && !rounded ? integer_bytes(m, 1, &shared) : 0;
   // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
   const int64_t normed = norm != nullptr ? m * k * sizeof(float) : 0;
   Job* job;
   ProductsCall* call = begin<ProductsCall>(
-      &job, count * (sizeof(Product) + sizeof(Input)) + 2 * MARGIN + (rounded ? rounded_bytes(m, 1, &shared) : 0) + normed);
+      &job, count * (sizeof(Product) + sizeof(Input)) + 2 * MARGIN + (rounded ? rounded_bytes(m, 1, &shared) : 0) +
+                integers + normed);
   if (call == nullptr) return NO_MEMORY;
   Product* products = reinterpret_cast<Product*>(call + 1);
   Input* inputs = reinterpret_cast<Input*>(products + count);
@@ -58,7 +61,8 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t m, int6
     inputs[i] = {x, output.w, k, output.ldw};
     products[i] = {0, 1, 0, inputs + i, false, {output.n, output.scale, output.bias, nullptr, relu, output.y}};
   }
-  *call = {m, count, products};
+  *call = {m, count, products, integers > 0 ? to_integers(m, 1, inputs, more) : nullptr};
+  if (integers > 0) return run_integers(job, threads, call, divide(call, threads, false));
   return rounded ? run_rounded(job, threads, dtype, call, divide(call, threads, false))
                  : run_products(job, threads, dtype, call);
 }
@@ -73,22 +77,26 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t m, i
       return units_sum<T>(threads, m, skip, results, count, inputs);
     });
   const bool rounded = E >= Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit, count, inputs);
+  const int64_t integers =
+      E >= Extra::VNNI && dtype == INT8 && !by_unit && !rounded ? integer_bytes(m, count, inputs) : 0;
   Job* job;
   ProductsCall* call = begin<ProductsCall>(
-      &job, sizeof(Product) + count * sizeof(Input) + MARGIN + (rounded ? rounded_bytes(m, count, inputs) : 0));
+      &job, sizeof(Product) + count * sizeof(Input) + MARGIN + (rounded ? rounded_bytes(m, count, inputs) : 0) +
+                integers);
   if (call == nullptr) return NO_MEMORY;
   Product* product = reinterpret_cast<Product*>(call + 1);
   Input* copied = reinterpret_cast<Input*>(product + 1);
   memcpy(copied, inputs, count * sizeof(Input));
+  float* more = vectors_from(copied + count);
   if (rounded) {
-    float* more = vectors_from(copied + count);
     for (int64_t i = 0; i < count; i++) {
       copied[i].x = round_x(inputs[i].x, m, inputs[i].k, more);
       more += rounded_bytes(m, 1, inputs + i) / sizeof(float);
     }
   }
   *product = {0, count, 0, copied, by_unit, results};
-  *call = {m, 1, product};
+  *call = {m, 1, product, integers > 0 ? to_integers(m, count, copied, more) : nullptr};
+  if (integers > 0) return run_integers(job, threads, call, divide(call, threads, false));
   return rounded ? run_rounded(job, threads, dtype, call, divide(call, threads, by_unit))
                  : run_products(job, threads, dtype, call);
 }

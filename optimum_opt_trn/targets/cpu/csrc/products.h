@@ -22,9 +22,12 @@ struct Product {
   Results results;
 };
 
+struct Integers;
+
 struct ProductsCall {
   int64_t m, count;
   Product* products;
+  const Integers* integers;  // what int8_products.h makes of x
 };
 
 inline const Product& product_of(const ProductsCall& call, int64_t piece) {
