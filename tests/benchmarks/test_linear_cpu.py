@@ -17,17 +17,25 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_linear_cpu(dtype):
+@pytest.mark.parametrize(("dtype", "count"), [("f16", 48), ("bf16", 48), ("int8", 96)])
+def test_linear_cpu(dtype, count):
     options = ("--rows", "1", "50", "--shape", "2048", "1024", "--dtype", dtype, "--rounds", "1")
     ran = run(*options)
     assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
-    assert lines[0].startswith(f"48 x (2048, 1024) {dtype}")
-    tables = [line.rstrip(":") for line in lines[1:] if not line.startswith(" ")]
-    assert tables == list(variants())
-    rows = [line for line in lines[1:] if line.startswith(" ")]
-    assert [line.split()[0] for line in rows] == ["1", "50"] * len(tables)
-    number = r"+\d+ .*"
-    wanted = f"by output {number}by unit {number}90 % zero {number}torch f32 {number}torch {dtype} +\\d+"
-    assert all(re.search(wanted, line) for line in rows)
+    first, *lines = ran.stdout.splitlines()
+    assert first.startswith(f"{count} x (2048, 1024) {dtype}")
+    names = [*variants(), "torch"]
+    assert [line.split()[:3:2] for line in lines] == [[rows, f"{name}:"] for rows in ("1", "50") for name in names]
+    number = r" +\d+ \( *\d+\.\d\)"
+    for line in lines:
+        ways = (
+            ["by output", "by unit", "90 % zero"] if "torch" not in line else ["f32", dtype][: 2 - (dtype == "int8")]
+        )
+        assert re.search(f"rows, \\w+: +{' +'.join(way + number for way in ways)}$", line), line
+
+
+def test_weights_of_some_size_and_one_variant():
+    name = variants()[-1]
+    ran = run("--rows", "1", "--shape", "256", "1024", "--rounds", "1", "--megabytes", "2", "--variants", name)
+    first, *lines = ran.stdout.splitlines()
+    assert first.startswith("4 x (256, 1024) f16") and [line.split()[2] for line in lines] == [f"{name}:", "torch:"]
