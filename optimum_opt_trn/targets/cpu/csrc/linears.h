@@ -17,7 +17,8 @@ inline int64_t divide(ProductsCall* call, int threads, bool panels) {
     p.first_piece = pieces;
     const int64_t all = pieces_of(p.results.n, PANEL);
     p.panels = PANELS;
-    while (p.panels > 1 && pieces_of(all, p.panels) < 8 * threads) p.panels /= 2;
+    // With few rows the time goes into reading weights, which wide pieces do faster.
+    while (p.panels > 1 && pieces_of(all, p.panels) < (call->m <= 64 ? 2 : 8) * threads) p.panels /= 2;
     pieces += panels ? pieces_of(all, p.panels) : pieces_of(p.results.n, OUTPUTS);
   }
   return pieces;

@@ -162,7 +162,7 @@ struct Float32Panels {
       pack_outputs<T>(input, p.results.n, column + i * PANEL, begin, depth, panels + i * DEPTH * PANEL);
   }
   static void multiply(int64_t rows, const Input& input, int64_t row, int64_t begin, const float* panel, int64_t depth,
-                       float* sums) {
+                       int64_t, const void*, float* sums) {
     ::multiply<false>(rows, GEMM_VECTORS, input.x + row * input.k + begin, input.k, panel, PANEL, LANES, depth, nullptr,
                       sums, PANEL);
   }
@@ -184,11 +184,14 @@ void many_rows_piece(const void* given, int64_t piece, float* scratch) {
       const int64_t depth = lesser(DEPTH, input.k - begin);
       const bool starts = part == 0 && begin == 0, ends = part == p.count - 1 && begin + depth == input.k;
       Panels::pack(p, input, first * PANEL, count, begin, depth, scratch);
+      // By unit: where the next ones begin, of this piece or its neighbour.
+      const T* next = static_cast<const T*>(input.w) +
+                      (begin + depth < input.k ? (begin + depth) * input.ldw : count * PANEL);
       for (int64_t row = 0; row < call.m; row += block) {
         const int64_t rows = lesser(block, call.m - row);
         for (int64_t i = 0; i < count; i++) {
-          Panels::multiply(rows, input, row, begin, scratch + i * DEPTH * PANEL, depth, sums);
           const int64_t column = (first + i) * PANEL, columns = lesser(PANEL, n - column);
+          Panels::multiply(rows, input, row, begin, scratch + i * DEPTH * PANEL, depth, row / block, next + column, sums);
           for (int64_t r = 0; r < rows; r++) {
             float* y = p.results.y + (row + r) * n + column;
             if (!starts)

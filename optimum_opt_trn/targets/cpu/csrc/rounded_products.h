@@ -18,6 +18,9 @@ static_assert(OUTPUTS % STREAMS == 0);
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
 constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
 
+// Bytes that the processor fetches together.
+constexpr int64_t LINE = 64;
+
 constexpr int64_t paired(int64_t k) { return pieces_of(k, PAIRED) * PAIRED; }
 
 // The first `count` values, rounded, and zeros.
@@ -152,16 +155,17 @@ WITH_BF16 void pack_rounded_units(const Input& input, int64_t n, int64_t column,
 }
 
 // As multiply in tiles.h, of `pairs` pairs.
-template <int M>
+template <bool AHEAD, int M>
 WITH_BF16 inline void multiply_rounded(int64_t rows, const BFloat16* x, int64_t ldx, const float* panel, int64_t pairs,
-                                       float* sums) {
+                                       const char* ahead, int64_t stride, float* sums) {
   if constexpr (M > 1) {
-    if (rows < M) return multiply_rounded<M - 1>(rows, x, ldx, panel, pairs, sums);
+    if (rows < M) return multiply_rounded<AHEAD, M - 1>(rows, x, ldx, panel, pairs, ahead, stride, sums);
   }
   Vec totals[M][GEMM_VECTORS];
   for (int m = 0; m < M; m++)
     for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = zeros();
   for (int64_t i = 0; i < pairs; i++) {
+    if constexpr (AHEAD) __builtin_prefetch(ahead + i * stride, 0, 2);
     __m512bh weights[GEMM_VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < GEMM_VECTORS; v++)
@@ -186,10 +190,16 @@ struct RoundedPanels {
                              int64_t depth, float* panels) {
     pack_rounded_units<T>(input, p.results.n, column, count, begin, depth, panels);
   }
+  // The first four tiles with a panel ask for the weights of the next one, each for a line of every other unit.
   WITH_BF16 static void multiply(int64_t rows, const Input& input, int64_t row, int64_t begin, const float* panel,
-                                 int64_t depth, float* sums) {
-    const int64_t ldx = paired(input.k);
-    multiply_rounded<GEMM_ROWS>(rows, rounded_x(input) + row * ldx + begin, ldx, panel, pieces_of(depth, 2), sums);
+                                 int64_t depth, int64_t tile, const void* next, float* sums) {
+    const int64_t ldx = paired(input.k), unit = input.ldw * sizeof(T), pairs = pieces_of(depth, 2);
+    const BFloat16* x = rounded_x(input) + row * ldx + begin;
+    const char* ahead = static_cast<const char*>(next) + tile % 2 * unit + tile / 2 * LINE;
+    if (tile < 4)
+      multiply_rounded<true, GEMM_ROWS>(rows, x, ldx, panel, pairs, ahead, 2 * unit, sums);
+    else
+      multiply_rounded<false, GEMM_ROWS>(rows, x, ldx, panel, pairs, nullptr, 0, sums);
   }
 };
 
