@@ -112,12 +112,15 @@ class Runtime(ABC):
     Slots that a step does not name stay as they are.
     """
 
-    # How many tokens of prompts a step takes well while other rows wait for their next token; None for whole prompts.
-    prompt_chunk: int | None = None
     # Whether several processes share the model, and make the same calls.
     is_shared = False
     # What of `inputs_embeds`, `output_hidden_states` and `output_attentions` it does not serve, and why.
     unserved: Mapping[str, str] = {}
+
+    @property
+    def prompt_chunk(self) -> int | None:
+        """How many tokens of prompts a step takes well while other rows decode; None for whole prompts."""
+        return None
 
     @abstractmethod
     def step(self, step: Step) -> StepResult:

@@ -19,10 +19,6 @@ from .packed_attention import PackedAttention, RecordedAttention
 class EagerRuntime(Runtime):
     """Holds all ranks of the group in this process, in lockstep, with memory-mapped weights and the cache."""
 
-    # Arithmetic for some ten rows takes as long as reading the weights: with more, rows that decode wait longer, and
-    # the prompt is not done sooner (benchmarks/serving_cpu.py).
-    prompt_chunk = 16
-
     def __init__(
         self, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup, weights: ModelWeights
     ) -> None:
@@ -30,6 +26,11 @@ class EagerRuntime(Runtime):
         self.program = OPTRankProgram(config, group)
         self.weights = weights
         self.cache = allocate_cache(config, neuron_config, group)
+
+    @property
+    def prompt_chunk(self) -> int:
+        """See `Runtime`. With more tokens, rows that decode wait too long; with fewer, weights are read too often."""
+        return 16
 
     @torch.no_grad()
     def step(self, step: Step) -> StepResult:

@@ -129,7 +129,16 @@ class KernelArithmetic(Arithmetic):
             arguments += weight.data_ptr(), n, ldw, scale, bias, y.data_ptr()
         if m:
             handle = _kernels.linears(
-                *(self._index, torch.get_num_threads(), _DTYPES[dtype], self._rounds(), m, k, x.data_ptr(), relu),
+                *(
+                    self._index,
+                    torch.get_num_threads(),
+                    _DTYPES[dtype],
+                    self.rounds_factors(),
+                    m,
+                    k,
+                    x.data_ptr(),
+                    relu,
+                ),
                 *(norm is not None, *_norm_arguments(norm)),
                 *arguments,
             )
@@ -172,7 +181,7 @@ class KernelArithmetic(Arithmetic):
         y = torch.empty(shape)
         m = y.numel() // n
         # By unit, some rows at a time: they are limited by arithmetic, so that reading weights again costs nothing.
-        rounds = self._rounds()
+        rounds = self.rounds_factors()
         limit = _kernels.MOST_UNIT_ROWS if rounds else _MOST_ROWS_BY_UNIT
         at_once = -(-m // -(-m // _kernels.MOST_UNIT_ROWS)) if by_unit and 0 < m <= limit else m
         for row in range(0, m, at_once or 1):
@@ -188,8 +197,8 @@ class KernelArithmetic(Arithmetic):
             _keep(handle, xs, weights, bias, residual, scale)
         return y
 
-    def _rounds(self) -> bool:
-        """Whether factors may be rounded to bfloat16, and this variant gains by it."""
+    def rounds_factors(self) -> bool:
+        """Whether factors of products may be rounded to bfloat16, and this variant gains by it."""
         return self.variant == "avx512_bf16" and torch.get_float32_matmul_precision() == "medium"
 
     def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
