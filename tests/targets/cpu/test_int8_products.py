@@ -90,7 +90,7 @@ def test_several_outputs_behind_a_layernorm(arithmetic, m, k, norm, relu):
 @every_variant
 @pytest.mark.parametrize("m", [1, 2, 3, 8])
 def test_rows_that_are_not_finite(variant, m):
-    """They are what float32 makes of them, and the others stay as they are alone."""
+    """They are multiplied in float32. Other rows of the call have the same results as without them."""
     arithmetic, weight, scale = KernelArithmetic(variant=variant), int8(1, 30, 130), random(2, 30, 1).abs()
     weight[::3, 7] = 0  # times infinity is NaN
     clean = random(3, m, 130)
@@ -138,7 +138,7 @@ def test_many_inputs_do_not_overflow(variant, k, weight):
 
 @pytest.mark.parametrize("variant", [variant for variant in variants() if variant in ("avx512_vnni", "avx512_bf16")])
 def test_integers_do_not_depend_on_other_rows(variant):
-    """Their sums are exact, so that rows together are the same to the bit as alone, at any place."""
+    """Sums are exact: a row has the same bits in a call of its own, and at any place among others."""
     arithmetic, x, weight = KernelArithmetic(variant=variant), random(1, 9, 300), int8(2, 50, 300)
     scale = random(3, 50, 1).abs()
     together = arithmetic.linear_sum([x], [weight], scale=scale)

@@ -350,7 +350,7 @@ def test_attend_in_more_pieces_than_a_call_takes():
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("count", [4, 16, 70])
 def test_attend_does_not_depend_on_the_other_tokens_of_a_step(variant, count):
-    """Each token alone, up to rounding; and a neighbour's infinities are not its own."""
+    """A token has the same result in a step of its own, up to rounding. Infinities of other tokens do not reach it."""
     arithmetic = KernelArithmetic(variant=variant)
     query, key, value = (random(seed, count, 64) for seed in (3, 4, 5))
     value[-1], key[-1] = torch.inf, torch.nan
@@ -377,7 +377,7 @@ def test_attend_reads_nothing_behind_a_token(count):
 
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [20, 1000])  # written by the caller alone, and shared
+@pytest.mark.parametrize("d", [20, 1000])  # the calling thread writes few numbers itself; threads share many
 def test_attend_writes_what_torch_rounds_to(variant, dtype, d):
     special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504, 65519.99, 65520, 3.4e38, 1e-40, 2**-25]
     # All exponents, and ties of both 16-bit dtypes.

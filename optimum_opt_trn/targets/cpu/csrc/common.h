@@ -124,11 +124,12 @@ inline C* begin(Job** job, int64_t more = 0) {
   return static_cast<C*>(pool_begin(sizeof(C) + more, job));
 }
 
-// Where vectors of a call begin, behind what else it has: loads that cross a line take twice as long. It may be MARGIN
-// bytes further on.
-constexpr int64_t MARGIN = 64;
+// Bytes that the processor fetches together.
+constexpr int64_t LINE = 64;
+
+// Where the vectors of a call begin, less than a LINE behind what else it has: loads that cross a line take longer.
 inline float* vectors_from(void* behind) {
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(behind) + MARGIN - 1) / MARGIN * MARGIN);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(behind) + LINE - 1) / LINE * LINE);
 }
 
 // Calls `run` with a null pointer of the C++ type of `dtype`.

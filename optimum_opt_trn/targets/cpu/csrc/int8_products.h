@@ -49,7 +49,7 @@ inline int64_t integer_bytes(int64_t m, int64_t count, const Input* inputs) {
   int64_t depth = 0;
   for (int64_t part = 0; part < count; part++) depth += inputs[part].k;
   if (m > MOST_FEW_ROWS || depth > MOST_INPUTS) return 0;
-  return sizeof(Integers) + MARGIN + m * (digit_bytes(count, inputs) + sizeof(IntegerRow));
+  return sizeof(Integers) + LINE + m * (digit_bytes(count, inputs) + sizeof(IntegerRow));
 }
 
 // Which of the inputs [i, i + BYTES) there are of k, a bit each.

@@ -45,7 +45,7 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t m, int6
   const int64_t normed = norm != nullptr ? m * k * sizeof(float) : 0;
   Job* job;
   ProductsCall* call = begin<ProductsCall>(
-      &job, count * (sizeof(Product) + sizeof(Input)) + 2 * MARGIN + (rounded ? rounded_bytes(m, 1, &shared) : 0) +
+      &job, count * (sizeof(Product) + sizeof(Input)) + 2 * LINE + (rounded ? rounded_bytes(m, 1, &shared) : 0) +
                 integers + normed);
   if (call == nullptr) return NO_MEMORY;
   Product* products = reinterpret_cast<Product*>(call + 1);
@@ -82,7 +82,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t m, i
       E >= Extra::VNNI && dtype == INT8 && !by_unit && !rounded ? integer_bytes(m, count, inputs) : 0;
   Job* job;
   ProductsCall* call = begin<ProductsCall>(
-      &job, sizeof(Product) + count * sizeof(Input) + MARGIN + (rounded ? rounded_bytes(m, count, inputs) : 0) +
+      &job, sizeof(Product) + count * sizeof(Input) + LINE + (rounded ? rounded_bytes(m, count, inputs) : 0) +
                 integers);
   if (call == nullptr) return NO_MEMORY;
   Product* product = reinterpret_cast<Product*>(call + 1);

@@ -18,9 +18,6 @@ static_assert(OUTPUTS % STREAMS == 0);
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
 constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
 
-// Bytes that the processor fetches together.
-constexpr int64_t LINE = 64;
-
 constexpr int64_t paired(int64_t k) { return pieces_of(k, PAIRED) * PAIRED; }
 
 // The first `count` values, rounded, and zeros.

@@ -34,7 +34,7 @@ struct UnitsCall {
 template <int M, int V, typename T>
 inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, const T* const* w, const T* const* next, const float* x,
                          int64_t ldx, float* sums) {
-  constexpr int64_t WIDTH = V * LANES, LINE = 64 / sizeof(T);
+  constexpr int64_t WIDTH = V * LANES, OF_A_LINE = LINE / sizeof(T);
   for (; c + WIDTH <= n; c += WIDTH) {
     Vec totals[M][V];
 #pragma GCC unroll 8
@@ -46,7 +46,7 @@ inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, const T* const* w,
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) weights[v] = load(w[u] + c + v * LANES);
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < WIDTH; i += LINE) __builtin_prefetch(next[u] + c + i, 0, 2);
+      for (int64_t i = 0; i < WIDTH; i += OF_A_LINE) __builtin_prefetch(next[u] + c + i, 0, 2);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         const Vec xs = all(x[m * ldx + u]);
