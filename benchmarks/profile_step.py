@@ -4,9 +4,10 @@
     python benchmarks/profile_step.py opt-1.3b-export                    # an export, as from_pretrained loads it
     python benchmarks/profile_step.py opt-1.3b-export --context 1536
 
-Steps are timed as they are, then run again with a clock around the calls of the kernels. The share of each kind of
-work is printed: matrix products with the layernorms before them, attention, finding the best tokens, and the rest
-(embedding, Python between calls). `generate()` around the steps is not included: benchmarks/decode_cpu.py times it.
+Steps are timed as they are, then run again, each kernel called from Python and with a clock around it. The share of
+each kind of work is printed: matrix products with the layernorms before them, attention, finding the best tokens, and
+the rest (embedding, Python between calls). `generate()` around the steps is not included: benchmarks/decode_cpu.py
+times it.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def main() -> None:
         times.append(time.perf_counter() - start)
     median = statistics.median(times[3:]) * 1e3
     print(f"{median:.2f} ms a step (median of {arguments.steps}), {rows} rows, {torch.get_num_threads()} threads")
+    model.runtime.captured = None
     for part, share in shares(step, arguments.steps).items():
         print(f"{part:>16} {share:6.1%}")
 

@@ -104,10 +104,22 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
 
 
 def cpu_buffers(config: ModelShape, threads: int) -> int:
-    """Bytes that the kernels hold on `cpu` between steps: those of each thread, and fc2's partial sums.
+    """Bytes that the kernels hold on `cpu` between steps: those of each thread, fc2's partial sums, captured layers'.
 
     Of fc2 there are sums of 8 rows (MOST_UNIT_ROWS) for every 512 units (GROUP in csrc/units.h), and the values of
     its units.
     """
     sums = -(-config.ffn_dim // 512) * 8 * config.hidden_size * _F32
-    return threads * CPU_THREAD_BYTES + sums + config.ffn_dim * (8 + 1) * _F32
+    return threads * CPU_THREAD_BYTES + sums + config.ffn_dim * (8 + 1) * _F32 + captured_bytes(config)
+
+
+def captured_bytes(config: ModelShape) -> int:
+    """Bytes of the results of captured layers (targets/cpu/captured.py), for 48 tokens (MOST_NORMED_ROWS).
+
+    Of two layers: query, key, value, the weighted sum of values, the results of attention and of the MLP, those of
+    layernorms behind them, and the inner units. Before them, the first layer's input, a slot and a position.
+    """
+    if config.activation_function != "relu":
+        return 0  # they are not captured
+    results = (6 if config.do_layer_norm_before else 8) * config.hidden_size + config.ffn_dim
+    return 48 * ((2 * results + config.hidden_size) * _F32 + 2 * 8)

@@ -19,6 +19,7 @@ from optimum_opt_trn.planning.workspace import (
     CONTEXT_ENCODING,
     SPECULATION,
     TOKEN_GENERATION,
+    captured_bytes,
     graph_workspace,
     prompt_scores,
 )
@@ -70,6 +71,7 @@ def measured(config, neuron_config) -> dict[str, int]:
     def step(columns: int, filled: torch.Tensor) -> None:
         model.step(pack(ids[:, :columns], mask[:, :columns], slots, filled, 1, sampling))
 
+    step(1, empty)  # captured layers keep their buffers
     return {
         CONTEXT_ENCODING: allocated(lambda: step(length, empty)),
         TOKEN_GENERATION: allocated(lambda: step(1, empty + length - 1)),
@@ -79,7 +81,7 @@ def measured(config, neuron_config) -> dict[str, int]:
 SHAPES: dict[str, dict] = {
     "attention": {"batch_size": 1, "sequence_length": 512, "ffn_dim": 192},
     "attention of several slots": {"batch_size": 3, "sequence_length": 300, "ffn_dim": 192},
-    "a short prompt": {"batch_size": 1, "sequence_length": 15, "ffn_dim": 192},
+    "a short prompt": {"batch_size": 1, "sequence_length": 49, "ffn_dim": 192},
     "the MLP": {"batch_size": 4, "sequence_length": 100},
 }
 
@@ -107,10 +109,22 @@ def check_prompt(shape: dict, amp: str, tp_degree: int) -> None:
     assert planned[CONTEXT_ENCODING] == measured(config, neuron_config)[CONTEXT_ENCODING]
 
 
+@pytest.mark.parametrize("tp_degree", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_cpu_captured_layers_hold_what_is_planned(kind, tp_degree):
+    config = tiny_config(num_hidden_layers=5, **KINDS[kind])
+    model = runtime(config, OPTNeuronConfig(batch_size=2, sequence_length=48, tp_degree=tp_degree))
+    slots, zeros = [0, 1], torch.zeros(2, dtype=torch.int64)
+    for tokens in (1, 20, 24):
+        ids, mask = torch.ones(2, tokens, dtype=torch.int32), torch.ones(2, tokens, dtype=torch.bool)
+        model.step(pack(ids, mask, slots, zeros, 1, SamplingInputs.greedy(2)))
+    assert captured_bytes(config) == (0 if model.captured is None else model.captured.nbytes)
+
+
 @pytest.mark.parametrize("tp_degree", [1, 2, 4])
 def test_on_cpu_a_heads_is_what_is_allocated_but_for_the_best_tokens(tp_degree):
     config = tiny_config(vocab_size=20001)
-    neuron_config = OPTNeuronConfig(batch_size=3, sequence_length=8, tp_degree=tp_degree)
+    neuron_config = OPTNeuronConfig(batch_size=3, sequence_length=17, tp_degree=tp_degree)
     found = measured(config, neuron_config)
     planned = graph_workspace(config, Setup.of(neuron_config), on_neuron=False)
     # 37 bytes for each of the best tokens (its number, value, weight and so on), where that is the widest moment: of

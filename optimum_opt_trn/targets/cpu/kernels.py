@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -30,11 +31,16 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
 _FLOAT32 = 4
 
+# The calls that can be replayed, by their numbers.
+CALLS: tuple[str, ...] = () if _kernels is None else _kernels.CALLS
+# With more rows, a layernorm before products is a call of its own.
+MOST_NORMED_ROWS: int = 0 if _kernels is None else _kernels.MOST_NORMED_ROWS
+
 # With more rows it pays to convert a panel of weights first, as it does by output from MOST_FEW_ROWS on.
 _MOST_ROWS_BY_UNIT = 32
 
 # Calls whose inputs a late thread may still read (csrc/pool.h), and these inputs.
-_kept: deque[tuple[int, tuple[object, ...]]] = deque()
+_kept: deque[tuple[int, object]] = deque()
 
 
 def variants() -> tuple[str, ...]:
@@ -116,7 +122,7 @@ class KernelArithmetic(Arithmetic):
             raise RuntimeError(f"{len(weights)} weights, {len(biases or ())} biases, {len(scales or ())} scales")
         k, dtype = _check_x(x), weights[0].dtype
         m = x.numel() // k
-        if norm is not None and m > _kernels.MOST_NORMED_ROWS:
+        if norm is not None and m > MOST_NORMED_ROWS:
             x, norm = self.layer_norm(x, norm), None
         ys: list[Tensor] = []
         arguments: list[int] = []
@@ -124,25 +130,17 @@ class KernelArithmetic(Arithmetic):
             n, ldw = _check_weight(weight, k, dtype)
             bias = 0 if biases is None else _check_bias(biases[i], dtype, n)
             scale = _check_scale(None if scales is None else scales[i], dtype, n)
-            y = torch.empty(*x.shape[:-1], n)
+            y = self._empty(*x.shape[:-1], n)
             ys.append(y)
             arguments += weight.data_ptr(), n, ldw, scale, bias, y.data_ptr()
         if m:
-            handle = _kernels.linears(
-                *(
-                    self._index,
-                    torch.get_num_threads(),
-                    _DTYPES[dtype],
-                    self.rounds_factors(),
-                    m,
-                    k,
-                    x.data_ptr(),
-                    relu,
-                ),
+            self._compute(
+                "linears",
+                (x, weights, biases, scales),
+                *(_DTYPES[dtype], self.rounds_factors(), m, k, x.data_ptr(), relu),
                 *(norm is not None, *_norm_arguments(norm)),
                 *arguments,
             )
-            _keep(handle, x, weights, biases, scales)
         return ys
 
     def linear_sum(
@@ -178,7 +176,7 @@ class KernelArithmetic(Arithmetic):
             residual.dtype == torch.float32 and residual.is_contiguous() and residual.shape == shape
         ):
             raise RuntimeError(f"residual is not contiguous float32 {shape}")
-        y = torch.empty(shape)
+        y = self._empty(*shape)
         m = y.numel() // n
         # By unit, some rows at a time: they are limited by arithmetic, so that reading weights again costs nothing.
         rounds = self.rounds_factors()
@@ -189,12 +187,13 @@ class KernelArithmetic(Arithmetic):
             for x, weight, k, ldw in zip(xs, weights, ks, strides, strict=True):
                 arguments += x.data_ptr() + row * k * _FLOAT32, weight.data_ptr(), k, ldw
             rows = row * n * _FLOAT32
-            handle = _kernels.linear_sum(
-                *(self._index, torch.get_num_threads(), _DTYPES[dtype], rounds, min(at_once, m - row), n),
+            self._compute(
+                "linear_sum",
+                (xs, weights, bias, residual, scale),
+                *(_DTYPES[dtype], rounds, min(at_once, m - row), n),
                 *(by_unit, self.skip_zeros, scaled, biased, 0 if residual is None else residual.data_ptr() + rows),
                 *(y.data_ptr() + rows, *arguments),
             )
-            _keep(handle, xs, weights, bias, residual, scale)
         return y
 
     def rounds_factors(self) -> bool:
@@ -203,11 +202,9 @@ class KernelArithmetic(Arithmetic):
 
     def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
         """See `Arithmetic.layer_norm`; x contiguous."""
-        n, y = _check_x(x), torch.empty(x.shape)
+        n, y = _check_x(x), self._empty(*x.shape)
         if m := x.numel() // n:
-            _kernels.layer_norm(
-                *(self._index, torch.get_num_threads(), m, n, x.data_ptr(), y.data_ptr(), *_norm_arguments(norm))
-            )
+            self._compute("layer_norm", (x,), m, n, x.data_ptr(), y.data_ptr(), *_norm_arguments(norm))
         return y
 
     def attend(
@@ -247,13 +244,14 @@ class KernelArithmetic(Arithmetic):
                 raise RuntimeError(f"slots and positions are not contiguous int64 {(tokens,)}")
         if length + d > _kernels.SCRATCH:
             raise RuntimeError(f"the cache has {length} positions, of which the kernel takes {_kernels.SCRATCH - d}")
-        mixed = torch.empty(query.shape)
-        handle = _kernels.attend(
-            *(self._index, torch.get_num_threads(), _DTYPES[keys.dtype], tokens, heads, d),
+        mixed = self._empty(*query.shape)
+        self._compute(
+            "attend",
+            (query, keys, values),
+            *(_DTYPES[keys.dtype], tokens, heads, d),
             *(query.data_ptr(), key.data_ptr(), value.data_ptr(), keys.data_ptr(), values.data_ptr()),
             *(slots.data_ptr(), positions.data_ptr(), mixed.data_ptr(), scale, held, length, *strides[:3]),
         )
-        _keep(handle, query, keys, values)
         return mixed
 
     def best(self, logits: Tensor, k: int, suppressed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -276,11 +274,21 @@ class KernelArithmetic(Arithmetic):
             if suppressed.dtype != torch.int32 or len(suppressed) != b:
                 raise RuntimeError(f"suppressed tokens are not int32 ({b}, n)")
         values, tokens = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
-        _kernels.best(
-            *(self._index, torch.get_num_threads(), b, n, logits.stride(0), logits.data_ptr(), masks),
+        self._compute(
+            "best",
+            (logits, suppressed),
+            *(b, n, logits.stride(0), logits.data_ptr(), masks),
             *(0 if suppressed is None else suppressed.data_ptr(), k, values.data_ptr(), tokens.data_ptr(), MASKED),
         )
         return values, tokens
+
+    def _empty(self, *shape: int) -> Tensor:
+        """Where a kernel writes its results, float32."""
+        return torch.empty(shape)
+
+    def _compute(self, kernel: str, inputs: tuple[object, ...], *arguments: float) -> None:
+        """Calls a kernel, whose variant and threads come before `arguments`; `inputs` are kept while it reads them."""
+        keep(getattr(_kernels, kernel)(self._index, torch.get_num_threads(), *arguments), inputs)
 
 
 def _check_x(x: Tensor) -> int:
@@ -322,13 +330,19 @@ def _check_scale(scale: Tensor | None, dtype: torch.dtype, n: int) -> int:
     return scale.data_ptr()
 
 
+def replay(words: array[int], inputs: object) -> None:
+    """Runs calls of the kernels again, as csrc/module.cpp describes them; `inputs` are kept while they read them."""
+    for handle in _kernels.replay(*words.buffer_info()):
+        keep(handle, inputs)
+
+
 def _norm_arguments(norm: LayerNorm | None) -> tuple[int, int, float]:
     if norm is None or norm.weight is None or norm.bias is None:
         return 0, 0, LAYER_NORM_EPS
     return norm.weight.data_ptr(), norm.bias.data_ptr(), LAYER_NORM_EPS
 
 
-def _keep(handle: int, *inputs: object) -> None:
+def keep(handle: int, inputs: object) -> None:
     """Keeps the inputs of a call until all threads have left it; `handle` is 0 if they have."""
     if handle:
         _kept.append((handle, inputs))

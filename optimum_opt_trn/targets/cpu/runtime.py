@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
+from transformers import OPTConfig
 
+from ...checkpoint import ModelWeights
+from ...configuration_opt import OPTNeuronConfig
+from ...model.parallel import RankGroup
 from ...model.sampling import SamplingInputs, draw_tokens
 from ..base import Step
 from ..eager import EagerRuntime
 from ..packed_attention import PackedAttention
+from .captured import MOST_TOKENS, CapturedLayers
+from .kernel_attention import KernelAttention
 from .kernels import KernelArithmetic
 
 
-@dataclass(frozen=True)
-class KernelAttention(PackedAttention):
-    """Attention by the kernels: all tokens of a step in one call."""
-
-    kernels: KernelArithmetic
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """See `PackedAttention`."""
-        return self.kernels.attend(query, key, value, keys, values, self.step.slots, self.step.positions, self.scale)
-
-
 class CPURuntime(EagerRuntime):
-    """Uses the kernels for attention and sampling, too, if the group's arithmetic is theirs."""
+    """Uses the kernels for attention and sampling, too, if the group's arithmetic is theirs.
+
+    Args:
+        captured: what takes few tokens through all layers; None: each kernel is called from Python.
+    """
+
+    def __init__(
+        self, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup, weights: ModelWeights
+    ) -> None:
+        super().__init__(config, neuron_config, group, weights)
+        # Sums over processes, and activations other than ReLU, are no calls of the kernels.
+        alone = group.all_reduce is None and self.program.activation is None
+        self.captured: CapturedLayers | None = (
+            CapturedLayers(config, group, weights.layers, self.cache)
+            if alone and isinstance(group.arithmetic, KernelArithmetic)
+            else None
+        )
 
     @property
     def prompt_chunk(self) -> int:
@@ -33,6 +42,11 @@ class CPURuntime(EagerRuntime):
         arithmetic = self.program.arithmetic
         doubled = isinstance(arithmetic, KernelArithmetic) and arithmetic.rounds_factors()
         return super().prompt_chunk * (2 if doubled else 1)
+
+    def _layers(self, step: Step, attention: PackedAttention, hidden_states: list[Tensor] | None) -> Tensor:
+        if self.captured is None or len(step.tokens) > MOST_TOKENS or any(step.inner):
+            return super()._layers(step, attention, hidden_states)
+        return self.captured.run(self._embed(step), step)
 
     def _attention(self, step: Step) -> PackedAttention:
         arithmetic = self.program.arithmetic

@@ -1,11 +1,13 @@
 // The kernels as a Python module, of the limited API of Python 3.10: one build serves all later versions.
 //
 // Arguments are addresses and sizes, as kernels.py takes them from tensors; that file checks them. The functions
-// release the interpreter's lock while they compute, and return a handle for `left`, or 0.
+// release the interpreter's lock while they compute.
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
+#include <stdlib.h>
+#include <string.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -48,162 +50,223 @@ int find_variants(const Kernels* (&found)[4]) {
 const Kernels* variants[4];
 int variant_count;
 
-// Reads integers from the arguments of a call, one after the other. Addresses are integers, too.
-struct Reader {
-  PyObject* const* args;
-  Py_ssize_t count, at;
+// The arguments of a call: integers, addresses as integers, and numbers by the bits of a double.
+struct Arguments {
+  const int64_t* words;
+  int64_t count, at;
+  // Why the call cannot run, and which numbers its text names; null if it can.
+  const char* wrong;
+  long long named[3];
 
-  int64_t number() {
-    if (at >= count) {
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "too few arguments");
-      return 0;
-    }
-    return PyLong_AsLongLong(args[at++]);
+  int64_t integer() {
+    if (at < count) return words[at++];
+    wrong = "too few arguments";
+    return 0;
   }
   template <typename T>
   T* address() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(number()));
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(integer()));
   }
-  float real() { return at < count ? static_cast<float>(PyFloat_AsDouble(args[at++])) : 0.0f; }
+  float number() {
+    const int64_t bits = integer();
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return static_cast<float>(value);
+  }
   const Kernels* kernels() {
-    const int64_t variant = number();
-    if (!PyErr_Occurred() && (variant < 0 || variant >= variant_count))
-      PyErr_SetString(PyExc_ValueError, "no such variant");
-    return PyErr_Occurred() ? nullptr : variants[variant];
+    const int64_t variant = integer();
+    if (variant >= 0 && variant < variant_count) return variants[variant];
+    wrong = "no such variant";
+    return nullptr;
+  }
+  Norm norm() {
+    Norm read;
+    read.weight = address<const float>();
+    read.bias = address<const float>();
+    read.eps = number();
+    return read;
+  }
+  // All that are left, and how many, as structures whose members are words.
+  template <typename T>
+  const T* rest(int64_t* found) {
+    static_assert(sizeof(T) % sizeof(int64_t) == 0);
+    *found = (count - at) * sizeof(int64_t) / sizeof(T);
+    return reinterpret_cast<const T*>(words + at);
   }
 };
+static_assert(sizeof(Output) == 6 * sizeof(int64_t) && sizeof(Input) == 4 * sizeof(int64_t));
 
-// Runs `compute` without the interpreter's lock, unless an argument was wrong.
-template <typename F>
-PyObject* run(F compute) {
+// Computes a call, without Python, unless an argument is wrong; see `Kernels` for what it returns.
+using Call = uint64_t (*)(Arguments&);
+
+// variant, threads, dtype, bfloat16, m, k, x, relu, normed, norm weight, norm bias, eps, (w, n, ldw, scale, bias, y)…
+uint64_t linears(Arguments& given) {
+  const Kernels* kernels = given.kernels();
+  const int threads = static_cast<int>(given.integer());
+  const Dtype dtype = static_cast<Dtype>(given.integer());
+  const bool bfloat16 = given.integer();
+  const int64_t m = given.integer(), k = given.integer();
+  const float* x = given.address<const float>();
+  const bool relu = given.integer(), normed = given.integer();
+  const Norm norm = given.norm();
+  int64_t count;
+  const Output* outputs = given.rest<Output>(&count);
+  if (given.wrong) return 0;
+  return kernels->linears(threads, dtype, bfloat16, m, k, x, normed ? &norm : nullptr, relu, count, outputs);
+}
+
+// variant, threads, dtype, bfloat16, m, n, by unit, skip, scale, bias, residual, y, (x, w, k, ldw)…
+uint64_t linear_sum(Arguments& given) {
+  const Kernels* kernels = given.kernels();
+  const int threads = static_cast<int>(given.integer());
+  const Dtype dtype = static_cast<Dtype>(given.integer());
+  const bool bfloat16 = given.integer();
+  const int64_t m = given.integer(), n = given.integer();
+  const bool by_unit = given.integer(), skip = given.integer();
+  const float* scale = given.address<const float>();
+  const void* bias = given.address<const void>();
+  const float* residual = given.address<const float>();
+  float* y = given.address<float>();
+  int64_t count;
+  const Input* inputs = given.rest<Input>(&count);
+  if (given.wrong) return 0;
+  return kernels->linear_sum(threads, dtype, bfloat16, m, n, by_unit, skip, scale, bias, residual, y, count, inputs);
+}
+
+// variant, threads, dtype, tokens, heads, d, query, key, value, keys, values, slots, positions, y, scale, slots and
+// length of the cache, its three strides
+uint64_t attend(Arguments& given) {
+  const Kernels* kernels = given.kernels();
+  const int threads = static_cast<int>(given.integer());
+  const Dtype dtype = static_cast<Dtype>(given.integer());
+  const int64_t tokens = given.integer(), heads = given.integer(), d = given.integer();
+  const float* query = given.address<const float>();
+  const float* key = given.address<const float>();
+  const float* value = given.address<const float>();
+  void* keys = given.address<void>();
+  void* values = given.address<void>();
+  const int64_t* slots = given.address<const int64_t>();
+  const int64_t* positions = given.address<const int64_t>();
+  float* y = given.address<float>();
+  const float scale = given.number();
+  const int64_t held = given.integer(), length = given.integer();
+  const int64_t strides[] = {given.integer(), given.integer(), given.integer()};
+  if (given.wrong) return 0;
+  for (int64_t t = 0; t < tokens; t++)
+    if (slots[t] < 0 || slots[t] >= held || positions[t] < 0 || positions[t] >= length) {
+      given.wrong = "token %lld is at slot %lld, position %lld, outside the cache";
+      given.named[0] = t;
+      given.named[1] = slots[t];
+      given.named[2] = positions[t];
+      return 0;
+    }
+  return kernels->attend(threads, dtype, tokens, heads, d, query, key, value, keys, values, strides, slots, positions,
+                         scale, y);
+}
+
+// variant, threads, m, n, x, y, norm weight, norm bias, eps
+uint64_t layer_norm(Arguments& given) {
+  const Kernels* kernels = given.kernels();
+  const int threads = static_cast<int>(given.integer());
+  const int64_t m = given.integer(), n = given.integer();
+  const float* x = given.address<const float>();
+  float* y = given.address<float>();
+  const Norm norm = given.norm();
+  return given.wrong ? 0 : kernels->layer_norm(threads, m, n, x, &norm, y);
+}
+
+// variant, threads, m, n, ldx, x, masks, masked, k, values, places, mask
+uint64_t best(Arguments& given) {
+  const Kernels* kernels = given.kernels();
+  const int threads = static_cast<int>(given.integer());
+  const int64_t m = given.integer(), n = given.integer(), ldx = given.integer();
+  const float* x = given.address<const float>();
+  const int64_t masks = given.integer();
+  const int32_t* masked = given.address<const int32_t>();
+  const int64_t k = given.integer();
+  float* values = given.address<float>();
+  int32_t* places = given.address<int32_t>();
+  const float mask = given.number();
+  return given.wrong ? 0 : kernels->best(threads, m, n, ldx, x, masks, masked, mask, k, values, places);
+}
+
+int64_t word_of(PyObject* argument) {
+  if (!PyFloat_Check(argument)) return PyLong_AsLongLong(argument);
+  const double value = PyFloat_AsDouble(argument);
+  int64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Whether a call failed; Python is told why.
+bool failed(const Arguments& given, uint64_t handle) {
+  if (given.wrong)
+    PyErr_Format(PyExc_RuntimeError, given.wrong, given.named[0], given.named[1], given.named[2]);
+  else if (handle == NO_MEMORY)
+    PyErr_NoMemory();
+  return PyErr_Occurred() != nullptr;
+}
+
+// A call from Python: a handle for `left`, or 0.
+template <Call CALL>
+PyObject* compute(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t few[96];
+  int64_t* words = count <= 96 ? few : static_cast<int64_t*>(malloc(count * sizeof(int64_t)));
+  if (words == nullptr) return PyErr_NoMemory();
+  for (Py_ssize_t i = 0; i < count; i++) words[i] = word_of(args[i]);
+  Arguments given{words, count, 0, nullptr, {}};
+  uint64_t handle = 0;
+  if (!PyErr_Occurred()) {
+    pool_prepare();
+    PyThreadState* state = PyEval_SaveThread();
+    handle = CALL(given);
+    PyEval_RestoreThread(state);
+  }
+  if (words != few) free(words);
+  return PyErr_Occurred() || failed(given, handle) ? nullptr : PyLong_FromUnsignedLongLong(handle);
+}
+
+struct Named {
+  const char* name;
+  Call call;
+};
+constexpr Named calls[] = {
+    {"linears", linears}, {"linear_sum", linear_sum}, {"attend", attend}, {"layer_norm", layer_norm}, {"best", best}};
+constexpr int CALLS = sizeof(calls) / sizeof(*calls);
+
+// (address, words): computes recorded calls, each as its place in CALLS, how many arguments it has, and these. Returns
+// the handles of the calls that threads are still in.
+PyObject* replay(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "replay takes 2 arguments");
+  const int64_t* words = reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(PyLong_AsLongLong(args[0])));
+  const int64_t* end = words + PyLong_AsLongLong(args[1]);
   if (PyErr_Occurred()) return nullptr;
+  Arguments given{};
+  uint64_t handle = 0, late[MOST_THREADS + 1];  // a thread is in one call at a time
+  int lates = 0;
+  const auto drop_left = [&] {
+    int kept = 0;
+    for (int i = 0; i < lates; i++)
+      if (!pool_left(late[i])) late[kept++] = late[i];
+    lates = kept;
+  };
   pool_prepare();
   PyThreadState* state = PyEval_SaveThread();
-  const uint64_t handle = compute();
+  while (words < end && !given.wrong && handle != NO_MEMORY) {
+    given = {words + 2, words[1], 0, nullptr, {}};
+    handle = calls[words[0]].call(given);
+    words += 2 + words[1];
+    if (handle == 0 || handle == NO_MEMORY) continue;
+    drop_left();
+    late[lates++] = handle;
+  }
+  drop_left();
   PyEval_RestoreThread(state);
-  if (handle == NO_MEMORY) return PyErr_NoMemory();
-  return PyLong_FromUnsignedLongLong(handle);
-}
-
-// (variant, threads, dtype, bfloat16, m, k, x, relu, normed, norm weight, norm bias, eps, (w, n, ldw, scale, bias, y)…)
-PyObject* linears(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader reader{args, count, 0};
-  const Kernels* kernels = reader.kernels();
-  const int threads = static_cast<int>(reader.number());
-  const Dtype dtype = static_cast<Dtype>(reader.number());
-  const bool bfloat16 = reader.number();
-  const int64_t m = reader.number(), k = reader.number();
-  const float* x = reader.address<const float>();
-  const bool relu = reader.number(), normed = reader.number();
-  Norm norm;
-  norm.weight = reader.address<const float>();
-  norm.bias = reader.address<const float>();
-  norm.eps = reader.real();
-  const int64_t outputs = (count - reader.at) / 6;
-  Output few[8];
-  Output* all = outputs <= 8 ? few : static_cast<Output*>(PyMem_Malloc(outputs * sizeof(Output)));
-  if (all == nullptr) return PyErr_NoMemory();
-  for (int64_t i = 0; i < outputs; i++) {
-    all[i].w = reader.address<const void>();
-    all[i].n = reader.number();
-    all[i].ldw = reader.number();
-    all[i].scale = reader.address<const float>();
-    all[i].bias = reader.address<const void>();
-    all[i].y = reader.address<float>();
-  }
-  PyObject* result = run(
-      [&] { return kernels->linears(threads, dtype, bfloat16, m, k, x, normed ? &norm : nullptr, relu, outputs, all); });
-  if (all != few) PyMem_Free(all);
-  return result;
-}
-
-// (variant, threads, dtype, bfloat16, m, n, by unit, skip, scale, bias, residual, y, (x, w, k, ldw)…)
-PyObject* linear_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader reader{args, count, 0};
-  const Kernels* kernels = reader.kernels();
-  const int threads = static_cast<int>(reader.number());
-  const Dtype dtype = static_cast<Dtype>(reader.number());
-  const bool bfloat16 = reader.number();
-  const int64_t m = reader.number(), n = reader.number();
-  const bool by_unit = reader.number(), skip = reader.number();
-  const float* scale = reader.address<const float>();
-  const void* bias = reader.address<const void>();
-  const float* residual = reader.address<const float>();
-  float* y = reader.address<float>();
-  const int64_t inputs = (count - reader.at) / 4;
-  Input few[8];
-  Input* all = inputs <= 8 ? few : static_cast<Input*>(PyMem_Malloc(inputs * sizeof(Input)));
-  if (all == nullptr) return PyErr_NoMemory();
-  for (int64_t i = 0; i < inputs; i++) {
-    all[i].x = reader.address<const float>();
-    all[i].w = reader.address<const void>();
-    all[i].k = reader.number();
-    all[i].ldw = reader.number();
-  }
-  PyObject* result = run([&] {
-    return kernels->linear_sum(threads, dtype, bfloat16, m, n, by_unit, skip, scale, bias, residual, y, inputs, all);
-  });
-  if (all != few) PyMem_Free(all);
-  return result;
-}
-
-// (variant, threads, dtype, tokens, heads, d, query, key, value, keys, values, slots, positions, y, scale, slots and
-// length of the cache, its three strides)
-PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader reader{args, count, 0};
-  const Kernels* kernels = reader.kernels();
-  const int threads = static_cast<int>(reader.number());
-  const Dtype dtype = static_cast<Dtype>(reader.number());
-  const int64_t tokens = reader.number(), heads = reader.number(), d = reader.number();
-  const float *query = reader.address<const float>(), *key = reader.address<const float>(),
-              *value = reader.address<const float>();
-  void *keys = reader.address<void>(), *values = reader.address<void>();
-  const int64_t *slots = reader.address<const int64_t>(), *positions = reader.address<const int64_t>();
-  float* y = reader.address<float>();
-  const float scale = reader.real();
-  const int64_t held = reader.number(), length = reader.number();
-  const int64_t strides[] = {reader.number(), reader.number(), reader.number()};
-  if (PyErr_Occurred()) return nullptr;
-  for (int64_t t = 0; t < tokens; t++)
-    if (slots[t] < 0 || slots[t] >= held || positions[t] < 0 || positions[t] >= length)
-      return PyErr_Format(PyExc_RuntimeError, "token %lld is at slot %lld, position %lld, outside the cache",
-                          static_cast<long long>(t), static_cast<long long>(slots[t]),
-                          static_cast<long long>(positions[t]));
-  return run([&] {
-    return kernels->attend(threads, dtype, tokens, heads, d, query, key, value, keys, values, strides, slots, positions,
-                           scale, y);
-  });
-}
-
-// (variant, threads, m, n, x, y, norm weight, norm bias, eps)
-PyObject* layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader reader{args, count, 0};
-  const Kernels* kernels = reader.kernels();
-  const int threads = static_cast<int>(reader.number());
-  const int64_t m = reader.number(), n = reader.number();
-  const float* x = reader.address<const float>();
-  float* y = reader.address<float>();
-  Norm norm;
-  norm.weight = reader.address<const float>();
-  norm.bias = reader.address<const float>();
-  norm.eps = reader.real();
-  return run([&] { return kernels->layer_norm(threads, m, n, x, &norm, y); });
-}
-
-// (variant, threads, m, n, ldx, x, masks, masked, k, values, places, mask)
-PyObject* best(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader reader{args, count, 0};
-  const Kernels* kernels = reader.kernels();
-  const int threads = static_cast<int>(reader.number());
-  const int64_t m = reader.number(), n = reader.number(), ldx = reader.number();
-  const float* x = reader.address<const float>();
-  const int64_t masks = reader.number();
-  const int32_t* masked = reader.address<const int32_t>();
-  const int64_t k = reader.number();
-  float* values = reader.address<float>();
-  int32_t* places = reader.address<int32_t>();
-  const float mask = reader.real();
-  return run([&] { return kernels->best(threads, m, n, ldx, x, masks, masked, mask, k, values, places); });
+  if (failed(given, handle)) return nullptr;
+  PyObject* handles = PyTuple_New(lates);
+  for (int i = 0; handles != nullptr && i < lates; i++)
+    PyTuple_SetItem(handles, i, PyLong_FromUnsignedLongLong(late[i]));
+  return handles;
 }
 
 PyObject* left(PyObject*, PyObject* handle) {
@@ -211,12 +274,17 @@ PyObject* left(PyObject*, PyObject* handle) {
   return PyErr_Occurred() ? nullptr : PyBool_FromLong(pool_left(number));
 }
 
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
-    {"linears", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linears)), METH_FASTCALL, nullptr},
-    {"linear_sum", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_sum)), METH_FASTCALL, nullptr},
-    {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attend)), METH_FASTCALL, nullptr},
-    {"layer_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer_norm)), METH_FASTCALL, nullptr},
-    {"best", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(best)), METH_FASTCALL, nullptr},
+    {"linears", fast(compute<linears>), METH_FASTCALL, nullptr},
+    {"linear_sum", fast(compute<linear_sum>), METH_FASTCALL, nullptr},
+    {"attend", fast(compute<attend>), METH_FASTCALL, nullptr},
+    {"layer_norm", fast(compute<layer_norm>), METH_FASTCALL, nullptr},
+    {"best", fast(compute<best>), METH_FASTCALL, nullptr},
+    {"replay", fast(replay), METH_FASTCALL, nullptr},
     {"left", left, METH_O, "Whether all threads have left the call with this handle."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -230,10 +298,12 @@ PyMODINIT_FUNC PyInit__kernels() {
   variant_count = find_variants(variants);
   PyObject* module = PyModule_Create(&definition);
   PyObject* names = PyTuple_New(variant_count);
-  if (module == nullptr || names == nullptr) return nullptr;
+  PyObject* kinds = PyTuple_New(CALLS);
+  if (module == nullptr || names == nullptr || kinds == nullptr) return nullptr;
   for (int i = 0; i < variant_count; i++) PyTuple_SetItem(names, i, PyUnicode_FromString(variants[i]->name));
-  // What this processor can run, the best first.
-  if (PyModule_AddObject(module, "VARIANTS", names) < 0 ||
+  for (int i = 0; i < CALLS; i++) PyTuple_SetItem(kinds, i, PyUnicode_FromString(calls[i].name));
+  // What this processor can run, the best first; and what can be replayed.
+  if (PyModule_AddObject(module, "VARIANTS", names) < 0 || PyModule_AddObject(module, "CALLS", kinds) < 0 ||
       PyModule_AddIntConstant(module, "MOST_NORMED_ROWS", MOST_NORMED_ROWS) < 0 ||
       PyModule_AddIntConstant(module, "MOST_UNIT_ROWS", MOST_UNIT_ROWS) < 0 ||
       PyModule_AddIntConstant(module, "SCRATCH", SCRATCH) < 0)

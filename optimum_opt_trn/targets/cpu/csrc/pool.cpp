@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t MOST_THREADS = 128, JOBS = 256;
+constexpr int64_t JOBS = 256;
 // How long a thread without work waits awake: longer than what Python does between two calls of a step.
 constexpr int64_t IDLE_NANOSECONDS = 60'000;
 // How long a caller waits for a piece that another thread computes before it computes the piece itself: as long as two

@@ -21,6 +21,8 @@ using Finish = void (*)(const void* call);
 
 // Of each thread: floats of scratch memory, 64-byte aligned. A panel of weights fits (products.h).
 constexpr int64_t SCRATCH = 262144;
+// Besides the caller.
+constexpr int64_t MOST_THREADS = 128;
 // A call has at most so many pieces.
 constexpr int64_t MOST_PIECES = 4095;
 

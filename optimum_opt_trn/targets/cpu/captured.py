@@ -1,0 +1,142 @@
+"""The calls of the kernels that lead through all layers: captured once, replayed as one call.
+
+GPUs have CUDA graphs for the same reason. Between two kernels Python takes some 25 µs, and a layer has five of them:
+that is a tenth of a step of OPT-1.3B, and more of smaller models. The calls for a number of tokens stay the same as
+long as their inputs and outputs are where they were.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from array import array
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import OPTConfig
+
+from ...model.attention import LayerCache
+from ...model.parallel import RankGroup, Weights
+from ...model.program import OPTRankProgram
+from ..base import Step
+from .kernel_attention import KernelAttention
+from .kernels import CALLS, MOST_NORMED_ROWS, KernelArithmetic, replay
+
+
+# With more, Python's share is small, and layernorms are calls of their own.
+MOST_TOKENS = MOST_NORMED_ROWS
+
+
+class _Buffers:
+    """Where layers write their results, up to MOST_TOKENS rows of them.
+
+    Every other layer uses the same, whatever the number of tokens is, since a runtime computes one step at a time. The
+    layers between them read what they wrote.
+    """
+
+    def __init__(self) -> None:
+        self.all: dict[tuple[int, int, int], Tensor] = {}
+        self.begin(0)
+
+    def begin(self, layer: int) -> None:
+        """From here on, results are those of this layer."""
+        self._half, self._taken = layer % 2, 0
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """float32, of this shape, for the next result of the layer."""
+        key = (self._half, self._taken, shape[-1])
+        if key not in self.all:
+            self.all[key] = torch.empty(MOST_TOKENS * shape[-1])
+        self._taken += 1
+        return self.all[key][: math.prod(shape)].view(shape)
+
+
+@dataclass(frozen=True)
+class _CapturingArithmetic(KernelArithmetic):
+    """Computes as usual, but to buffers that stay; and notes the calls.
+
+    Args:
+        words: the calls, as `replay` takes them.
+    """
+
+    buffers: _Buffers = field(default_factory=_Buffers)
+    words: array[int] = field(default_factory=lambda: array("q"))
+
+    def _empty(self, *shape: int) -> Tensor:
+        return self.buffers.take(shape)
+
+    def _compute(self, kernel: str, inputs: tuple[object, ...], *arguments: float) -> None:
+        super()._compute(kernel, inputs, *arguments)
+        given = (self._index, torch.get_num_threads(), *arguments)
+        self.words.extend((CALLS.index(kernel), len(given), *map(_word, given)))
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """Of a number of tokens: the calls, and where the last layer's output is."""
+
+    words: array[int]
+    hidden: Tensor
+
+
+class CapturedLayers:
+    """Takes the tokens of a step through all layers.
+
+    Args:
+        group: ranks that exchange nothing with other processes, and a KernelArithmetic.
+        layers: weights; they and the caches stay where they are.
+    """
+
+    def __init__(self, config: OPTConfig, group: RankGroup, layers: list[Weights], caches: list[LayerCache]):
+        assert isinstance(group.arithmetic, KernelArithmetic)
+        self._config, self._group, self._layers, self._caches = config, group, layers, caches
+        self._arithmetic = group.arithmetic
+        self._buffers = _Buffers()
+        self._slots, self._positions = (torch.zeros(MOST_TOKENS, dtype=torch.int64) for _ in range(2))
+        self._hidden = torch.empty(MOST_TOKENS, config.hidden_size)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._captures: dict[int, _Capture] = {}
+        self._settings: tuple[int, bool] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other addresses.
+        return {**self.__dict__, "_captures": {}, "_settings": None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the results and inputs of layers."""
+        held = (self._hidden, self._slots, self._positions, *self._buffers.all.values())
+        return sum(tensor.nbytes for tensor in held)
+
+    def run(self, hidden: Tensor, step: Step) -> Tensor:
+        """float32 `(t, hidden)` before the first layer → after the last, which the next call overwrites."""
+        tokens, settings = len(hidden), (torch.get_num_threads(), self._arithmetic.rounds_factors())
+        if settings != self._settings:
+            self._forget()
+            self._settings = settings
+        inputs = ((self._hidden, hidden), (self._slots, step.slots), (self._positions, step.positions))
+        here = [buffer[:tokens].copy_(given) for buffer, given in inputs]
+        if tokens in self._captures:
+            replay(self._captures[tokens].words, self)
+        else:
+            self._captures[tokens] = self._capture(here[0], replace(step, slots=here[1], positions=here[2]))
+        return self._captures[tokens].hidden
+
+    def _capture(self, hidden: Tensor, step: Step) -> _Capture:
+        arithmetic = _CapturingArithmetic(variant=self._arithmetic.variant, buffers=self._buffers)
+        program = OPTRankProgram(self._config, replace(self._group, arithmetic=arithmetic))
+        attention = KernelAttention(step, program.scale, arithmetic.compute_dtype, arithmetic)
+        for index, (weights, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
+            self._buffers.begin(index)
+            hidden = program.layer(weights, hidden, attention.over(cache))
+        return _Capture(arithmetic.words, hidden)
+
+
+def _word(argument: float) -> int:
+    """What the kernels take in place of a number: itself, or if it is a float, the bits of a double."""
+    bits: int = struct.unpack("q", struct.pack("d", argument))[0] if isinstance(argument, float) else argument
+    return bits
