@@ -11,7 +11,8 @@ constexpr int64_t LANES = 8;
 // As in simd_avx512.h; there are 16 registers, so that fewer sums are kept at a time.
 constexpr int FEW_ROWS = 6;
 constexpr int streams(int m) { return m <= 2 ? 4 : m <= 4 ? 3 : 2; }
-constexpr int tile(int m) { return m == 1 ? 8 : m == 2 ? 4 : m <= 4 ? 3 : m <= 6 ? 2 : 1; }
+constexpr int UNIT_ROWS = 6;
+constexpr int tile(int m) { return m == 1 ? 8 : m == 2 ? 4 : m <= 4 ? 3 : 2; }
 constexpr int64_t MOST_FEW_ROWS = 48;
 constexpr int GEMM_ROWS = 6, GEMM_VECTORS = 2;
 

@@ -12,7 +12,8 @@ constexpr int64_t LANES = 16;
 // benchmarks/linear_cpu.py, as all constants here.
 constexpr int FEW_ROWS = 8;
 constexpr int streams(int m) { return m == 1 ? 4 : m <= 4 ? 6 : 4; }
-// By unit (units.h): so many vectors of outputs with m rows.
+// By unit (units.h): so many rows at a time, and vectors of outputs with m of them.
+constexpr int UNIT_ROWS = 8;
 constexpr int tile(int m) { return m <= 4 ? 4 : 3; }
 // With more rows a panel of weights is converted first.
 constexpr int64_t MOST_FEW_ROWS = 192;

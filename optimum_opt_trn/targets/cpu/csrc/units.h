@@ -16,6 +16,7 @@ constexpr int64_t GROUP = 512;
 constexpr int64_t LEAST_WIDTH = 256, PIECES_OF_A_THREAD = 3;
 // Units whose weights are added at a time, a row of each; they and the next ones fit the second-level cache.
 constexpr int64_t BLOCK = 8;
+static_assert(MOST_UNIT_ROWS <= 2 * UNIT_ROWS);
 template <typename T>
 struct UnitsCall {
   int64_t m, n, groups, parts, width;  // parts of a group, of `width` outputs
@@ -78,6 +79,7 @@ inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
   if constexpr (M > 1) {
     if (call.m < M) return add_group<M - 1, T>(call, piece, sums);
   }
+  constexpr int SOME = M <= UNIT_ROWS ? M : (M + 1) / 2;  // the others follow while the weights are in the cache
   const int64_t place = piece / call.parts, begin = piece % call.parts * call.width;
   const int64_t width = lesser(call.width, call.n - begin);
   const auto& group = call.all[place];
@@ -95,7 +97,10 @@ inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
       w[u] = unit(j + u);
       next[u] = unit(j + BLOCK + u);
     }
-    add_units<M, T>(width, lesser(BLOCK, group.count - j), w, next, group.x + j, group.ldx, sums);
+    const int64_t count = lesser(BLOCK, group.count - j);
+    add_units<SOME, T>(width, count, w, next, group.x + j, group.ldx, sums);
+    if constexpr (SOME < M)
+      add_units<M - SOME, T>(width, count, w, next, group.x + j + SOME * group.ldx, group.ldx, sums + SOME * width);
   }
 }
 
