@@ -5,6 +5,7 @@
 #include "products.h"
 #include "rounded_products.h"
 #include "rows.h"
+#include "unit_panels.h"
 #include "units.h"
 
 namespace {
@@ -29,7 +30,10 @@ inline uint64_t run_products(Job* job, int threads, Dtype dtype, ProductsCall* c
   const int64_t pieces = divide(call, threads, panels);
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
     if (!panels) return pool_run(job, threads, pieces, few_rows_piece<T>, few_rows_commit<T>);
-    pool_run(job, threads, pieces, many_rows_piece<T, Float32Panels<T>>, nullptr);
+    if (call->products[0].by_unit)
+      pool_run(job, threads, pieces, unit_panels_piece<T, Float32Units<T>>, nullptr);
+    else
+      pool_run(job, threads, pieces, many_rows_piece<T>, nullptr);
     return uint64_t{0};  // no piece is computed twice, so that none is left
   });
 }

@@ -119,22 +119,6 @@ void few_rows_commit(const void* given, int64_t piece, const float* scratch) {
     finish<T>(p.results, row, begin, end - begin, scratch + row * OUTPUTS);
 }
 
-// Converts `count` panels of weights that lie by unit, from `column` on; see `pack_outputs`. A row is read for all of them.
-template <typename T>
-void pack_units(const Input& input, int64_t n, int64_t column, int64_t count, int64_t begin, int64_t depth,
-                float* panels) {
-  const int64_t width = lesser(count * PANEL, n - column);
-  for (int64_t i = 0; i < depth; i++) {
-    const T* from = static_cast<const T*>(input.w) + (begin + i) * input.ldw + column;
-    const T* next = from + (i + 8 < depth ? 8 * input.ldw : 0);
-    for (int64_t c = 0; c < count * PANEL; c += LANES) {
-      float* to = panels + c / PANEL * DEPTH * PANEL + i * PANEL + c % PANEL;
-      __builtin_prefetch(next + c, 0, 2);
-      store(to, c < width ? load(from + c, lesser(LANES, width - c)) : zeros());
-    }
-  }
-}
-
 // Weights [column, column + PANEL) x [begin, begin + depth) as float32 (depth, PANEL), zeros beyond the last column.
 template <typename T>
 void pack_outputs(const Input& input, int64_t n, int64_t column, int64_t begin, int64_t depth, float* panel) {
@@ -152,24 +136,8 @@ void pack_outputs(const Input& input, int64_t n, int64_t column, int64_t begin, 
     }
 }
 
-// How panels are packed and multiplied in float32.
-template <typename T>
-struct Float32Panels {
-  static void pack(const Product& p, const Input& input, int64_t column, int64_t count, int64_t begin, int64_t depth,
-                   float* panels) {
-    if (p.by_unit) return pack_units<T>(input, p.results.n, column, count, begin, depth, panels);
-    for (int64_t i = 0; i < count; i++)
-      pack_outputs<T>(input, p.results.n, column + i * PANEL, begin, depth, panels + i * DEPTH * PANEL);
-  }
-  static void multiply(int64_t rows, const Input& input, int64_t row, int64_t begin, const float* panel, int64_t depth,
-                       int64_t, const void*, float* sums) {
-    ::multiply<false>(rows, GEMM_VECTORS, input.x + row * input.k + begin, input.k, panel, PANEL, LANES, depth, nullptr,
-                      sums, PANEL);
-  }
-};
-
 // As in a GEMM after Goto and van de Geijn (2008), but only the weights are packed, while they are converted.
-template <typename T, typename Panels>
+template <typename T>
 void many_rows_piece(const void* given, int64_t piece, float* scratch) {
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, piece);
@@ -183,15 +151,14 @@ void many_rows_piece(const void* given, int64_t piece, float* scratch) {
     for (int64_t begin = 0; begin < input.k; begin += DEPTH) {
       const int64_t depth = lesser(DEPTH, input.k - begin);
       const bool starts = part == 0 && begin == 0, ends = part == p.count - 1 && begin + depth == input.k;
-      Panels::pack(p, input, first * PANEL, count, begin, depth, scratch);
-      // By unit: where the next ones begin, of this piece or its neighbour.
-      const T* next = static_cast<const T*>(input.w) +
-                      (begin + depth < input.k ? (begin + depth) * input.ldw : count * PANEL);
+      for (int64_t i = 0; i < count; i++)
+        pack_outputs<T>(input, n, (first + i) * PANEL, begin, depth, scratch + i * DEPTH * PANEL);
       for (int64_t row = 0; row < call.m; row += block) {
         const int64_t rows = lesser(block, call.m - row);
         for (int64_t i = 0; i < count; i++) {
           const int64_t column = (first + i) * PANEL, columns = lesser(PANEL, n - column);
-          Panels::multiply(rows, input, row, begin, scratch + i * DEPTH * PANEL, depth, row / block, next + column, sums);
+          multiply<false>(rows, GEMM_VECTORS, input.x + row * input.k + begin, input.k, scratch + i * DEPTH * PANEL,
+                          PANEL, LANES, depth, nullptr, sums, PANEL);
           for (int64_t r = 0; r < rows; r++) {
             float* y = p.results.y + (row + r) * n + column;
             if (!starts)

@@ -2,7 +2,7 @@
 // float32 ones. Sums are float32. The rows of x are rounded once a call, each to whole vectors, with zeros at its end.
 #pragma once
 
-#include "products.h"
+#include "unit_panels.h"
 
 #if defined(KERNELS_AVX512)
 
@@ -127,76 +127,98 @@ WITH_BF16 void rounded_piece(const void* given, int64_t piece, float* scratch) {
     rounded_dots<ROUNDED_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, packed, scratch + row * OUTPUTS);
 }
 
-// As pack_units, but the weights of two units are neighbours, in the 32 bits of a lane: (depth / 2, PANEL).
+// The weights of two units, rounded: those of the first in the even places, those of the second in the odd ones.
+WITH_BF16 inline __m512i unit_pairs(const BFloat16* even, const BFloat16* odd, __m512i places) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd));
+  return _mm512_permutexvar_epi16(places, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+}
 template <typename T>
-WITH_BF16 void pack_rounded_units(const Input& input, int64_t n, int64_t column, int64_t count, int64_t begin,
-                                  int64_t depth, float* panels) {
-  const int64_t width = lesser(count * PANEL, n - column);
-  // The lower half of a vector of 32 has the weights of one unit, the upper half those of the next.
-  alignas(64) uint16_t order[PAIRED];
-  for (int i = 0; i < PAIRED; i++) order[i] = i / 2 + i % 2 * LANES;
-  const __m512i places = _mm512_load_si512(order);
-  for (int64_t i = 0; i < depth; i += 2) {
-    const T* from = static_cast<const T*>(input.w) + (begin + i) * input.ldw + column;
-    const bool both = i + 1 < depth;
-    const T* next = from + (i + 8 < depth ? 8 * input.ldw : 0);
-    for (int64_t c = 0; c < count * PANEL; c += LANES) {
-      const int64_t present = c < width ? lesser(LANES, width - c) : 0;
-      __builtin_prefetch(next + c, 0, 2);
-      __builtin_prefetch(next + input.ldw + c, 0, 2);
-      const Vec low = load(from + c, present), high = both ? load(from + input.ldw + c, present) : zeros();
-      const __m512i pairs = _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-      _mm512_storeu_si512(panels + c / PANEL * DEPTH * PANEL + i / 2 * PANEL + c % PANEL, pairs);
-    }
-  }
+WITH_BF16 inline __m512i unit_pairs(const T* even, const T* odd, __m512i places) {
+  return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(load(odd), load(even)));
 }
 
-// As multiply in tiles.h, of `pairs` pairs.
-template <bool AHEAD, int M>
-WITH_BF16 inline void multiply_rounded(int64_t rows, const BFloat16* x, int64_t ldx, const float* panel, int64_t pairs,
-                                       const char* ahead, int64_t stride, float* sums) {
-  if constexpr (M > 1) {
-    if (rows < M) return multiply_rounded<AHEAD, M - 1>(rows, x, ldx, panel, pairs, ahead, stride, sums);
-  }
+// The lower half of a vector of 32 has the weights of one unit, the upper half those of the next; where each belongs.
+WITH_BF16 inline __m512i unit_places() {
+  alignas(64) uint16_t order[PAIRED];
+  for (int i = 0; i < PAIRED; i++) order[i] = i / 2 + i % 2 * LANES;
+  return _mm512_load_si512(order);
+}
+
+// As pack_units, but the weights of two units are neighbours, in the 32 bits of a lane: (units / 2, PANEL).
+template <typename T>
+WITH_BF16 void pack_rounded_units(const UnitPanel<T>& panel) {
+  const __m512i places = unit_places();
+  for (int64_t i = 0; i < panel.units; i += 2)
+    for (int64_t c = 0; c < PANEL; c += LANES) {
+      const T* from = panel.w + i * panel.ldw + c;
+      const int64_t width = c < panel.columns ? lesser(LANES, panel.columns - c) : 0;
+      const Vec even = load(from, width), odd = i + 1 < panel.units ? load(from + panel.ldw, width) : zeros();
+      _mm512_storeu_si512(panel.packed + i / 2 * PANEL + c,
+                          _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+    }
+}
+
+// As multiply_units.
+template <bool PACKED, int M, typename T>
+WITH_BF16 void multiply_rounded(const UnitPanel<T>& panel, const BFloat16* x, int64_t ldx, Ahead& next, float* sums,
+                                int64_t ldy) {
   Vec totals[M][GEMM_VECTORS];
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++)
-    for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = zeros();
-  for (int64_t i = 0; i < pairs; i++) {
-    if constexpr (AHEAD) __builtin_prefetch(ahead + i * stride, 0, 2);
+#pragma GCC unroll 8
+    for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = panel.starts ? zeros() : load(sums + m * ldy + v * LANES);
+  Ahead ahead = next;
+  float* packed = panel.packed;
+  const T* w = panel.w;
+  const int64_t ldw = panel.ldw, units = panel.units;
+  const __m512i places = unit_places();
+  for (int64_t i = 0; i < units; i += 2, packed += PANEL, w += 2 * ldw) {
+    ahead.ask();
     __m512bh weights[GEMM_VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < GEMM_VECTORS; v++)
-      weights[v] = (__m512bh)_mm512_loadu_si512(panel + i * PANEL + v * LANES);
+    for (int v = 0; v < GEMM_VECTORS; v++) {
+      const __m512i pairs = PACKED ? _mm512_loadu_si512(packed + v * LANES)
+                                   : unit_pairs(w + v * LANES, w + ldw + v * LANES, places);
+      if (!PACKED) _mm512_storeu_si512(packed + v * LANES, pairs);
+      weights[v] = (__m512bh)pairs;
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       int32_t pair;
-      memcpy(&pair, x + m * ldx + 2 * i, sizeof pair);
+      memcpy(&pair, x + m * ldx + i, sizeof pair);
       const __m512bh xs = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 8
       for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = _mm512_dpbf16_ps(totals[m][v], xs, weights[v]);
     }
   }
+  next = ahead;
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++)
-    for (int v = 0; v < GEMM_VECTORS; v++) store(sums + m * PANEL + v * LANES, totals[m][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < GEMM_VECTORS; v++) store(sums + m * ldy + v * LANES, totals[m][v]);
 }
 
-// How panels of weights by unit are packed and multiplied; see many_rows_piece.
-template <typename T>
-struct RoundedPanels {
-  WITH_BF16 static void pack(const Product& p, const Input& input, int64_t column, int64_t count, int64_t begin,
-                             int64_t depth, float* panels) {
-    pack_rounded_units<T>(input, p.results.n, column, count, begin, depth, panels);
+template <int M, typename T>
+WITH_BF16 void multiply_rounded(int64_t rows, const UnitPanel<T>& panel, const BFloat16* x, int64_t ldx, Ahead& next,
+                                float* sums, int64_t ldy) {
+  if constexpr (M > 1) {
+    if (rows < M) return multiply_rounded<M - 1>(rows, panel, x, ldx, next, sums, ldy);
   }
-  // The first four tiles with a panel ask for the weights of the next one, each for a line of every other unit.
-  WITH_BF16 static void multiply(int64_t rows, const Input& input, int64_t row, int64_t begin, const float* panel,
-                                 int64_t depth, int64_t tile, const void* next, float* sums) {
-    const int64_t ldx = paired(input.k), unit = input.ldw * sizeof(T), pairs = pieces_of(depth, 2);
-    const BFloat16* x = rounded_x(input) + row * ldx + begin;
-    const char* ahead = static_cast<const char*>(next) + tile % 2 * unit + tile / 2 * LINE;
-    if (tile < 4)
-      multiply_rounded<true, GEMM_ROWS>(rows, x, ldx, panel, pairs, ahead, 2 * unit, sums);
-    else
-      multiply_rounded<false, GEMM_ROWS>(rows, x, ldx, panel, pairs, nullptr, 0, sums);
+  panel.is_packed ? multiply_rounded<true, M>(panel, x, ldx, next, sums, ldy)
+                  : multiply_rounded<false, M>(panel, x, ldx, next, sums, ldy);
+}
+
+// As Float32Units.
+template <typename T>
+struct RoundedUnits {
+  static constexpr int64_t STEP = 2, DEPTH = 256;
+  static bool whole(const UnitPanel<T>& panel) { return panel.columns == PANEL && panel.units % STEP == 0; }
+  static void pack(const UnitPanel<T>& panel) { pack_rounded_units(panel); }
+  static void multiply(int64_t rows, const UnitPanel<T>& panel, const Input& input, int64_t row, int64_t begin,
+                       Ahead& next, float* sums, int64_t ldy) {
+    const int64_t ldx = paired(input.k);
+    multiply_rounded<GEMM_ROWS>(rows, panel, rounded_x(input) + row * ldx + begin, ldx, next, sums, ldy);
   }
 };
 
@@ -224,7 +246,7 @@ inline const float* round_x(const float* x, int64_t m, int64_t k, float* to) {
 inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* call, int64_t pieces) {
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
     if (!call->products[0].by_unit) return pool_run(job, threads, pieces, rounded_piece<T>, few_rows_commit<T>);
-    pool_run(job, threads, pieces, many_rows_piece<T, RoundedPanels<T>>, nullptr);
+    pool_run(job, threads, pieces, unit_panels_piece<T, RoundedUnits<T>>, nullptr);
     return uint64_t{0};  // no piece is computed twice, so that none is left
   });
 }
