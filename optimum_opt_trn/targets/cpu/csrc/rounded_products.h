@@ -12,9 +12,11 @@ namespace {
 
 // Factors of a vector.
 constexpr int64_t PAIRED = 2 * LANES;
-// So many rows of x at a time: with STREAMS weight rows their sums leave registers for the factors.
-constexpr int ROUNDED_ROWS = 6, STREAMS = 4;
-static_assert(OUTPUTS % STREAMS == 0);
+// So many rows of x at a time, and so many weight rows with M of them: their sums leave registers for the factors.
+constexpr int ROUNDED_ROWS = 8;
+constexpr int rounded_streams(int m) { return m <= 6 ? 4 : 3; }
+// 6 times 4 is the fastest, but fewer blocks read the weights less often, which counts more where they are few.
+constexpr int64_t rounded_blocks(int64_t m) { return pieces_of(m, m <= 2 * ROUNDED_ROWS ? ROUNDED_ROWS : 6); }
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
 constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
 
@@ -46,32 +48,32 @@ WITH_BF16 void round_rows(const T* from, int64_t rows, int64_t k, int64_t ld, BF
 // The rounded rows of x, where the call was given them.
 inline const BFloat16* rounded_x(const Input& input) { return reinterpret_cast<const BFloat16*>(input.x); }
 
-// totals += the products of R weight rows with M rows of x, both k long. If AHEAD, asks for R rows of bytes at `ahead`.
-template <bool AHEAD, int R, int M>
-WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const BFloat16* w, int64_t ldw, const BFloat16* x, int64_t k, const char* ahead,
-                                  int64_t stride, Vec (&totals)[R][M]) {
-  const int64_t ldx = paired(k);
-  for (int64_t i = 0; i < k; i += PAIRED) {
-    __m512bh weights[R];
+// totals += the products of R weight rows with M rows of x, of `present` inputs from i on. Of AHEAD rows of bytes at
+// `ahead` it asks for the same part.
+template <int AHEAD, int R, int M>
+WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const BFloat16* w, int64_t ldw, const BFloat16* x,
+                                                                 int64_t ldx, int64_t i, int64_t present,
+                                                                 const char* ahead, int64_t stride,
+                                                                 Vec (&totals)[R][M]) {
+  __m512bh weights[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) weights[r] = (__m512bh)rounded(w + r * ldw + i, lesser(PAIRED, k - i));
+  for (int r = 0; r < R; r++) weights[r] = (__m512bh)rounded(w + r * ldw + i, present);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-      if constexpr (AHEAD) __builtin_prefetch(ahead + r * stride + i * sizeof(BFloat16), 0, 1);
+  for (int r = 0; r < AHEAD; r++) __builtin_prefetch(ahead + r * stride + i * sizeof(BFloat16), 0, 1);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      __m512i xs = _mm512_loadu_si512(x + m * ldx + i);
-      asm("" : "+v"(xs));  // GCC would load it anew for each of its uses, and loads are the limit
+  for (int m = 0; m < M; m++) {
+    __m512i xs = _mm512_loadu_si512(x + m * ldx + i);
+    asm("" : "+v"(xs));  // GCC would load it anew for each of its uses, and loads are the limit
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) totals[r][m] = _mm512_dpbf16_ps(totals[r][m], (__m512bh)xs, weights[r]);
-    }
+    for (int r = 0; r < R; r++) totals[r][m] = _mm512_dpbf16_ps(totals[r][m], (__m512bh)xs, weights[r]);
   }
 }
 
-// As `dot`. Weights that are not bfloat16 are in `packed`, from `begin` on, OUTPUTS rows of each input.
-template <int R, int M, typename T>
-WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t begin, int64_t column, const BFloat16* packed,
-                                  float* sums) {
+// As `dot`. Weights that are not bfloat16 are in `packed`, from `begin` on, OUTPUTS rows of each input. AHEAD weight
+// rows are asked for, which begin `first` rows further on: hardware does not follow a stream into the next page.
+template <int AHEAD, int R, int M, typename T>
+WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t begin, int64_t column, int64_t first,
+                                  const BFloat16* packed, float* sums) {
   Vec totals[R][M];
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) totals[r][m] = zeros();
@@ -79,30 +81,41 @@ WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t begin, 
     const Input& input = p.inputs[part];
     const int64_t k = input.k, ldx = paired(k);
     const BFloat16* x = rounded_x(input) + row * ldx;
-    // The first rows of x ask for the weights that come next: hardware does not follow a stream into the next page.
-    const T* next = static_cast<const T*>(input.w) + (column + (IS_BFLOAT16<T> ? R : OUTPUTS)) * input.ldw;
-    const char* ahead = reinterpret_cast<const char*>(next);
+    const char* ahead = reinterpret_cast<const char*>(static_cast<const T*>(input.w) + (column + first) * input.ldw);
     const int64_t stride = input.ldw * sizeof(T), ldw = IS_BFLOAT16<T> ? input.ldw : ldx;
     const BFloat16* w = IS_BFLOAT16<T> ? static_cast<const BFloat16*>(input.w) + column * ldw
                                        : packed + (column - begin) * ldw;
-    if (row == 0)
-      add_rounded<true>(w, ldw, x, k, ahead, stride, totals);
-    else
-      add_rounded<false>(w, ldw, x, k, ahead, stride, totals);
+    int64_t i = 0;
+    for (; i + PAIRED <= k; i += PAIRED)
+      add_rounded<AHEAD, R, M>(w, ldw, x, ldx, i, PAIRED, ahead, stride, totals);
+    if (i < k) add_rounded<0, R, M>(w, ldw, x, ldx, i, k - i, ahead, stride, totals);
     packed += OUTPUTS * ldx;
   }
   store_totals(totals, sums + column - begin);
 }
 
+// The products of outputs from `begin` to `end` with block `block` of the rows of x, of `blocks`. While one block after
+// the other is multiplied, memory is to work as well: each asks for its part of the next piece's weights.
 template <int M, typename T>
 WITH_BF16 inline void rounded_dots(int64_t rows, const Product& p, int64_t row, int64_t begin, int64_t end,
-                                   const BFloat16* packed, float* sums) {
+                                   int64_t block, int64_t blocks, const BFloat16* packed, float* sums) {
   if constexpr (M > 1) {
-    if (rows < M) return rounded_dots<M - 1, T>(rows, p, row, begin, end, packed, sums);
+    if (rows < M) return rounded_dots<M - 1, T>(rows, p, row, begin, end, block, blocks, packed, sums);
   }
+  constexpr int R = rounded_streams(M);
+  const int64_t ahead = pieces_of(R, blocks), first = block * ahead;
   int64_t column = begin;
-  for (; column + STREAMS <= end; column += STREAMS) rounded_dot<STREAMS, M, T>(p, row, begin, column, packed, sums);
-  for (; column < end; column++) rounded_dot<1, M, T>(p, row, begin, column, packed, sums);
+  for (; column + R <= end; column += R) {
+    if (first >= R)
+      rounded_dot<0, R, M, T>(p, row, begin, column, 0, packed, sums);
+    else if (ahead == 1)
+      rounded_dot<1, R, M, T>(p, row, begin, column, OUTPUTS + first, packed, sums);
+    else if (ahead == 2)
+      rounded_dot<2, R, M, T>(p, row, begin, column, OUTPUTS + first, packed, sums);
+    else
+      rounded_dot<R, R, M, T>(p, row, begin, column, IS_BFLOAT16<T> ? R : OUTPUTS, packed, sums);
+  }
+  for (; column < end; column++) rounded_dot<0, 1, M, T>(p, row, begin, column, 0, packed, sums);
 }
 
 // Floats of a piece's sums; what of its weights is packed comes behind them.
@@ -122,9 +135,10 @@ WITH_BF16 void rounded_piece(const void* given, int64_t piece, float* scratch) {
       to += OUTPUTS * paired(input.k);
     }
   }
-  const int64_t rows = pieces_of(call.m, pieces_of(call.m, ROUNDED_ROWS));  // as in few_rows_piece
+  const int64_t blocks = rounded_blocks(call.m), rows = pieces_of(call.m, blocks);  // as in few_rows_piece
   for (int64_t row = 0; row < call.m; row += rows)
-    rounded_dots<ROUNDED_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, packed, scratch + row * OUTPUTS);
+    rounded_dots<ROUNDED_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks, packed,
+                                  scratch + row * OUTPUTS);
 }
 
 // The weights of two units, rounded: those of the first in the even places, those of the second in the odd ones.
