@@ -47,7 +47,7 @@ def stored_by_unit(weight):
 
 
 shapes = (
-    st.sampled_from([1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 49, 100, 200]),
+    st.sampled_from([1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 25, 49, 100, 200]),
     st.sampled_from([2, 3, 4, 5, 23, 24, 25, 48, 49, 130, 200]),
     st.sampled_from(list(LEAST_ROWS)),
     *[st.booleans()] * 2,
@@ -104,6 +104,14 @@ def test_linear_sum(m, n, dtype, with_bias, with_residual, view, ks, by_unit):
     y = KernelArithmetic(variant=ROUNDING).linear_sum(case.xs, weights, case.bias, residual, case.scale)
     expected = case.expected(rounds=m > 8 if by_unit else m >= LEAST_ROWS[dtype])
     assert_close(y, expected if residual is None else expected + residual.double())
+
+
+@needs_units
+@pytest.mark.parametrize("by_unit", [False, True])
+def test_more_rows_than_fit_the_scratch_memory(by_unit):
+    case = Case(17000, 17, [20], torch.bfloat16, with_bias=False, view=0)
+    weights = [stored_by_unit(weight) for weight in case.weights] if by_unit else case.weights
+    assert_close(KernelArithmetic(variant=ROUNDING).linear_sum(case.xs, weights), case.expected(rounds=True))
 
 
 def test_other_variants_stay_exact():

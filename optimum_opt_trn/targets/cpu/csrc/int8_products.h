@@ -25,6 +25,8 @@ constexpr float LEAST = 1e-30f;
 // With so many inputs at most no int32 overflows: a weight is below 256 there, a digit at most 128.
 constexpr int64_t MOST_INPUTS = 65536;
 static_assert(255 * 128 * MOST_INPUTS <= INT32_MAX);
+// With more rows panels of float32 are faster.
+constexpr int64_t MOST_INTEGER_ROWS = 192;
 
 struct IntegerRow {
   double scale;    // NaN: the row cannot be made integers, whose digits are 0
@@ -48,7 +50,7 @@ inline int64_t digit_bytes(int64_t count, const Input* inputs) {
 inline int64_t integer_bytes(int64_t m, int64_t count, const Input* inputs) {
   int64_t depth = 0;
   for (int64_t part = 0; part < count; part++) depth += inputs[part].k;
-  if (m > MOST_FEW_ROWS || depth > MOST_INPUTS) return 0;
+  if (m > MOST_INTEGER_ROWS || depth > MOST_INPUTS) return 0;
   return sizeof(Integers) + LINE + m * (digit_bytes(count, inputs) + sizeof(IntegerRow));
 }
 

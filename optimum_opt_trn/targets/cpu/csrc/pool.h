@@ -19,7 +19,7 @@ using Commit = void (*)(const void* call, int64_t piece, const float* scratch);
 // What the caller does when all pieces are done.
 using Finish = void (*)(const void* call);
 
-// Of each thread: floats of scratch memory, 64-byte aligned. A panel of weights fits (products.h).
+// Of each thread: floats of scratch memory, 64-byte aligned. A panel of weights and its sums fit (panels.h).
 constexpr int64_t SCRATCH = 262144;
 // Besides the caller.
 constexpr int64_t MOST_THREADS = 128;

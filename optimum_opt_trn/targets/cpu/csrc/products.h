@@ -4,15 +4,13 @@
 
 #include "common.h"
 #include "results.h"
-#include "tiles.h"
 
 namespace {
 
 // Outputs of a piece: enough to amortise taking it, few enough to share evenly, and a multiple of 3, 4 and 6 streams.
 constexpr int64_t OUTPUTS = 24;
-// A panel has PANEL outputs, converted for DEPTH inputs; a piece's PANELS of them fit the second-level cache.
-constexpr int64_t PANEL = GEMM_VECTORS * LANES, DEPTH = 1024, PANELS = 4;
-static_assert(PANELS * DEPTH * PANEL + GEMM_ROWS * PANEL <= SCRATCH);
+// Of more rows a panel of PANEL outputs at a time; a piece has PANELS or fewer (panels.h).
+constexpr int64_t PANEL = GEMM_VECTORS * LANES, PANELS = 4;
 
 // The sum of `count` products of x (m, k) and w (n, k), or w (k, n) by unit.
 struct Product {
@@ -34,6 +32,21 @@ inline const Product& product_of(const ProductsCall& call, int64_t piece) {
   int64_t i = call.count - 1;
   while (call.products[i].first_piece > piece) i--;
   return call.products[i];
+}
+
+// Divides the products into pieces of OUTPUTS outputs, or of panels; their number.
+inline int64_t divide(ProductsCall* call, int threads, bool panels) {
+  int64_t pieces = 0;
+  for (int64_t i = 0; i < call->count; i++) {
+    Product& p = call->products[i];
+    p.first_piece = pieces;
+    const int64_t all = pieces_of(p.results.n, PANEL);
+    p.panels = PANELS;
+    // With few rows the time goes into reading weights, which wide pieces do faster.
+    while (p.panels > 1 && pieces_of(all, p.panels) < (call->m <= 64 ? 2 : 8) * threads) p.panels /= 2;
+    pieces += panels ? pieces_of(all, p.panels) : pieces_of(p.results.n, OUTPUTS);
+  }
+  return pieces;
 }
 
 // The sums over the lanes of each total, to sums (m, OUTPUTS).
@@ -117,61 +130,6 @@ void few_rows_commit(const void* given, int64_t piece, const float* scratch) {
   const int64_t begin = (piece - p.first_piece) * OUTPUTS, end = lesser(p.results.n, begin + OUTPUTS);
   for (int64_t row = 0; row < call.m; row++)
     finish<T>(p.results, row, begin, end - begin, scratch + row * OUTPUTS);
-}
-
-// Weights [column, column + PANEL) x [begin, begin + depth) as float32 (depth, PANEL), zeros beyond the last column.
-template <typename T>
-void pack_outputs(const Input& input, int64_t n, int64_t column, int64_t begin, int64_t depth, float* panel) {
-  const T* w = static_cast<const T*>(input.w);
-  for (int64_t c = 0; c < PANEL; c += LANES)
-    for (int64_t i = 0; i < depth; i += LANES) {
-      const int64_t width = lesser(LANES, depth - i);
-      Vec rows[LANES];
-      for (int64_t r = 0; r < LANES; r++) {
-        const T* from = w + (column + c + r) * input.ldw + begin + i;
-        rows[r] = column + c + r < n ? load(from, width) : zeros();
-      }
-      transpose(rows);
-      for (int64_t l = 0; l < width; l++) store(panel + (i + l) * PANEL + c, rows[l]);
-    }
-}
-
-// As in a GEMM after Goto and van de Geijn (2008), but only the weights are packed, while they are converted.
-template <typename T>
-void many_rows_piece(const void* given, int64_t piece, float* scratch) {
-  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
-  const Product& p = product_of(call, piece);
-  const int64_t n = p.results.n;
-  float* sums = scratch + PANELS * DEPTH * PANEL;
-  const int64_t block = pieces_of(call.m, pieces_of(call.m, GEMM_ROWS));  // as in few_rows_piece
-  const int64_t first = (piece - p.first_piece) * p.panels;
-  const int64_t count = lesser(p.panels, pieces_of(n, PANEL) - first);
-  for (int64_t part = 0; part < p.count; part++) {
-    const Input& input = p.inputs[part];
-    for (int64_t begin = 0; begin < input.k; begin += DEPTH) {
-      const int64_t depth = lesser(DEPTH, input.k - begin);
-      const bool starts = part == 0 && begin == 0, ends = part == p.count - 1 && begin + depth == input.k;
-      for (int64_t i = 0; i < count; i++)
-        pack_outputs<T>(input, n, (first + i) * PANEL, begin, depth, scratch + i * DEPTH * PANEL);
-      for (int64_t row = 0; row < call.m; row += block) {
-        const int64_t rows = lesser(block, call.m - row);
-        for (int64_t i = 0; i < count; i++) {
-          const int64_t column = (first + i) * PANEL, columns = lesser(PANEL, n - column);
-          multiply<false>(rows, GEMM_VECTORS, input.x + row * input.k + begin, input.k, scratch + i * DEPTH * PANEL,
-                          PANEL, LANES, depth, nullptr, sums, PANEL);
-          for (int64_t r = 0; r < rows; r++) {
-            float* y = p.results.y + (row + r) * n + column;
-            if (!starts)
-              for (int64_t c = 0; c < columns; c++) sums[r * PANEL + c] += y[c];
-            if (ends)
-              finish<T>(p.results, row + r, column, columns, sums + r * PANEL);
-            else
-              memcpy(y, sums + r * PANEL, columns * sizeof(float));
-          }
-        }
-      }
-    }
-  }
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // float32 ones. Sums are float32. The rows of x are rounded once a call, each to whole vectors, with zeros at its end.
 #pragma once
 
-#include "unit_panels.h"
+#include "panels.h"
 
 #if defined(KERNELS_AVX512)
 
@@ -17,6 +17,11 @@ constexpr int ROUNDED_ROWS = 8;
 constexpr int rounded_streams(int m) { return m <= 6 ? 4 : 3; }
 // 6 times 4 is the fastest, but fewer blocks read the weights less often, which counts more where they are few.
 constexpr int64_t rounded_blocks(int64_t m) { return pieces_of(m, m <= 2 * ROUNDED_ROWS ? ROUNDED_ROWS : 6); }
+// Weights that are bfloat16 by output are multiplied as they lie with up to so many rows; all others in panels.
+constexpr int64_t MOST_ROUNDED_DOTS = 24;
+inline bool rounded_panels(Dtype dtype, int64_t m, bool by_unit) {
+  return by_unit || dtype != BFLOAT16 || m > MOST_ROUNDED_DOTS;
+}
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
 constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
 
@@ -32,34 +37,20 @@ WITH_BF16 inline __m512i rounded(const T* from, int64_t count) {
   return (__m512i)_mm512_cvtne2ps_pbh(count > LANES ? load(from + LANES, count - LANES) : zeros(), low);
 }
 
-template <typename T>
-constexpr bool IS_BFLOAT16 = false;
-template <>
-constexpr bool IS_BFLOAT16<BFloat16> = true;
-
-// Rounds rows of k, `ld` apart, to rows of paired(k).
-template <typename T>
-WITH_BF16 void round_rows(const T* from, int64_t rows, int64_t k, int64_t ld, BFloat16* to) {
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t i = 0; i < k; i += PAIRED)
-      _mm512_storeu_si512(to + row * paired(k) + i, rounded(from + row * ld + i, lesser(PAIRED, k - i)));
-}
-
 // The rounded rows of x, where the call was given them.
 inline const BFloat16* rounded_x(const Input& input) { return reinterpret_cast<const BFloat16*>(input.x); }
 
-// totals += the products of R weight rows with M rows of x, of `present` inputs from i on. Of AHEAD rows of bytes at
-// `ahead` it asks for the same part.
+// totals += the products of R weight rows with M rows of x, of `present` inputs from i on. Of AHEAD rows at `ahead` it
+// asks for the same inputs.
 template <int AHEAD, int R, int M>
 WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const BFloat16* w, int64_t ldw, const BFloat16* x,
                                                                  int64_t ldx, int64_t i, int64_t present,
-                                                                 const char* ahead, int64_t stride,
-                                                                 Vec (&totals)[R][M]) {
+                                                                 const BFloat16* ahead, Vec (&totals)[R][M]) {
   __m512bh weights[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) weights[r] = (__m512bh)rounded(w + r * ldw + i, present);
 #pragma GCC unroll 8
-  for (int r = 0; r < AHEAD; r++) __builtin_prefetch(ahead + r * stride + i * sizeof(BFloat16), 0, 1);
+  for (int r = 0; r < AHEAD; r++) __builtin_prefetch(ahead + r * ldw + i, 0, 1);
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
     __m512i xs = _mm512_loadu_si512(x + m * ldx + i);
@@ -69,76 +60,58 @@ WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const BFloat16*
   }
 }
 
-// As `dot`. Weights that are not bfloat16 are in `packed`, from `begin` on, OUTPUTS rows of each input. AHEAD weight
-// rows are asked for, which begin `first` rows further on: hardware does not follow a stream into the next page.
-template <int AHEAD, int R, int M, typename T>
-WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t begin, int64_t column, int64_t first,
-                                  const BFloat16* packed, float* sums) {
+// As `dot`. AHEAD weight rows are asked for, which begin `first` rows further on.
+template <int AHEAD, int R, int M>
+WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t column, int64_t first, float* sums) {
   Vec totals[R][M];
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) totals[r][m] = zeros();
   for (int64_t part = 0; part < p.count; part++) {
     const Input& input = p.inputs[part];
-    const int64_t k = input.k, ldx = paired(k);
+    const int64_t k = input.k, ldx = paired(k), ldw = input.ldw;
     const BFloat16* x = rounded_x(input) + row * ldx;
-    const char* ahead = reinterpret_cast<const char*>(static_cast<const T*>(input.w) + (column + first) * input.ldw);
-    const int64_t stride = input.ldw * sizeof(T), ldw = IS_BFLOAT16<T> ? input.ldw : ldx;
-    const BFloat16* w = IS_BFLOAT16<T> ? static_cast<const BFloat16*>(input.w) + column * ldw
-                                       : packed + (column - begin) * ldw;
+    const BFloat16* w = static_cast<const BFloat16*>(input.w) + column * ldw;
+    const BFloat16* ahead = w + first * ldw;
     int64_t i = 0;
-    for (; i + PAIRED <= k; i += PAIRED)
-      add_rounded<AHEAD, R, M>(w, ldw, x, ldx, i, PAIRED, ahead, stride, totals);
-    if (i < k) add_rounded<0, R, M>(w, ldw, x, ldx, i, k - i, ahead, stride, totals);
-    packed += OUTPUTS * ldx;
+    for (; i + PAIRED <= k; i += PAIRED) add_rounded<AHEAD, R, M>(w, ldw, x, ldx, i, PAIRED, ahead, totals);
+    if (i < k) add_rounded<0, R, M>(w, ldw, x, ldx, i, k - i, ahead, totals);
   }
-  store_totals(totals, sums + column - begin);
+  store_totals(totals, sums);
 }
 
 // The products of outputs from `begin` to `end` with block `block` of the rows of x, of `blocks`. While one block after
 // the other is multiplied, memory is to work as well: each asks for its part of the next piece's weights.
-template <int M, typename T>
+template <int M>
 WITH_BF16 inline void rounded_dots(int64_t rows, const Product& p, int64_t row, int64_t begin, int64_t end,
-                                   int64_t block, int64_t blocks, const BFloat16* packed, float* sums) {
+                                   int64_t block, int64_t blocks, float* sums) {
   if constexpr (M > 1) {
-    if (rows < M) return rounded_dots<M - 1, T>(rows, p, row, begin, end, block, blocks, packed, sums);
+    if (rows < M) return rounded_dots<M - 1>(rows, p, row, begin, end, block, blocks, sums);
   }
   constexpr int R = rounded_streams(M);
   const int64_t ahead = pieces_of(R, blocks), first = block * ahead;
   int64_t column = begin;
   for (; column + R <= end; column += R) {
+    float* to = sums + column - begin;
     if (first >= R)
-      rounded_dot<0, R, M, T>(p, row, begin, column, 0, packed, sums);
+      rounded_dot<0, R, M>(p, row, column, 0, to);
     else if (ahead == 1)
-      rounded_dot<1, R, M, T>(p, row, begin, column, OUTPUTS + first, packed, sums);
+      rounded_dot<1, R, M>(p, row, column, OUTPUTS + first, to);
     else if (ahead == 2)
-      rounded_dot<2, R, M, T>(p, row, begin, column, OUTPUTS + first, packed, sums);
+      rounded_dot<2, R, M>(p, row, column, OUTPUTS + first, to);
     else
-      rounded_dot<R, R, M, T>(p, row, begin, column, IS_BFLOAT16<T> ? R : OUTPUTS, packed, sums);
+      rounded_dot<R, R, M>(p, row, column, R, to);
   }
-  for (; column < end; column++) rounded_dot<0, 1, M, T>(p, row, begin, column, 0, packed, sums);
+  for (; column < end; column++) rounded_dot<0, 1, M>(p, row, column, 0, sums + column - begin);
 }
 
-// Floats of a piece's sums; what of its weights is packed comes behind them.
-inline int64_t sums_size(int64_t m) { return pieces_of(m * OUTPUTS, LANES) * LANES; }
-
-template <typename T>
 WITH_BF16 void rounded_piece(const void* given, int64_t piece, float* scratch) {
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, piece);
   const int64_t begin = (piece - p.first_piece) * OUTPUTS, end = lesser(p.results.n, begin + OUTPUTS);
-  BFloat16* packed = reinterpret_cast<BFloat16*>(scratch + sums_size(call.m));
-  if constexpr (!IS_BFLOAT16<T>) {
-    BFloat16* to = packed;
-    for (int64_t part = 0; part < p.count; part++) {
-      const Input& input = p.inputs[part];
-      round_rows(static_cast<const T*>(input.w) + begin * input.ldw, end - begin, input.k, input.ldw, to);
-      to += OUTPUTS * paired(input.k);
-    }
-  }
   const int64_t blocks = rounded_blocks(call.m), rows = pieces_of(call.m, blocks);  // as in few_rows_piece
   for (int64_t row = 0; row < call.m; row += rows)
-    rounded_dots<ROUNDED_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks, packed,
-                                  scratch + row * OUTPUTS);
+    rounded_dots<ROUNDED_ROWS>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks,
+                               scratch + row * OUTPUTS);
 }
 
 // The weights of two units, rounded: those of the first in the even places, those of the second in the odd ones.
@@ -161,7 +134,7 @@ WITH_BF16 inline __m512i unit_places() {
 
 // As pack_units, but the weights of two units are neighbours, in the 32 bits of a lane: (units / 2, PANEL).
 template <typename T>
-WITH_BF16 void pack_rounded_units(const UnitPanel<T>& panel) {
+WITH_BF16 void pack_rounded_units(const Panel<T>& panel) {
   const __m512i places = unit_places();
   for (int64_t i = 0; i < panel.units; i += 2)
     for (int64_t c = 0; c < PANEL; c += LANES) {
@@ -173,15 +146,35 @@ WITH_BF16 void pack_rounded_units(const UnitPanel<T>& panel) {
     }
 }
 
-// As multiply_units.
+// The same by output.
+template <typename T>
+WITH_BF16 void pack_rounded_outputs(const Panel<T>& panel) {
+  for (int64_t c = 0; c < PANEL; c += LANES)
+    for (int64_t i = 0; i < panel.units; i += PAIRED) {
+      const int64_t width = lesser(PAIRED, panel.units - i), height = panel.columns - c;
+      const T* from = panel.w + c * panel.ldw + i;
+      float* to = panel.packed + i / 2 * PANEL + c;
+      Vec rows[LANES];
+      if (width == PAIRED && height >= LANES) {
+        for (int64_t r = 0; r < LANES; r++) rows[r] = _mm512_castsi512_ps(rounded(from + r * panel.ldw, PAIRED));
+      } else {
+        for (int64_t r = 0; r < LANES; r++)
+          rows[r] = r < height ? _mm512_castsi512_ps(rounded(from + r * panel.ldw, width)) : zeros();
+      }
+      transpose(rows);
+      for (int64_t l = 0; l < pieces_of(width, 2); l++) store(to + l * PANEL, rows[l]);
+    }
+}
+
+// As multiply_panel.
 template <bool PACKED, int M, typename T>
-WITH_BF16 void multiply_rounded(const UnitPanel<T>& panel, const BFloat16* x, int64_t ldx, Ahead& next, float* sums,
+WITH_BF16 void multiply_rounded(const Panel<T>& panel, const BFloat16* x, int64_t ldx, Ahead& next, float* sums,
                                 int64_t ldy) {
   Vec totals[M][GEMM_VECTORS];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = panel.starts ? zeros() : load(sums + m * ldy + v * LANES);
+    for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = zeros();
   Ahead ahead = next;
   float* packed = panel.packed;
   const T* w = panel.w;
@@ -210,11 +203,14 @@ WITH_BF16 void multiply_rounded(const UnitPanel<T>& panel, const BFloat16* x, in
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int v = 0; v < GEMM_VECTORS; v++) store(sums + m * ldy + v * LANES, totals[m][v]);
+    for (int v = 0; v < GEMM_VECTORS; v++) {
+      float* sum = sums + m * ldy + v * LANES;
+      store(sum, panel.starts ? totals[m][v] : load(sum) + totals[m][v]);
+    }
 }
 
 template <int M, typename T>
-WITH_BF16 void multiply_rounded(int64_t rows, const UnitPanel<T>& panel, const BFloat16* x, int64_t ldx, Ahead& next,
+WITH_BF16 void multiply_rounded(int64_t rows, const Panel<T>& panel, const BFloat16* x, int64_t ldx, Ahead& next,
                                 float* sums, int64_t ldy) {
   if constexpr (M > 1) {
     if (rows < M) return multiply_rounded<M - 1>(rows, panel, x, ldx, next, sums, ldy);
@@ -223,26 +219,23 @@ WITH_BF16 void multiply_rounded(int64_t rows, const UnitPanel<T>& panel, const B
                   : multiply_rounded<false, M>(panel, x, ldx, next, sums, ldy);
 }
 
-// As Float32Units.
+// As Float32Panels.
 template <typename T>
-struct RoundedUnits {
+struct RoundedPanels {
   static constexpr int64_t STEP = 2, DEPTH = 256;
-  static bool whole(const UnitPanel<T>& panel) { return panel.columns == PANEL && panel.units % STEP == 0; }
-  static void pack(const UnitPanel<T>& panel) { pack_rounded_units(panel); }
-  static void multiply(int64_t rows, const UnitPanel<T>& panel, const Input& input, int64_t row, int64_t begin,
+  static bool is_whole(const Panel<T>& panel) {
+    return panel.by_unit && panel.columns == PANEL && panel.units % STEP == 0;
+  }
+  static void pack(const Panel<T>& panel) { panel.by_unit ? pack_rounded_units(panel) : pack_rounded_outputs(panel); }
+  static void multiply(int64_t rows, const Panel<T>& panel, const Input& input, int64_t row, int64_t begin,
                        Ahead& next, float* sums, int64_t ldy) {
     const int64_t ldx = paired(input.k);
     multiply_rounded<GEMM_ROWS>(rows, panel, rounded_x(input) + row * ldx + begin, ldx, next, sums, ldy);
   }
 };
 
-// Whether the factors of these products are to be rounded, and can be.
-inline bool rounds(Dtype dtype, int64_t m, bool by_unit, int64_t count, const Input* inputs) {
-  if (by_unit) return true;
-  int64_t packed = 0;
-  for (int64_t i = 0; i < count; i++) packed += OUTPUTS * paired(inputs[i].k) / 2;
-  return m >= least_rounded_rows(dtype) && sums_size(m) + packed <= SCRATCH;
-}
+// Whether the factors of these products are to be rounded.
+inline bool rounds(Dtype dtype, int64_t m, bool by_unit) { return by_unit || m >= least_rounded_rows(dtype); }
 
 // Bytes of the rounded rows of all inputs.
 inline int64_t rounded_bytes(int64_t m, int64_t count, const Input* inputs) {
@@ -251,17 +244,21 @@ inline int64_t rounded_bytes(int64_t m, int64_t count, const Input* inputs) {
   return size;
 }
 
-// Rounds x (m, k) to `to`.
-inline const float* round_x(const float* x, int64_t m, int64_t k, float* to) {
-  round_rows(x, m, k, k, reinterpret_cast<BFloat16*>(to));
+// Rounds x (m, k) to `to`, whose rows are paired(k).
+WITH_BF16 inline const float* round_x(const float* x, int64_t m, int64_t k, float* to) {
+  BFloat16* rows = reinterpret_cast<BFloat16*>(to);
+  for (int64_t row = 0; row < m; row++)
+    for (int64_t i = 0; i < k; i += PAIRED)
+      _mm512_storeu_si512(rows + row * paired(k) + i, rounded(x + row * k + i, lesser(PAIRED, k - i)));
   return to;
 }
 
-inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* call, int64_t pieces) {
+inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* call) {
+  const bool panels = rounded_panels(dtype, call->m, call->products[0].by_unit);
+  const int64_t pieces = divide(call, threads, panels);
+  if (!panels) return pool_run(job, threads, pieces, rounded_piece, few_rows_commit<BFloat16>);
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
-    if (!call->products[0].by_unit) return pool_run(job, threads, pieces, rounded_piece<T>, few_rows_commit<T>);
-    pool_run(job, threads, pieces, unit_panels_piece<T, RoundedUnits<T>>, nullptr);
-    return uint64_t{0};  // no piece is computed twice, so that none is left
+    return run_panels<T, RoundedPanels<T>>(job, threads, pieces, *call);
   });
 }
 
@@ -271,10 +268,10 @@ inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* ca
 
 namespace {
 
-inline bool rounds(Dtype, int64_t, bool, int64_t, const Input*) { return false; }
+inline bool rounds(Dtype, int64_t, bool) { return false; }
 inline int64_t rounded_bytes(int64_t, int64_t, const Input*) { return 0; }
 inline const float* round_x(const float* x, int64_t, int64_t, float*) { return x; }
-inline uint64_t run_rounded(Job*, int, Dtype, ProductsCall*, int64_t) { return 0; }
+inline uint64_t run_rounded(Job*, int, Dtype, ProductsCall*) { return 0; }
 
 }  // namespace
 

@@ -15,8 +15,8 @@ constexpr int streams(int m) { return m == 1 ? 4 : m <= 4 ? 6 : 4; }
 // By unit (units.h): so many rows at a time, and vectors of outputs with m of them.
 constexpr int UNIT_ROWS = 8;
 constexpr int tile(int m) { return m <= 4 ? 4 : 3; }
-// With more rows a panel of weights is converted first.
-constexpr int64_t MOST_FEW_ROWS = 192;
+// With more rows, panels of weights (panels.h).
+constexpr int64_t MOST_FEW_ROWS = 20;
 constexpr int GEMM_ROWS = 8, GEMM_VECTORS = 3;
 
 inline Vec zeros() { return _mm512_setzero_ps(); }

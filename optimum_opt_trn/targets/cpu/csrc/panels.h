@@ -1,0 +1,224 @@
+// Products of more rows. A panel is PANEL outputs of some units, packed so that vectors lie along outputs, as in a GEMM
+// after Goto and van de Geijn (2008); x is not packed. A panel stays in the first-level cache until all rows are
+// multiplied with it. Meanwhile the weights that come next are asked for, so that memory works as well. Where weights
+// lie by unit, (k, n), the first rows are multiplied while the panel is packed.
+#pragma once
+
+#include "common.h"
+#include "products.h"
+#include "results.h"
+
+namespace {
+
+// Lines of memory that are read next: `rows` rows, `stride` bytes apart, of `bytes` each; so many are asked for a step.
+struct Ahead {
+  const char* row;
+  int64_t rows, bytes, stride, at, lines;
+
+  void ask() {
+    for (int64_t line = 0; line < lines && rows > 0; line++) {
+      __builtin_prefetch(row + at, 0, 2);
+      at += LINE;
+      if (at < bytes) continue;
+      at = 0;
+      row += stride;
+      rows--;
+    }
+  }
+};
+
+template <typename T>
+struct Panel {
+  const T* w;  // of the first unit and output
+  int64_t ldw, units, columns;
+  float* packed;
+  bool by_unit, is_packed, starts;  // with `starts`, sums are 0 before
+};
+
+// Packs a panel of weights that lie by unit: float32 (units, PANEL), zeros beyond the last column.
+template <typename T>
+void pack_units(const Panel<T>& panel) {
+  for (int64_t i = 0; i < panel.units; i++)
+    for (int64_t c = 0; c < PANEL; c += LANES) {
+      const int64_t width = c < panel.columns ? lesser(LANES, panel.columns - c) : 0;
+      store(panel.packed + i * PANEL + c, load(panel.w + i * panel.ldw + c, width));
+    }
+}
+
+// The same by output.
+template <typename T>
+void pack_outputs(const Panel<T>& panel) {
+  for (int64_t c = 0; c < PANEL; c += LANES)
+    for (int64_t i = 0; i < panel.units; i += LANES) {
+      const int64_t width = lesser(LANES, panel.units - i), height = panel.columns - c;
+      const T* from = panel.w + c * panel.ldw + i;
+      float* to = panel.packed + i * PANEL + c;
+      Vec rows[LANES];
+      if (width == LANES && height >= LANES) {
+        for (int64_t r = 0; r < LANES; r++) rows[r] = load(from + r * panel.ldw);
+      } else {
+        for (int64_t r = 0; r < LANES; r++) rows[r] = r < height ? load(from + r * panel.ldw, width) : zeros();
+      }
+      transpose(rows);
+      for (int64_t l = 0; l < width; l++) store(to + l * PANEL, rows[l]);
+    }
+}
+
+// sums (M, PANEL), rows ldy apart, += x (M, units), rows ldx apart, times the panel, which is packed unless PACKED. One
+// long sum would be less exact than this sum of sums.
+template <bool PACKED, int M, typename T>
+void multiply_panel(const Panel<T>& panel, const float* x, int64_t ldx, Ahead& next, float* sums, int64_t ldy) {
+  Vec totals[M][GEMM_VECTORS];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = zeros();
+  Ahead ahead = next;
+  float* packed = panel.packed;
+  const T* w = panel.w;
+  const int64_t ldw = panel.ldw, units = panel.units;
+  for (int64_t i = 0; i < units; i++, packed += PANEL, w += ldw) {
+    ahead.ask();
+    Vec weights[GEMM_VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < GEMM_VECTORS; v++) {
+      weights[v] = PACKED ? load(packed + v * LANES) : load(w + v * LANES);
+      if (!PACKED) store(packed + v * LANES, weights[v]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const Vec xs = all(x[m * ldx + i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = multiply_add(xs, weights[v], totals[m][v]);
+    }
+  }
+  next = ahead;
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < GEMM_VECTORS; v++) {
+      float* sum = sums + m * ldy + v * LANES;
+      store(sum, panel.starts ? totals[m][v] : load(sum) + totals[m][v]);
+    }
+}
+
+template <int M, typename T>
+void multiply_panel(int64_t rows, const Panel<T>& panel, const float* x, int64_t ldx, Ahead& next, float* sums,
+                    int64_t ldy) {
+  if constexpr (M > 1) {
+    if (rows < M) return multiply_panel<M - 1>(rows, panel, x, ldx, next, sums, ldy);
+  }
+  panel.is_packed ? multiply_panel<true, M>(panel, x, ldx, next, sums, ldy)
+                  : multiply_panel<false, M>(panel, x, ldx, next, sums, ldy);
+}
+
+// How panels are packed and multiplied in float32.
+template <typename T>
+struct Float32Panels {
+  // Units of a step, and of a panel, which takes half of the first-level cache.
+  static constexpr int64_t STEP = 1, DEPTH = 128;
+  // Whether it can be packed while the first rows are multiplied.
+  static bool is_whole(const Panel<T>& panel) { return panel.by_unit && panel.columns == PANEL; }
+  static void pack(const Panel<T>& panel) { panel.by_unit ? pack_units(panel) : pack_outputs(panel); }
+  static void multiply(int64_t rows, const Panel<T>& panel, const Input& input, int64_t row, int64_t begin,
+                       Ahead& next, float* sums, int64_t ldy) {
+    multiply_panel<GEMM_ROWS>(rows, panel, input.x + row * input.k + begin, input.k, next, sums, ldy);
+  }
+};
+
+// Which outputs a piece has; their sums (rows, width) are in the scratch memory behind a panel.
+struct PanelsPiece {
+  int64_t first, end, width;
+};
+
+inline PanelsPiece panels_of(const Product& p, int64_t piece) {
+  const int64_t width = p.panels * PANEL, first = (piece - p.first_piece) * width;
+  return {first, lesser(p.results.n, first + width), width};
+}
+
+// How many rows' sums fit the scratch memory; a call of more writes its results itself.
+template <typename Panels>
+constexpr int64_t most_rows(int64_t width) {
+  return (SCRATCH - Panels::DEPTH * PANEL) / width;
+}
+
+template <typename T, typename Panels>
+void panels_write(const Product& p, const PanelsPiece& piece, int64_t row, int64_t rows, const float* scratch) {
+  const float* sums = scratch + Panels::DEPTH * PANEL;
+  for (int64_t r = 0; r < rows; r++)
+    finish<T>(p.results, row + r, piece.first, piece.end - piece.first, sums + r * piece.width);
+}
+
+// Sums of a piece for `m` rows from `row` on.
+template <typename T, typename Panels>
+void panels_sum(const Product& p, const PanelsPiece& piece, int64_t row, int64_t m, float* scratch) {
+  const int64_t blocks = pieces_of(m, GEMM_ROWS), block = pieces_of(m, blocks);  // as in few_rows_piece
+  const int64_t lines = pieces_of(Panels::STEP * PANEL * static_cast<int64_t>(sizeof(T)), LINE * blocks);
+  const auto at = [&](const Input& input, int64_t unit, int64_t column) {
+    return static_cast<const T*>(input.w) + (p.by_unit ? unit * input.ldw + column : column * input.ldw + unit);
+  };
+  // What is read from `unit` of input `part` on; after the last one come the first ones of the next piece.
+  const auto ahead = [&](int64_t part, int64_t unit) -> Ahead {
+    if (part < p.count && unit >= p.inputs[part].k) part++, unit = 0;
+    const bool here = part < p.count;
+    const Input& input = p.inputs[here ? part : 0];
+    const int64_t from = here ? piece.first : piece.end;
+    const int64_t width = lesser(here ? piece.end - from : piece.width, p.results.n - from);
+    const int64_t units = lesser(Panels::DEPTH, input.k - unit), stride = input.ldw * static_cast<int64_t>(sizeof(T));
+    const char* w = reinterpret_cast<const char*>(at(input, unit, from));
+    const int64_t rows = p.by_unit ? units : width, values = p.by_unit ? width : units;
+    return {w, width > 0 ? rows : 0, values * static_cast<int64_t>(sizeof(T)), stride, 0, lines};
+  };
+  float* sums = scratch + Panels::DEPTH * PANEL;
+  for (int64_t part = 0; part < p.count; part++) {
+    const Input& input = p.inputs[part];
+    for (int64_t begin = 0; begin < input.k; begin += Panels::DEPTH) {
+      const int64_t units = lesser(Panels::DEPTH, input.k - begin);
+      const bool starts = part == 0 && begin == 0;
+      Ahead next = ahead(part, begin + units);
+      for (int64_t column = piece.first; column < piece.end; column += PANEL) {
+        const int64_t columns = lesser(PANEL, piece.end - column);
+        Panel<T> panel = {at(input, begin, column), input.ldw, units, columns, scratch, p.by_unit, false, starts};
+        if (!Panels::is_whole(panel)) {
+          Panels::pack(panel);
+          panel.is_packed = true;
+        }
+        for (int64_t r = 0; r < m; r += block, panel.is_packed = true)
+          Panels::multiply(lesser(block, m - r), panel, input, row + r, begin, next,
+                           sums + r * piece.width + column - piece.first, piece.width);
+      }
+    }
+  }
+}
+
+template <typename T, typename Panels>
+void panels_piece(const void* given, int64_t number, float* scratch) {
+  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
+  const Product& p = product_of(call, number);
+  const PanelsPiece piece = panels_of(p, number);
+  const int64_t most = most_rows<Panels>(piece.width);
+  if (call.m <= most) return panels_sum<T, Panels>(p, piece, 0, call.m, scratch);
+  for (int64_t row = 0; row < call.m; row += most) {
+    const int64_t rows = lesser(most, call.m - row);
+    panels_sum<T, Panels>(p, piece, row, rows, scratch);
+    panels_write<T, Panels>(p, piece, row, rows, scratch);
+  }
+}
+
+template <typename T, typename Panels>
+void panels_commit(const void* given, int64_t number, const float* scratch) {
+  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
+  const Product& p = product_of(call, number);
+  panels_write<T, Panels>(p, panels_of(p, number), 0, call.m, scratch);
+}
+
+template <typename T, typename Panels>
+uint64_t run_panels(Job* job, int threads, int64_t pieces, const ProductsCall& call) {
+  int64_t most = SCRATCH;
+  for (int64_t i = 0; i < call.count; i++) most = lesser(most, most_rows<Panels>(call.products[i].panels * PANEL));
+  if (call.m <= most) return pool_run(job, threads, pieces, panels_piece<T, Panels>, panels_commit<T, Panels>);
+  pool_run(job, threads, pieces, panels_piece<T, Panels>, nullptr);
+  return uint64_t{0};  // no piece is computed twice, so that none is left
+}
+
+}  // namespace
