@@ -234,7 +234,7 @@ inline void integers_piece(const void* given, int64_t piece, float* scratch) {
   const int64_t begin = (piece - p.first_piece) * OUTPUTS, end = lesser(p.results.n, begin + OUTPUTS);
   multiply_integers(*call.integers, call.m, p.count, p.inputs, begin, end, scratch, OUTPUTS);
   for (int64_t row = 0; row < call.m; row++)
-    if (isnan(call.integers->rows[row].scale)) dots<1, Int8>(1, p, row, begin, end, scratch + row * OUTPUTS);
+    if (isnan(call.integers->rows[row].scale)) dots<1, Int8>(1, p, row, begin, end, 0, 1, scratch + row * OUTPUTS);
 }
 
 inline uint64_t run_integers(Job* job, int threads, ProductsCall* call, int64_t pieces) {

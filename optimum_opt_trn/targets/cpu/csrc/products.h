@@ -62,9 +62,10 @@ inline void store_totals(const Vec (&totals)[R][M], float* sums) {
     for (int r = 0; r < R; r++) sums[m * OUTPUTS + r] = results[m * R + r];
 }
 
-// The products of R weight rows with M rows of x, to sums (m, OUTPUTS). The lanes run along k.
-template <int R, int M, typename T>
-inline void dot(const Product& p, int64_t row, int64_t column, float* sums) {
+// The products of R weight rows with M rows of x, to sums (m, OUTPUTS). The lanes run along k. Hardware does not follow
+// a stream into the next page, so AHEAD weight rows are asked for: the next R, or those that begin `first` rows behind.
+template <int AHEAD, int R, int M, typename T>
+inline void dot(const Product& p, int64_t row, int64_t column, int64_t first, float* sums) {
   Vec totals[R][M];
   float rests[R][M];  // of inputs that fill no vector
   for (int r = 0; r < R; r++)
@@ -82,8 +83,8 @@ inline void dot(const Product& p, int64_t row, int64_t column, float* sums) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         weights[r] = load(w + r * ldw + i);
-        // Hardware does not follow a stream into the next page, and a row is a page or two: ask for the next R rows.
-        __builtin_prefetch(w + (r + R) * ldw + i, 0, 1);
+        if constexpr (AHEAD > 0)
+          if (r < AHEAD) __builtin_prefetch(w + ((AHEAD == R ? R : first) + r) * ldw + i, 0, 1);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
@@ -102,14 +103,24 @@ inline void dot(const Product& p, int64_t row, int64_t column, float* sums) {
 }
 
 template <int M, typename T>
-inline void dots(int64_t rows, const Product& p, int64_t row, int64_t begin, int64_t end, float* sums) {
+inline void dots(int64_t rows, const Product& p, int64_t row, int64_t begin, int64_t end, int64_t block, int64_t blocks,
+                 float* sums) {
   if constexpr (M > 1) {
-    if (rows < M) return dots<M - 1, T>(rows, p, row, begin, end, sums);
+    if (rows < M) return dots<M - 1, T>(rows, p, row, begin, end, block, blocks, sums);
   }
+  // With several blocks, some ask for a part of the next piece's weights each, so that memory works meanwhile.
+  constexpr int R = streams(M), PART = R > 2 ? 2 : 1;
   int64_t column = begin;
-  for (; column + streams(M) <= end; column += streams(M))
-    dot<streams(M), M, T>(p, row, column, sums + column - begin);
-  for (; column < end; column++) dot<1, M, T>(p, row, column, sums + column - begin);
+  for (; column + R <= end; column += R) {
+    float* to = sums + column - begin;
+    if (blocks == 1)
+      dot<R, R, M, T>(p, row, column, 0, to);
+    else if (PART * block < R)
+      dot<PART, R, M, T>(p, row, column, OUTPUTS + PART * block, to);
+    else
+      dot<0, R, M, T>(p, row, column, 0, to);
+  }
+  for (; column < end; column++) dot<0, 1, M, T>(p, row, column, 0, sums + column - begin);
 }
 
 template <typename T>
@@ -120,7 +131,7 @@ void few_rows_piece(const void* given, int64_t piece, float* scratch) {
   // Rows in blocks of equal size: a last block of one row would convert all weights for that row.
   const int64_t blocks = pieces_of(call.m, FEW_ROWS), rows = pieces_of(call.m, blocks);
   for (int64_t row = 0; row < call.m; row += rows)
-    dots<FEW_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, scratch + row * OUTPUTS);
+    dots<FEW_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks, scratch + row * OUTPUTS);
 }
 
 template <typename T>
