@@ -36,13 +36,6 @@ class CPURuntime(EagerRuntime):
             else None
         )
 
-    @property
-    def prompt_chunk(self) -> int:
-        """See `EagerRuntime`; twice as many where bfloat16 factors take half the time."""
-        arithmetic = self.program.arithmetic
-        doubled = isinstance(arithmetic, KernelArithmetic) and arithmetic.rounds_factors()
-        return super().prompt_chunk * (2 if doubled else 1)
-
     def _layers(self, step: Step, attention: PackedAttention, hidden_states: list[Tensor] | None) -> Tensor:
         if self.captured is None or len(step.tokens) > MOST_TOKENS or any(step.inner):
             return super()._layers(step, attention, hidden_states)

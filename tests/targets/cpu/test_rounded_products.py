@@ -158,11 +158,3 @@ def test_logits_are_those_of_bfloat16_factors(amp, tp_degree, save_opt):
     assert 1e-3 < difference < 4e-2
     torch.set_float32_matmul_precision("highest")
     assert (model(ids).logits - theirs).abs().max() < 1e-3 * theirs.std()
-
-
-@needs_units
-def test_prompts_come_in_larger_chunks(save_opt):
-    model = NeuronOPTForCausalLM.from_pretrained(save_opt(tiny_opt()), batch_size=2, sequence_length=96)
-    assert model.runtime.prompt_chunk == 32
-    torch.set_float32_matmul_precision("highest")
-    assert model.runtime.prompt_chunk == 16
