@@ -2,6 +2,7 @@
 
 VARIANTS: tuple[str, ...]
 CALLS: tuple[str, ...]
+LEAST_INTEGER_ROWS: int
 MOST_NORMED_ROWS: int
 MOST_UNIT_ROWS: int
 SCRATCH: int

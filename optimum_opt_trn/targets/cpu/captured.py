@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -127,7 +127,9 @@ class CapturedLayers:
         return self._captures[tokens].hidden
 
     def _capture(self, hidden: Tensor, step: Step) -> _Capture:
-        arithmetic = _CapturingArithmetic(variant=self._arithmetic.variant, buffers=self._buffers)
+        options = {option.name: getattr(self._arithmetic, option.name) for option in fields(KernelArithmetic)}
+        del options["_index"]
+        arithmetic = _CapturingArithmetic(**options, buffers=self._buffers)
         program = OPTRankProgram(self._config, replace(self._group, arithmetic=arithmetic))
         attention = KernelAttention(step, program.scale, arithmetic.compute_dtype, arithmetic)
         for index, (weights, cache) in enumerate(zip(self._layers, self._caches, strict=True)):

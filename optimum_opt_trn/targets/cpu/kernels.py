@@ -94,10 +94,13 @@ class KernelArithmetic(Arithmetic):
         variant: one of `variants()`; by default what `chosen_variant` returns.
         skip_zeros: whether weights of units that are 0 in every row are left unread, where they are stored by unit.
             Results are the same to the bit.
+        least_integer_rows: with fewer, int8 weights by output are multiplied in float32 by every variant; by default
+            what is fastest on this processor.
     """
 
     variant: str = field(default_factory=_best_variant)
     skip_zeros: bool = True
+    least_integer_rows: int = field(default_factory=lambda: _kernels.LEAST_INTEGER_ROWS)
 
     def __post_init__(self) -> None:
         index = variants().index(self.variant)
@@ -137,7 +140,7 @@ class KernelArithmetic(Arithmetic):
             self._compute(
                 "linears",
                 (x, weights, biases, scales),
-                *(_DTYPES[dtype], self.rounds_factors(), m, k, x.data_ptr(), relu),
+                *(_DTYPES[dtype], self.rounds_factors(), self.least_integer_rows, m, k, x.data_ptr(), relu),
                 *(norm is not None, *_norm_arguments(norm)),
                 *arguments,
             )
@@ -190,7 +193,7 @@ class KernelArithmetic(Arithmetic):
             self._compute(
                 "linear_sum",
                 (xs, weights, bias, residual, scale),
-                *(_DTYPES[dtype], rounds, min(at_once, m - row), n),
+                *(_DTYPES[dtype], rounds, self.least_integer_rows, min(at_once, m - row), n),
                 *(by_unit, self.skip_zeros, scaled, biased, 0 if residual is None else residual.data_ptr() + rows),
                 *(y.data_ptr() + rows, *arguments),
             )

@@ -16,7 +16,7 @@ from optimum_opt_trn import NeuronOPTForCausalLM
 from optimum_opt_trn.model.sampling import SamplingInputs
 from optimum_opt_trn.targets.base import Inner, Step
 from optimum_opt_trn.targets.cpu.captured import MOST_TOKENS, CapturedLayers
-from optimum_opt_trn.targets.cpu.kernels import VARIANT_VARIABLE, variants
+from optimum_opt_trn.targets.cpu.kernels import VARIANT_VARIABLE, KernelArithmetic, variants
 from optimum_opt_trn.targets.cpu.runtime import CPURuntime
 
 
@@ -98,6 +98,22 @@ def test_by_every_variant(variant, load, monkeypatch):
     steps = Steps(1)
     check(ours, direct, [steps.next(counts) for counts in ([40, 0, 8], [1, 1, 1], [1, 1, 1], [8, 0, 40])])
     assert captured_counts(ours) == {48, 3}
+
+
+def test_captures_with_the_options_of_the_arithmetic(load):
+    ours, _ = load(weight_dtype="int8")
+    options = {"variant": variants()[-1], "skip_zeros": False, "least_integer_rows": 3}
+    ours.captured._arithmetic = KernelArithmetic(**options)
+    seen, run = [], KernelArithmetic._compute
+
+    def noting(self, kernel, inputs, *arguments):
+        seen.append({name: getattr(self, name) for name in options})
+        run(self, kernel, inputs, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelArithmetic, "_compute", noting)
+        ours.captured.run(torch.ones(2, 64), Steps(7).next([2, 0, 0]))
+    assert seen and all(one == options for one in seen)
 
 
 @settings(max_examples=15, deadline=None)

@@ -41,13 +41,15 @@ struct Norm {
 struct Kernels {
   const char* name;
   // x (m, k), through a layernorm unless `norm` is null; negative results become 0 with `relu`. With `bfloat16`, factors
-  // may be rounded to it where that is faster.
-  uint64_t (*linears)(int threads, Dtype dtype, bool bfloat16, int64_t m, int64_t k, const float* x, const Norm* norm, bool relu,
-                      int64_t count, const Output* outputs);
+  // may be rounded to it where that is faster. From `least_integers` rows on, int8 weights by output may be multiplied
+  // with integers.
+  uint64_t (*linears)(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
+                      const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs);
   // y (m, n) = scale (n,) * the sum of the inputs + bias (n,) + residual (m, n); the three may be null. By unit, with
   // `skip`, units that are 0 in all rows are not read.
-  uint64_t (*linear_sum)(int threads, Dtype dtype, bool bfloat16, int64_t m, int64_t n, bool by_unit, bool skip, const float* scale,
-                         const void* bias, const float* residual, float* y, int64_t count, const Input* inputs);
+  uint64_t (*linear_sum)(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
+                         bool by_unit, bool skip, const float* scale, const void* bias, const float* residual, float* y,
+                         int64_t count, const Input* inputs);
   // query, key, value, y: (tokens, heads * d); keys, values: (slots, heads, length, d), whose strides are the same;
   // slots, positions: (tokens,), within the cache, the tokens of a slot adjacent.
   uint64_t (*attend)(int threads, Dtype dtype, int64_t tokens, int64_t heads, int64_t d, const float* query,

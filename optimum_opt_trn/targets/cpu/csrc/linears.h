@@ -21,11 +21,12 @@ inline uint64_t run_products(Job* job, int threads, Dtype dtype, ProductsCall* c
 
 // y of `count` products, of as many inputs, all of x (m, k).
 template <Extra E>
-inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t m, int64_t k, const float* x, const Norm* norm,
-                        bool relu, int64_t count, const Output* outputs) {
+inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
+                        const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs) {
   const Input shared = {x, nullptr, k, k};
   const bool rounded = E >= Extra::BF16 && bfloat16 && rounds(dtype, m, false);
-  const int64_t integers = E >= Extra::VNNI && dtype == INT8 && !rounded ? integer_bytes(m, 1, &shared) : 0;
+  const bool whole = E >= Extra::VNNI && dtype == INT8 && !rounded && m >= least_integers;
+  const int64_t integers = whole ? integer_bytes(m, 1, &shared) : 0;
   // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
   const int64_t normed = norm != nullptr ? m * k * sizeof(float) : 0;
   Job* job;
@@ -53,17 +54,17 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t m, int6
 }
 
 template <Extra E>
-inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t m, int64_t n, bool by_unit, bool skip,
-                           const float* scale, const void* bias, const float* residual, float* y, int64_t count,
-                           const Input* inputs) {
+inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
+                           bool by_unit, bool skip, const float* scale, const void* bias, const float* residual,
+                           float* y, int64_t count, const Input* inputs) {
   const Results results = {n, scale, bias, residual, false, y};
   if (by_unit && takes_units(m, n, count, inputs))
     return with_weight_dtype(dtype, [&]<typename T>(T*) {
       return units_sum<T>(threads, m, skip, results, count, inputs);
     });
   const bool rounded = E >= Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit);
-  const int64_t integers =
-      E >= Extra::VNNI && dtype == INT8 && !by_unit && !rounded ? integer_bytes(m, count, inputs) : 0;
+  const bool whole = E >= Extra::VNNI && dtype == INT8 && !by_unit && !rounded && m >= least_integers;
+  const int64_t integers = whole ? integer_bytes(m, count, inputs) : 0;
   Job* job;
   ProductsCall* call = begin<ProductsCall>(
       &job, sizeof(Product) + count * sizeof(Input) + LINE + (rounded ? rounded_bytes(m, count, inputs) : 0) +
