@@ -106,12 +106,6 @@ class CapturedLayers:
         # A copy has other addresses.
         return {**self.__dict__, "_captures": {}, "_settings": None}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the results and inputs of layers."""
-        held = (self._hidden, self._slots, self._positions, *self._buffers.all.values())
-        return sum(tensor.nbytes for tensor in held)
-
     def run(self, hidden: Tensor, step: Step) -> Tensor:
         """float32 `(t, hidden)` before the first layer → after the last, which the next call overwrites."""
         tokens, settings = len(hidden), (torch.get_num_threads(), self._arithmetic.rounds_factors())
@@ -127,8 +121,7 @@ class CapturedLayers:
         return self._captures[tokens].hidden
 
     def _capture(self, hidden: Tensor, step: Step) -> _Capture:
-        options = {option.name: getattr(self._arithmetic, option.name) for option in fields(KernelArithmetic)}
-        del options["_index"]
+        options = {one.name: getattr(self._arithmetic, one.name) for one in fields(KernelArithmetic) if one.init}
         arithmetic = _CapturingArithmetic(**options, buffers=self._buffers)
         program = OPTRankProgram(self._config, replace(self._group, arithmetic=arithmetic))
         attention = KernelAttention(step, program.scale, arithmetic.compute_dtype, arithmetic)

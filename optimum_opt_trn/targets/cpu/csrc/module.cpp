@@ -112,7 +112,8 @@ static_assert(sizeof(Output) == 6 * sizeof(int64_t) && sizeof(Input) == 4 * size
 // Computes a call, without Python, unless an argument is wrong; see `Kernels` for what it returns.
 using Call = uint64_t (*)(Arguments&);
 
-// variant, threads, dtype, bfloat16, least integers, m, k, x, relu, normed, norm weight, norm bias, eps, (w, n, ldw, scale, bias, y)…
+// variant, threads, dtype, bfloat16, least integers, m, k, x, relu, normed, norm weight, norm bias, eps,
+// (w, n, ldw, scale, bias, y)…
 uint64_t linears(Arguments& given) {
   const Kernels* kernels = given.kernels();
   const int threads = static_cast<int>(given.integer());

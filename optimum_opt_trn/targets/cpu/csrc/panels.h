@@ -64,6 +64,19 @@ void pack_outputs(const Panel<T>& panel) {
     }
 }
 
+// sums (M, PANEL), rows ldy apart, become the totals if `starts`, or are added to.
+template <int M>
+__attribute__((always_inline)) inline void add_totals(const Vec (&totals)[M][GEMM_VECTORS], bool starts, float* sums,
+                                                      int64_t ldy) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < GEMM_VECTORS; v++) {
+      float* sum = sums + m * ldy + v * LANES;
+      store(sum, starts ? totals[m][v] : load(sum) + totals[m][v]);
+    }
+}
+
 // sums (M, PANEL), rows ldy apart, += x (M, units), rows ldx apart, times the panel, which is packed unless PACKED. One
 // long sum would be less exact than this sum of sums.
 template <bool PACKED, int M, typename T>
@@ -93,13 +106,7 @@ void multiply_panel(const Panel<T>& panel, const float* x, int64_t ldx, Ahead& n
     }
   }
   next = ahead;
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < GEMM_VECTORS; v++) {
-      float* sum = sums + m * ldy + v * LANES;
-      store(sum, panel.starts ? totals[m][v] : load(sum) + totals[m][v]);
-    }
+  add_totals(totals, panel.starts, sums, ldy);
 }
 
 template <int M, typename T>

@@ -200,13 +200,7 @@ WITH_BF16 void multiply_rounded(const Panel<T>& panel, const BFloat16* x, int64_
     }
   }
   next = ahead;
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < GEMM_VECTORS; v++) {
-      float* sum = sums + m * ldy + v * LANES;
-      store(sum, panel.starts ? totals[m][v] : load(sum) + totals[m][v]);
-    }
+  add_totals(totals, panel.starts, sums, ldy);
 }
 
 template <int M, typename T>

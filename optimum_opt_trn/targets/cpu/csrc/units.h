@@ -17,6 +17,7 @@ constexpr int64_t LEAST_WIDTH = 256, PIECES_OF_A_THREAD = 3;
 // Units whose weights are added at a time, a row of each; they and the next ones fit the second-level cache.
 constexpr int64_t BLOCK = 8;
 static_assert(MOST_UNIT_ROWS <= 2 * UNIT_ROWS);
+
 template <typename T>
 struct UnitsCall {
   int64_t m, n, groups, parts, width;  // parts of a group, of `width` outputs
