@@ -29,15 +29,10 @@ VARIANT_VARIABLE = "OPTIMUM_OPT_TRN_KERNELS"
 # As in csrc/kernels.h.
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
-_FLOAT32 = 4
-
 # The calls that can be replayed, by their numbers.
 CALLS: tuple[str, ...] = () if _kernels is None else _kernels.CALLS
 # With more rows, a layernorm before products is a call of its own.
 MOST_NORMED_ROWS: int = 0 if _kernels is None else _kernels.MOST_NORMED_ROWS
-
-# With more rows it pays to convert a panel of weights first, as it does by output from MOST_FEW_ROWS on.
-_MOST_ROWS_BY_UNIT = 32
 
 # Calls whose inputs a late thread may still read (csrc/pool.h), and these inputs.
 _kept: deque[tuple[int, object]] = deque()
@@ -180,22 +175,15 @@ class KernelArithmetic(Arithmetic):
         ):
             raise RuntimeError(f"residual is not contiguous float32 {shape}")
         y = self._empty(*shape)
-        m = y.numel() // n
-        # By unit, some rows at a time: they are limited by arithmetic, so that reading weights again costs nothing.
-        rounds = self.rounds_factors()
-        limit = _kernels.MOST_UNIT_ROWS if rounds else _MOST_ROWS_BY_UNIT
-        at_once = -(-m // -(-m // _kernels.MOST_UNIT_ROWS)) if by_unit and 0 < m <= limit else m
-        for row in range(0, m, at_once or 1):
-            arguments: list[int] = []
-            for x, weight, k, ldw in zip(xs, weights, ks, strides, strict=True):
-                arguments += x.data_ptr() + row * k * _FLOAT32, weight.data_ptr(), k, ldw
-            rows = row * n * _FLOAT32
+        arguments: list[int] = []
+        for x, weight, k, ldw in zip(xs, weights, ks, strides, strict=True):
+            arguments += x.data_ptr(), weight.data_ptr(), k, ldw
+        if m := y.numel() // n:
             self._compute(
                 "linear_sum",
                 (xs, weights, bias, residual, scale),
-                *(_DTYPES[dtype], rounds, self.least_integer_rows, min(at_once, m - row), n),
-                *(by_unit, self.skip_zeros, scaled, biased, 0 if residual is None else residual.data_ptr() + rows),
-                *(y.data_ptr() + rows, *arguments),
+                *(_DTYPES[dtype], self.rounds_factors(), self.least_integer_rows, m, n, by_unit, self.skip_zeros),
+                *(scaled, biased, 0 if residual is None else residual.data_ptr(), y.data_ptr(), *arguments),
             )
         return y
 

@@ -77,7 +77,7 @@ def test_linear_sum(arithmetic, m, ks, n, dtype, with_bias, with_residual, view)
 @settings(deadline=None, max_examples=80)
 @given(
     arithmetics,
-    st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 50]),
+    st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 32, 33, 50]),
     st.lists(depths, min_size=1, max_size=4),
     outputs | st.sampled_from([511, 512, 1025]),  # from 512 on a group of units is divided by outputs
     st.sampled_from(DTYPES),
@@ -143,10 +143,12 @@ def test_more_rows_than_fit_the_scratch_memory(by_unit):
         assert_rounded(KernelArithmetic(variant=variant).linear_sum([x], [stored]), x.double() @ weight.double().T)
 
 
-def test_skipped_weights_are_not_read():
-    """NaN would show it; where any row needs the unit, it does."""
-    x, weight = random(1, 3, 40), random(2, 40, 24, dtype=torch.float16)
+@pytest.mark.parametrize(("rows", "zeros"), [(3, 0), (9, 20), (32, 20)])
+def test_skipped_weights_are_not_read(rows, zeros):
+    """NaN would show it; where any row needs the unit, it does. Of many rows, if few units are read."""
+    x, weight = random(1, rows, 40), random(2, 40, 24, dtype=torch.float16)
     x[:, 7] = 0
+    x[:, 10 : 10 + zeros] = 0
     x[1:, 30] = 0
     weight[7] = float("nan")
     for variant in variants():

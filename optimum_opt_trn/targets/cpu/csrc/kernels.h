@@ -9,7 +9,7 @@
 
 enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
-// By unit, linear_sum takes at most so many rows as they are; with more, a panel of weights is converted first.
+// By unit, so many rows at most are multiplied at a time with the weights as they are.
 constexpr int64_t MOST_UNIT_ROWS = 8;
 // linears takes at most so many rows through a layernorm: the calling thread does that.
 constexpr int64_t MOST_NORMED_ROWS = 48;

@@ -46,7 +46,7 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_i
   for (int64_t i = 0; i < count; i++) {
     const Output& output = outputs[i];
     inputs[i] = {x, output.w, k, output.ldw};
-    products[i] = {0, 1, 0, inputs + i, false, {output.n, output.scale, output.bias, nullptr, relu, output.y}};
+    products[i] = {0, 0, 0, 1, inputs + i, false, {output.n, output.scale, output.bias, nullptr, relu, output.y}};
   }
   *call = {m, count, products, integers > 0 ? to_integers(m, 1, inputs, more) : nullptr};
   if (integers > 0) return run_integers(job, threads, call, divide(call, threads, false));
@@ -58,11 +58,11 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
                            bool by_unit, bool skip, const float* scale, const void* bias, const float* residual,
                            float* y, int64_t count, const Input* inputs) {
   const Results results = {n, scale, bias, residual, false, y};
-  if (by_unit && takes_units(m, n, count, inputs))
-    return with_weight_dtype(dtype, [&]<typename T>(T*) {
-      return units_sum<T>(threads, m, skip, results, count, inputs);
-    });
   const bool rounded = E >= Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit);
+  if (const int64_t rows = by_unit ? rows_by_unit(rounded, m, n, count, inputs) : 0; rows > 0)
+    return with_weight_dtype(dtype, [&]<typename T>(T*) {
+      return units_sums<T>(threads, m, rows, skip, results, count, inputs);
+    });
   const bool whole = E >= Extra::VNNI && dtype == INT8 && !by_unit && !rounded && m >= least_integers;
   const int64_t integers = whole ? integer_bytes(m, count, inputs) : 0;
   Job* job;
@@ -80,7 +80,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
       more += rounded_bytes(m, 1, inputs + i) / sizeof(float);
     }
   }
-  *product = {0, count, 0, copied, by_unit, results};
+  *product = {0, 0, 0, count, copied, by_unit, results};
   *call = {m, 1, product, integers > 0 ? to_integers(m, count, copied, more) : nullptr};
   if (integers > 0) return run_integers(job, threads, call, divide(call, threads, false));
   return rounded ? run_rounded(job, threads, dtype, call) : run_products(job, threads, dtype, call);

@@ -324,7 +324,6 @@ PyMODINIT_FUNC PyInit__kernels() {
   if (PyModule_AddObject(module, "VARIANTS", names) < 0 || PyModule_AddObject(module, "CALLS", kinds) < 0 ||
       PyModule_AddIntConstant(module, "LEAST_INTEGER_ROWS", least_integer_rows()) < 0 ||
       PyModule_AddIntConstant(module, "MOST_NORMED_ROWS", MOST_NORMED_ROWS) < 0 ||
-      PyModule_AddIntConstant(module, "MOST_UNIT_ROWS", MOST_UNIT_ROWS) < 0 ||
       PyModule_AddIntConstant(module, "SCRATCH", SCRATCH) < 0)
     return nullptr;
   return module;

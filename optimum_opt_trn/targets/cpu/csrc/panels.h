@@ -139,8 +139,9 @@ struct PanelsPiece {
 };
 
 inline PanelsPiece panels_of(const Product& p, int64_t piece) {
-  const int64_t width = p.panels * PANEL, first = (piece - p.first_piece) * width;
-  return {first, lesser(p.results.n, first + width), width};
+  const int64_t all = pieces_of(p.results.n, PANEL), place = piece - p.first_piece;
+  const auto begin = [&](int64_t i) { return lesser(p.results.n, i * all / p.pieces * PANEL); };
+  return {begin(place), begin(place + 1), p.panels * PANEL};
 }
 
 // How many rows' sums fit the scratch memory; a call of more writes its results itself.

@@ -12,9 +12,9 @@ constexpr int64_t OUTPUTS = 24;
 // Of more rows a panel of PANEL outputs at a time; a piece has PANELS or fewer (panels.h).
 constexpr int64_t PANEL = GEMM_VECTORS * LANES, PANELS = 4;
 
-// The sum of `count` products of x (m, k) and w (n, k), or w (k, n) by unit.
+// The sum of `count` products of x (m, k) and w (n, k), or w (k, n) by unit; a piece has `panels` panels at most.
 struct Product {
-  int64_t first_piece, count, panels;
+  int64_t first_piece, pieces, panels, count;
   const Input* inputs;
   bool by_unit;
   Results results;
@@ -40,11 +40,16 @@ inline int64_t divide(ProductsCall* call, int threads, bool panels) {
   for (int64_t i = 0; i < call->count; i++) {
     Product& p = call->products[i];
     p.first_piece = pieces;
-    const int64_t all = pieces_of(p.results.n, PANEL);
-    p.panels = PANELS;
-    // With few rows the time goes into reading weights, which wide pieces do faster.
-    while (p.panels > 1 && pieces_of(all, p.panels) < (call->m <= 64 ? 2 : 8) * threads) p.panels /= 2;
-    pieces += panels ? pieces_of(all, p.panels) : pieces_of(p.results.n, OUTPUTS);
+    p.pieces = pieces_of(p.results.n, OUTPUTS);
+    if (panels) {
+      const int64_t all = pieces_of(p.results.n, PANEL);
+      p.panels = PANELS;
+      // With few rows the time goes into reading weights, which wide pieces do faster.
+      while (p.panels > 1 && pieces_of(all, p.panels) < (call->m <= 64 ? 2 : 8) * threads) p.panels /= 2;
+      // As many for each thread: of 11 pieces, one of two threads would have 6.
+      p.pieces = lesser(all, pieces_of(pieces_of(all, p.panels), threads) * threads);
+    }
+    pieces += p.pieces;
   }
   return pieces;
 }

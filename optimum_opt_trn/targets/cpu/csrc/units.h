@@ -5,6 +5,8 @@
 // end. With weights that are not finite it would; nothing is stored by unit then (artifacts.py).
 #pragma once
 
+#include <sched.h>
+
 #include "common.h"
 #include "results.h"
 
@@ -17,6 +19,10 @@ constexpr int64_t LEAST_WIDTH = 256, PIECES_OF_A_THREAD = 3;
 // Units whose weights are added at a time, a row of each; they and the next ones fit the second-level cache.
 constexpr int64_t BLOCK = 8;
 static_assert(MOST_UNIT_ROWS <= 2 * UNIT_ROWS);
+// More rows than MOST_UNIT_ROWS, up to so many, go in blocks, if that reads a part of the units only: then it is faster
+// than panels, to which zeros are as good as other inputs. Panels of rounded factors are faster than others.
+constexpr int64_t MOST_SPARSE_ROWS = 32;
+constexpr double MOST_READ = 0.6, MOST_READ_ROUNDED = 0.4;
 
 template <typename T>
 struct UnitsCall {
@@ -140,20 +146,20 @@ void units_finish(const void* given) {
   for (int64_t row = 0; row < call.m; row++) finish<T>(call.results, row, 0, call.n, totals + row * call.n);
 }
 
-// The units of x (m, count), rows k apart, that are not 0 in every row, ascending; how many.
-inline int64_t find_units(const float* x, int64_t m, int64_t k, int64_t count, int32_t* units) {
-  int64_t found = 0, i = 0;
+// Calls `take` with the units of x (m, count), rows k apart, that are not 0 in every row, ascending.
+template <typename Take>
+inline void each_unit(const float* x, int64_t m, int64_t k, int64_t count, const Take& take) {
+  int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
     uint32_t bits = 0;
     for (int64_t row = 0; row < m; row++) bits |= nonzero(load(x + row * k + i));
-    for (; bits != 0; bits &= bits - 1) units[found++] = static_cast<int32_t>(i + __builtin_ctz(bits));
+    for (; bits != 0; bits &= bits - 1) take(i + __builtin_ctz(bits));
   }
   for (; i < count; i++) {
     bool any = false;
     for (int64_t row = 0; row < m; row++) any |= x[row * k + i] != 0.0f;
-    if (any) units[found++] = static_cast<int32_t>(i);
+    if (any) take(i);
   }
-  return found;
 }
 
 // Whether there are few enough rows and groups; `n` floats of a row and group have to fit the scratch memory.
@@ -163,11 +169,29 @@ inline bool takes_units(int64_t m, int64_t n, int64_t count, const Input* inputs
   return m <= MOST_UNIT_ROWS && m * n <= SCRATCH && groups * pieces_of(n, LEAST_WIDTH) <= MOST_PIECES;
 }
 
+// How many of the m rows are multiplied at a time, or 0 if panels are faster for them. That depends on the inputs alone,
+// and not on whether units are skipped, so that results do not either.
+inline int64_t rows_by_unit(bool rounded, int64_t m, int64_t n, int64_t count, const Input* inputs) {
+  const int64_t blocks = pieces_of(m, MOST_UNIT_ROWS), rows = pieces_of(m, blocks);
+  if (m > MOST_SPARSE_ROWS || !takes_units(rows, n, count, inputs)) return 0;
+  if (blocks == 1) return rows;
+  int64_t all = 0, found = 0;
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t row = 0; row < m; row += rows, all += inputs[i].k)
+      each_unit(inputs[i].x + row * inputs[i].k, lesser(rows, m - row), inputs[i].k, inputs[i].k,
+                [&](int64_t) { found++; });
+  return found <= (rounded ? MOST_READ_ROUNDED : MOST_READ) * all ? rows : 0;
+}
+
+// Of the rows, m from `row` on.
 template <typename T>
-uint64_t units_sum(int threads, int64_t m, bool skip, const Results& results, int64_t count, const Input* inputs) {
+uint64_t units_sum(int threads, int64_t row, int64_t m, bool skip, Results results, int64_t count,
+                   const Input* inputs) {
   using Call = UnitsCall<T>;
   using Group = typename Call::Group;
   const int64_t n = results.n;
+  results.y += row * n;
+  if (results.residual != nullptr) results.residual += row * n;
   int64_t groups = 0;
   for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
   const int64_t units_bytes = groups * GROUP * sizeof(int32_t), values_bytes = groups * GROUP * m * sizeof(float);
@@ -188,13 +212,14 @@ uint64_t units_sum(int threads, int64_t m, bool skip, const Results& results, in
     for (int64_t first = 0; first < input.k; first += GROUP, group++) {
       const int64_t size = lesser(GROUP, input.k - first);
       const T* w = static_cast<const T*>(input.w) + first * input.ldw;
-      const float* x = input.x + first;
+      const float* x = input.x + row * input.k + first;
       *group = {w, input.ldw, size, input.k, nullptr, x};
       if (skip) {
-        const int64_t found = find_units(x, m, input.k, size, units);
+        int64_t found = 0;
+        each_unit(x, m, input.k, size, [&](int64_t unit) { units[found++] = static_cast<int32_t>(unit); });
         if (found == size) continue;
-        for (int64_t row = 0; row < m; row++)
-          for (int64_t j = 0; j < found; j++) values[row * found + j] = x[row * input.k + units[j]];
+        for (int64_t r = 0; r < m; r++)
+          for (int64_t j = 0; j < found; j++) values[r * found + j] = x[r * input.k + units[j]];
         *group = {w, input.ldw, found, found, units, values};
         units += found;
         values += m * found;
@@ -202,6 +227,18 @@ uint64_t units_sum(int threads, int64_t m, bool skip, const Results& results, in
     }
   }
   return pool_run(job, threads, groups * call->parts, units_piece<T>, units_commit<T>, units_finish<T>);
+}
+
+// Sums of m rows, `rows` of them at a time.
+template <typename T>
+uint64_t units_sums(int threads, int64_t m, int64_t rows, bool skip, const Results& results, int64_t count,
+                    const Input* inputs) {
+  uint64_t handle = 0;
+  for (int64_t row = 0; row < m && handle != NO_MEMORY; row += rows) {
+    while (!pool_left(handle)) sched_yield();
+    handle = units_sum<T>(threads, row, lesser(rows, m - row), skip, results, count, inputs);
+  }
+  return handle;
 }
 
 }  // namespace
