@@ -97,6 +97,7 @@ class Engine:
         sampling: SamplingInputs | None = None,
         embeddings: Tensor | None = None,
         inner: Inner = LOGITS_ONLY,
+        logits: bool = True,
     ) -> StepResult:
         """Computes new columns of each row, and appends them. Inputs are not checked.
 
@@ -108,6 +109,7 @@ class Engine:
             sampling: how the next tokens are sampled, `rows` of them; by default greedily.
             embeddings: floating point `(rows, width, word_embed_proj_dim)`, read where ids are -1.
             inner: what else is returned.
+            logits: whether logits are returned.
 
         Returns:
             The next tokens of the rows that have tokens, and the wanted logits, row by row; and what else was asked
@@ -122,7 +124,7 @@ class Engine:
         self.slots.assign(sequences)
         sampling = sampling or SamplingInputs.greedy(len(input_ids))
         rows, lengths = sequences.rows, sequences.lengths
-        result = self.runtime.step(pack(input_ids, mask, rows, lengths, keep, sampling, embeddings, inner))
+        result = self.runtime.step(pack(input_ids, mask, rows, lengths, keep, sampling, embeddings, inner, logits))
         sequences.append(mask)
         return result
 
@@ -144,6 +146,7 @@ class Engine:
         advance: Advance,
         embeddings: Tensor | None = None,
         inner: Inner = LOGITS_ONLY,
+        logits: bool = True,
     ) -> None:
         """Steps until `advance` ends the loop: first `input_ids`, then one token of each row at a time.
 
@@ -151,7 +154,7 @@ class Engine:
         """
         one = torch.ones(len(input_ids), 1, dtype=torch.bool)
         while True:
-            following = advance(self.step(sequences, input_ids, mask, 1, sampling, embeddings, inner))
+            following = advance(self.step(sequences, input_ids, mask, 1, sampling, embeddings, inner, logits))
             if following is None:
                 return
             (tokens, sampling), mask, embeddings = following, one, None

@@ -187,7 +187,8 @@ class OPTGenerationMixin(OPTForwardMixin, VersionedGenerationMixin):
 
         first = sampler.inputs(rows, input_ids.shape[1])
         rest = None if embeds is None else embeds[:, start:]
-        self.engine.run(cache, prompt[:, start:], mask[:, start:], first, advance, rest, record.inner)
+        needed = sampler.needs_logits
+        self.engine.run(cache, prompt[:, start:], mask[:, start:], first, advance, rest, record.inner, needed)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:

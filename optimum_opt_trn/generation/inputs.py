@@ -220,6 +220,7 @@ def pack(
     sampling: SamplingInputs,
     embeddings: Tensor | None = None,
     inner: Inner = LOGITS_ONLY,
+    logits: bool = True,
 ) -> Step:
     """The step that computes new columns of some rows; masked columns are dropped.
 
@@ -231,7 +232,7 @@ def pack(
         keep: of how many of each row's last tokens logits are wanted; 0 for all.
         sampling: of `rows` next tokens; those of rows without tokens are dropped.
         embeddings: floating point `(rows, width, word_embed_proj_dim)`, read where ids are -1.
-        inner: as of `Step`.
+        inner, logits: as of `Step`.
     """
     owned = torch.tensor(slots)
     if embeddings is not None:
@@ -239,7 +240,7 @@ def pack(
         embeddings = embeddings[given].detach().float() if bool(given.any()) else None
     if input_ids.shape[1] == 1 and bool(mask.all()):  # as at every decoding step
         wanted = torch.arange(len(slots))
-        return Step(input_ids[:, 0].to(torch.int32), owned, filled, wanted, sampling, embeddings, inner)
+        return Step(input_ids[:, 0].to(torch.int32), owned, filled, wanted, sampling, embeddings, inner, logits)
     counts = mask.sum(-1)
     row, _ = mask.nonzero(as_tuple=True)
     place = (mask.cumsum(-1) - 1)[mask]  # of each token among those of its row
@@ -247,7 +248,7 @@ def pack(
     if bool((counts == 0).any()):
         sampling = sampling.of_rows(counts.nonzero().squeeze(1))
     tokens = input_ids[mask].to(torch.int32)
-    return Step(tokens, owned[row], filled[row] + place, wanted, sampling, embeddings, inner)
+    return Step(tokens, owned[row], filled[row] + place, wanted, sampling, embeddings, inner, logits)
 
 
 def unpack(packed: Tensor, mask: Tensor, keep: int = 0) -> Tensor:

@@ -54,6 +54,11 @@ class Sampler(ABC):
             self.scores = () if generation_config.output_scores else None
             self.raw_logits = () if generation_config.output_logits else None
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether `next_tokens` reads the logits."""
+        return self.scores is not None or self.raw_logits is not None
+
     def _keep(self, scores: Tensor, logits: Tensor) -> None:
         """Adds those of a step, float32 `(rows, vocabulary)`, as far as they are kept."""
         if self.scores is not None:
@@ -72,7 +77,7 @@ class Sampler(ABC):
         Args:
             input_ids: int64 `(rows, width)`.
             tokens: int32 `(rows,)`, what the device sampled.
-            logits: float32 `(rows, vocabulary)`.
+            logits: float32 `(rows, vocabulary)`, if `needs_logits`.
         """
 
 
@@ -136,6 +141,10 @@ class HostSampler(Sampler):
         super().__init__(generation_config)
         self._processors = processors
         self._do_sample = generation_config.do_sample
+
+    @property
+    def needs_logits(self) -> bool:
+        return True
 
     def inputs(self, rows: int, width: int) -> SamplingInputs:
         return SamplingInputs.greedy(rows)

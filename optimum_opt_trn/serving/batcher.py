@@ -123,10 +123,11 @@ class Batcher:
         late = {id(request) for request in self._late(sampled)}
         for row, request in enumerate(sampled):
             try:
-                logits, token = result.logits[row : row + 1], chosen[row]
+                token, rows = chosen[row], slice(row, row + 1)
                 if isinstance(request.sampler, HostSampler):
-                    token = int(request.sampler.next_tokens(request.input_ids(), result.tokens[row : row + 1], logits))
-                logprob = float(logits[0].log_softmax(-1)[token]) if request.wants_logprobs else None
+                    given = request.input_ids(), result.tokens[rows], result.logits[rows]
+                    token = int(request.sampler.next_tokens(*given))
+                logprob = float(result.logits[row].log_softmax(-1)[token]) if request.wants_logprobs else None
                 self.counters.token(request, now)
                 request.append(token, logprob, now)
                 if request.reaches_its_end() or id(request) in late:
@@ -177,6 +178,7 @@ def _pack(plan: list[tuple[Request, int]], sampled: list[Request]) -> Step:
         torch.tensor(positions),
         torch.tensor(wanted, dtype=torch.int64),
         _sampling(sampled),
+        logits=any(request.wants_logprobs or request.sampler.needs_logits for request in sampled),
     )
 
 

@@ -57,6 +57,7 @@ class Step:
         embeddings: float32 `(e, word_embed_proj_dim)`, of the e tokens that are -1, in their order; None if none is.
         inner: what else is returned. Both this and `embeddings` are only for runtimes that serve them, see
             `Runtime.unserved`.
+        logits: whether logits are returned, too; without, a runtime may find the next tokens in another way.
     """
 
     tokens: Tensor
@@ -66,6 +67,7 @@ class Step:
     sampling: SamplingInputs
     embeddings: Tensor | None = None
     inner: Inner = LOGITS_ONLY
+    logits: bool = True
 
     @cached_property
     def runs(self) -> list[tuple[int, slice]]:
@@ -93,7 +95,7 @@ class StepResult(NamedTuple):
 
     Args:
         tokens: int32 `(s,)`, the next token of each slot whose last token is wanted.
-        logits: float32 `(w, vocabulary)`, of the wanted tokens.
+        logits: float32 `(w, vocabulary)`, of the wanted tokens; `(0, vocabulary)` if the step has none.
         hidden_states: where asked for, float32 `(t, hidden)` before each layer, and `(t, word_embed_proj_dim)` after
             the last one, the final layernorm and `project_out`: what transformers' OPT returns under this name.
         attentions: where asked for, for each layer and each of the step's `runs`, float32 `(heads, n, used)`: the

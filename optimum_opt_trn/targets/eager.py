@@ -48,17 +48,21 @@ class EagerRuntime(Runtime):
         attentions = None if recorded is None else recorded.of_all_heads(self.program.group)
         if len(step.wanted) < len(hidden):
             hidden = hidden[step.wanted]
+        tokens, logits = self._choose(step, hidden)
+        return StepResult(tokens, logits, hidden_states, attentions)
+
+    def _choose(self, step: Step, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 `(w, hidden)` of the wanted tokens → next tokens and logits, as of `StepResult`."""
         logits = self.program.logits(self.weights.head, hidden)
         sampled = logits if len(step.sampled) == len(logits) else logits[step.sampled]
         if len(sampled) == 0:
-            return StepResult(torch.empty(0, dtype=torch.int32), logits, hidden_states, attentions)
+            return torch.empty(0, dtype=torch.int32), logits
         # Skip what nobody asked for: empty suppression lists, and all but the best token.
         suppressed = step.sampling.suppressed
         suppressed = suppressed[:, : int((suppressed >= 0).sum(1).max())]
         drawn = bool((step.sampling.params[:, 0] > 1).any())
         most = min(self.neuron_config.max_topk if drawn else 1, logits.shape[1])
-        tokens = self._sample(sampled, suppressed, most, step.sampling)
-        return StepResult(tokens, logits, hidden_states, attentions)
+        return self._sample(sampled, suppressed, most, step.sampling), logits
 
     @torch.inference_mode()
     def copy(self, sources: Tensor, length: int) -> None:

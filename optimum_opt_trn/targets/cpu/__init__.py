@@ -18,6 +18,7 @@ from .kernels import KernelArithmetic, chosen_variant
 from .process_runtime import ProcessRuntime
 from .processes import all_processes, local_degree
 from .runtime import CPURuntime
+from .screened_head import HeadCopy
 
 
 class CPUTarget(Target):
@@ -43,14 +44,14 @@ class CPUTarget(Target):
         degree, local = neuron_config.tp_degree, local_degree(neuron_config.tp_degree, self.tp_processes)
         if self.tp_processes == 1:
             group = RankGroup(degree, tuple(range(degree)), _arithmetic(eager))
-            return CPURuntime(config, neuron_config, group, _weights(config, neuron_config, directory, group))
+            return CPURuntime(config, neuron_config, group, *_weights(config, neuron_config, directory, group))
         world = all_processes()
         world.check_same("Loading an export", config.to_json_string(), str(sorted(neuron_config.options().items())))
         ranks = tuple(range(world.rank * local, (world.rank + 1) * local))
 
         def load() -> ProcessRuntime:
             group = RankGroup(degree, ranks, _arithmetic(eager), world.all_reduce, world.all_gather)
-            weights = _weights(config, neuron_config, directory, group)
+            weights, _ = _weights(config, neuron_config, directory, group)
             return ProcessRuntime(config, neuron_config, group, weights, world)
 
         return world.together(load)
@@ -70,11 +71,14 @@ def _arithmetic(eager: bool) -> Arithmetic:
     return Arithmetic() if variant is None else KernelArithmetic(variant=variant)
 
 
-def _weights(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, group: RankGroup) -> ModelWeights:
+def _weights(
+    config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, group: RankGroup
+) -> tuple[ModelWeights, HeadCopy | None]:
     weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
+    head_copy = None
     if isinstance(group.arithmetic, KernelArithmetic):
         if neuron_config.weight_dtype == "int8":  # the kernels add float32 biases to what they scaled
             for layer in weights.layers:
                 layer.update({name: [b.float() for b in layer[name]] for name in layer if name.endswith(".bias")})
-        use_artifacts(weights.layers, config, neuron_config, directory, group)
-    return weights
+        head_copy = use_artifacts(weights.layers, config, neuron_config, directory, group)
+    return weights, head_copy

@@ -273,6 +273,33 @@ class KernelArithmetic(Arithmetic):
         )
         return values, tokens
 
+    def candidates(self, x: Tensor, errors: Tensor, factors: Tensor, most: int) -> list[int] | None:
+        """Where the highest of each row may be, if the values of x are not exact.
+
+        Args:
+            x: float32 `(m, n)`, contiguous.
+            errors: float32 `(n,)`; a value of x is off by at most its error times its row's factor.
+            factors: float32 `(m,)`.
+            most: of a row.
+
+        Returns:
+            The places of all rows, ascending; None if a row has more than `most`.
+        """
+        m, n = x.shape
+        for given, shape in ((x, (m, n)), (errors, (n,)), (factors, (m,))):
+            if given.dtype != torch.float32 or not given.is_contiguous() or given.shape != shape:
+                raise RuntimeError(f"values, errors or factors are not contiguous float32 {shape}")
+        counts, places = torch.empty(m, dtype=torch.int32), torch.empty(m, most, dtype=torch.int32)
+        self._compute(
+            "candidates",
+            (x, errors, factors),
+            *(m, n, x.data_ptr(), errors.data_ptr(), factors.data_ptr(), most, counts.data_ptr(), places.data_ptr()),
+        )
+        found = counts.tolist()
+        if max(found) > most:
+            return None
+        return sorted({place for row, count in zip(places.tolist(), found, strict=True) for place in row[:count]})
+
     def _empty(self, *shape: int) -> Tensor:
         """Where a kernel writes its results, float32."""
         return torch.empty(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import OPTConfig
 
@@ -15,6 +16,7 @@ from ..packed_attention import PackedAttention
 from .captured import MOST_TOKENS, CapturedLayers
 from .kernel_attention import KernelAttention
 from .kernels import KernelArithmetic
+from .screened_head import HeadCopy, ScreenedHead
 
 
 class CPURuntime(EagerRuntime):
@@ -22,18 +24,27 @@ class CPURuntime(EagerRuntime):
 
     Args:
         captured: what takes few tokens through all layers; None: each kernel is called from Python.
+        screened_head: what finds best tokens without all logits; None: they are found among the logits.
     """
 
     def __init__(
-        self, config: OPTConfig, neuron_config: OPTNeuronConfig, group: RankGroup, weights: ModelWeights
+        self,
+        config: OPTConfig,
+        neuron_config: OPTNeuronConfig,
+        group: RankGroup,
+        weights: ModelWeights,
+        head_copy: HeadCopy | None = None,
     ) -> None:
         super().__init__(config, neuron_config, group, weights)
+        alone = group.all_reduce is None and isinstance(group.arithmetic, KernelArithmetic)
         # Sums over processes, and activations other than ReLU, are no calls of the kernels.
-        alone = group.all_reduce is None and self.program.activation is None
         self.captured: CapturedLayers | None = (
             CapturedLayers(config, group, weights.layers, self.cache)
-            if alone and isinstance(group.arithmetic, KernelArithmetic)
+            if alone and self.program.activation is None
             else None
+        )
+        self.screened_head: ScreenedHead | None = (
+            ScreenedHead(self.program, weights.head, head_copy) if alone and head_copy is not None else None
         )
 
     def _layers(self, step: Step, attention: PackedAttention, hidden_states: list[Tensor] | None) -> Tensor:
@@ -47,6 +58,13 @@ class CPURuntime(EagerRuntime):
             return super()._attention(step)
         return KernelAttention(step, self.program.scale, arithmetic.compute_dtype, arithmetic)
 
+    def _choose(self, step: Step, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if self.screened_head is not None and not step.logits and len(step.sampled) and _takes_best(step.sampling):
+            last = hidden if len(step.sampled) == len(hidden) else hidden[step.sampled]
+            if (tokens := self.screened_head.best(last)) is not None:
+                return tokens, torch.empty(0, self.program.vocab_size)
+        return super()._choose(step, hidden)
+
     def _sample(self, logits: Tensor, suppressed: Tensor, most: int, sampling: SamplingInputs) -> Tensor:
         arithmetic = self.program.arithmetic
         if not isinstance(arithmetic, KernelArithmetic):
@@ -55,3 +73,8 @@ class CPURuntime(EagerRuntime):
         if most == 1:
             return tokens[:, 0]
         return draw_tokens(best, tokens, tokens[:, 0], sampling.params, sampling.uniforms)
+
+
+def _takes_best(sampling: SamplingInputs) -> bool:
+    """Whether each row takes the token with the highest logit, of all tokens."""
+    return not bool((sampling.params[:, 0] > 1).any() | (sampling.suppressed >= 0).any())

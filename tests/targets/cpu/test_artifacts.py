@@ -1,4 +1,4 @@
-"""What an export for `cpu` has in compiled/: fc2 by unit, checked at load, and no code."""
+"""What an export for `cpu` has in compiled/: fc2 by unit and a copy of the head, checked at load, and no code."""
 
 import json
 import logging
@@ -16,8 +16,10 @@ from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConf
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.targets.cpu.artifacts import TENSOR_NAME
 from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
+from optimum_opt_trn.targets.cpu.screened_head import WEIGHT
 
 
+HEAD = "embeddings_and_head.safetensors"
 PROMPTS = torch.tensor([[2, 17, 99, 4, 56], [2, 5, 6, 7, 8]])
 
 
@@ -65,8 +67,8 @@ def assert_sound(output: Path, by_unit: bool) -> None:
 def test_fc2_is_stored_by_unit(source, tmp_path, amp, tp_degree):
     output = export(source, tmp_path, amp=amp, tp_degree=tp_degree)
     names = sorted(file.name for file in (output / "compiled").iterdir())
-    assert names == ["layer_000.safetensors", "layer_001.safetensors", "manifest.json"]
-    for index, name in enumerate(names[:2]):
+    assert names == [HEAD, "layer_000.safetensors", "layer_001.safetensors", "manifest.json"]
+    for index, name in enumerate(names[1:3]):
         with safe_open(output / "compiled" / name, "pt") as file:
             stored = file.get_tensor(TENSOR_NAME)
         weight = load_file(output / "checkpoint" / name)[f"model.decoder.layers.{index}.fc2.weight"]
@@ -81,12 +83,22 @@ def test_skipping_changes_no_bit(source, tmp_path, exported):
     assert torch.equal(model(PROMPTS).logits, logits)
 
 
-@pytest.mark.parametrize("change", ["eager", "gelu"])
-def test_nothing_is_stored_where_nothing_could_be_skipped(change, save_opt, tmp_path):
+@pytest.mark.parametrize(("change", "stored"), [("eager", []), ("gelu", [HEAD])])
+def test_nothing_is_stored_where_nothing_could_be_skipped(change, stored, save_opt, tmp_path):
     source = save_opt(tiny_opt(activation_function="gelu") if change == "gelu" else tiny_opt())
     output = export(source, tmp_path, eager=change == "eager")
-    assert [file.name for file in (output / "compiled").iterdir()] == ["manifest.json"]
+    assert sorted(file.name for file in (output / "compiled").iterdir()) == [*stored, "manifest.json"]
     assert_sound(output, by_unit=False)
+
+
+def test_an_export_without_a_copy_of_the_head(exported):
+    """As those of earlier versions."""
+    manifest = manifest_of(exported)
+    del manifest["artifacts"][HEAD]
+    change_manifest(exported, manifest)
+    (exported / "compiled" / HEAD).unlink()
+    assert NeuronOPTForCausalLM.from_pretrained(exported).runtime.screened_head is None
+    assert_sound(exported, by_unit=True)
 
 
 def test_an_earlier_versions_library_is_not_loaded(exported, caplog):
@@ -102,9 +114,10 @@ def test_an_earlier_versions_library_is_not_loaded(exported, caplog):
     assert len(warnings) == 1 and "kernels.so, which is not loaded: an export for cpu is data" in warnings[0]
 
 
+@pytest.mark.parametrize(("name", "tensor"), [("layer_001.safetensors", TENSOR_NAME), (HEAD, WEIGHT)])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "other tensor", "other shape"])
-def test_damaged_files(damage, exported):
-    file = exported / "compiled" / "layer_001.safetensors"
+def test_damaged_files(damage, name, tensor, exported):
+    file = exported / "compiled" / name
     content = file.read_bytes()
     if damage == "missing":
         file.unlink()
@@ -113,13 +126,13 @@ def test_damaged_files(damage, exported):
     elif damage == "longer":
         file.write_bytes(content + b"0")
     elif damage == "other tensor":
-        file.write_bytes(content.replace(TENSOR_NAME.encode(), TENSOR_NAME[::-1].encode()))
+        file.write_bytes(content.replace(tensor.encode(), tensor[::-1].encode()))
     else:
-        save_file({TENSOR_NAME: torch.zeros(3, 3, dtype=torch.float16)}, file)
+        save_file({**load_file(file), tensor: torch.zeros(3, 3, dtype=torch.float16)}, file)
         manifest = manifest_of(exported)
         manifest["artifacts"][file.name]["bytes"] = file.stat().st_size
         change_manifest(exported, manifest)
-    with pytest.raises(CheckpointError, match=r"layer_001\.safetensors.*[Ee]xport the model again"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*[Ee]xport the model again"):
         NeuronOPTForCausalLM.from_pretrained(exported)
     generate(NeuronOPTForCausalLM.from_pretrained(exported, eager=True))  # the way out
 

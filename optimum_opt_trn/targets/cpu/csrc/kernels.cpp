@@ -9,7 +9,7 @@ namespace {
 
 template <Extra E>
 constexpr Kernels table(const char* name) {
-  return {name, linears<E>, linear_sum<E>, attend, layer_norm, best};
+  return {name, linears<E>, linear_sum<E>, attend, layer_norm, best, candidates};
 }
 
 }  // namespace

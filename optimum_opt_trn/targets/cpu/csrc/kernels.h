@@ -60,6 +60,10 @@ struct Kernels {
   // `masked` (m, masks), which may be -1, count as `mask`. NaN is the highest.
   uint64_t (*best)(int threads, int64_t m, int64_t n, int64_t ldx, const float* x, int64_t masks, const int32_t* masked,
                    float mask, int64_t k, float* values, int32_t* places);
+  // Where the highest of each row of x (m, n) may be, if each value is off by at most its of `errors` (n,) times the
+  // row's of `factors` (m,): ascending, to places (m, most); how many there are, which can be more, to counts (m,).
+  uint64_t (*candidates)(int threads, int64_t m, int64_t n, const float* x, const float* errors, const float* factors,
+                         int64_t most, int32_t* counts, int32_t* places);
 };
 
 // What kernels may use beyond the vectors of their instruction set; each includes those before it.

@@ -208,6 +208,20 @@ uint64_t best(Arguments& given) {
   return given.wrong ? 0 : kernels->best(threads, m, n, ldx, x, masks, masked, mask, k, values, places);
 }
 
+// variant, threads, m, n, x, errors, factors, most, counts, places
+uint64_t candidates(Arguments& given) {
+  const Kernels* kernels = given.kernels();
+  const int threads = static_cast<int>(given.integer());
+  const int64_t m = given.integer(), n = given.integer();
+  const float* x = given.address<const float>();
+  const float* errors = given.address<const float>();
+  const float* factors = given.address<const float>();
+  const int64_t most = given.integer();
+  int32_t* counts = given.address<int32_t>();
+  int32_t* places = given.address<int32_t>();
+  return given.wrong ? 0 : kernels->candidates(threads, m, n, x, errors, factors, most, counts, places);
+}
+
 int64_t word_of(PyObject* argument) {
   if (!PyFloat_Check(argument)) return PyLong_AsLongLong(argument);
   const double value = PyFloat_AsDouble(argument);
@@ -249,7 +263,8 @@ struct Named {
   Call call;
 };
 constexpr Named calls[] = {
-    {"linears", linears}, {"linear_sum", linear_sum}, {"attend", attend}, {"layer_norm", layer_norm}, {"best", best}};
+    {"linears", linears}, {"linear_sum", linear_sum}, {"attend", attend},
+    {"layer_norm", layer_norm}, {"best", best}, {"candidates", candidates}};
 constexpr int CALLS = sizeof(calls) / sizeof(*calls);
 
 // (address, words): computes recorded calls, each as its place in CALLS, how many arguments it has, and these. Returns
@@ -302,6 +317,7 @@ PyMethodDef methods[] = {
     {"attend", fast(compute<attend>), METH_FASTCALL, nullptr},
     {"layer_norm", fast(compute<layer_norm>), METH_FASTCALL, nullptr},
     {"best", fast(compute<best>), METH_FASTCALL, nullptr},
+    {"candidates", fast(compute<candidates>), METH_FASTCALL, nullptr},
     {"replay", fast(replay), METH_FASTCALL, nullptr},
     {"left", left, METH_O, "Whether all threads have left the call with this handle."},
     {nullptr, nullptr, 0, nullptr},

@@ -133,4 +133,46 @@ inline uint64_t best(int threads, int64_t m, int64_t n, int64_t ldx, const float
   return 0;  // no piece is computed twice, so that none is left
 }
 
+struct CandidatesCall {
+  int64_t n, most;
+  const float *x, *errors, *factors;
+  int32_t *counts, *places;
+};
+
+inline void candidates_piece(const void* given, int64_t row, float*) {
+  const CandidatesCall& call = *static_cast<const CandidatesCall*>(given);
+  const float *x = call.x + row * call.n, factor = call.factors[row];
+  Vec lowest = all(-INFINITY);
+  float highest = -INFINITY;
+  int64_t i = 0;
+  for (; i + LANES <= call.n; i += LANES)
+    lowest = largest(lowest, multiply_add(all(-factor), load(call.errors + i), load(x + i)));
+  for (; i < call.n; i++) highest = fmaxf(highest, x[i] - factor * call.errors[i]);
+  highest = nextafterf(fmaxf(highest, largest(lowest)), -INFINITY);
+  int64_t found = 0;
+  const auto take = [&](int64_t place) {
+    if (found < call.most) call.places[row * call.most + found] = static_cast<int32_t>(place);
+    found++;
+  };
+  for (i = 0; i + LANES <= call.n; i += LANES)
+    for (uint32_t bits = above(multiply_add(all(factor), load(call.errors + i), load(x + i)), all(highest)); bits != 0;
+         bits &= bits - 1)
+      take(i + __builtin_ctz(bits));
+  for (; i < call.n; i++)
+    if (!(x[i] + factor * call.errors[i] <= highest)) take(i);
+  call.counts[row] = static_cast<int32_t>(found);
+}
+
+inline uint64_t candidates(int threads, int64_t m, int64_t n, const float* x, const float* errors, const float* factors,
+                           int64_t most, int32_t* counts, int32_t* places) {
+  for (int64_t row = 0; row < m; row += MOST_PIECES) {
+    Job* job;
+    CandidatesCall* call = begin<CandidatesCall>(&job);
+    if (call == nullptr) return NO_MEMORY;
+    *call = {n, most, x + row * n, errors, factors + row, counts + row, places + row * most};
+    pool_run(job, threads, lesser(MOST_PIECES, m - row), candidates_piece, nullptr);
+  }
+  return 0;  // no piece is computed twice, so that none is left
+}
+
 }  // namespace
