@@ -123,6 +123,16 @@ def weight_bytes(header: Header, matrix_itemsize: int | None = None) -> int:
     return total
 
 
+def unread_head_bytes(export: Path) -> int:
+    """By how much fewer bytes of the head our export's greedy steps read, which read a copy of it (docs/speed.md)."""
+    copy = read_headers(export / "compiled")
+    if "lm_head.weight_int8" not in copy:
+        return 0
+    header = read_headers(export / "checkpoint")
+    head = header.get("lm_head.weight", header["model.decoder.embed_tokens.weight"])[1]
+    return head - sum(copy[f"lm_head.{name}"][1] for name in ("weight_int8", "weight_scale", "error"))
+
+
 def cache_bytes(config: dict[str, Any], batch_size: int, context: float, itemsize: int) -> float:
     """Bytes of keys and values that a step reads with so many positions filled in each row."""
     return 2 * config["num_hidden_layers"] * batch_size * context * config["hidden_size"] * itemsize

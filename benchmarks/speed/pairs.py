@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peers import WEIGHT_BYTES, Contender
 
-from .checkpoints import cache_bytes, read_headers, weight_bytes
+from .checkpoints import cache_bytes, read_headers, unread_head_bytes, weight_bytes
 from .neighbours import Neighbours
 from .records import Record
 from .workers import Worker, Workplace
@@ -116,7 +116,7 @@ class Pairs:
         self.shape, self.config, self.place, self.probe, self.say = shape, config, place, probe, say
         self.zeros, self.neighbours = zeros, neighbours
         self.header = read_headers(checkpoint)
-        # Bytes of weights in our exports, by contender, and of fc2 among them: of those the files are known.
+        # Bytes of weights that a step of our exports reads, by contender, and of fc2 among them: the files are known.
         self.exported: dict[str, tuple[int, int]] = {}
         self.versions: dict[str, dict[str, str]] = {}
         # Contender -> how many of the first tokens, of how many, equal those of the group's first contender.
@@ -141,7 +141,8 @@ class Pairs:
         for contender in contenders:
             if contender.is_ours:
                 header = read_headers(folders[contender.name] / "checkpoint")
-                self.exported[contender.name] = weight_bytes(header), fc2_bytes(header)
+                weights = weight_bytes(header) - unread_head_bytes(folders[contender.name])
+                self.exported[contender.name] = weights, fc2_bytes(header)
         with ExitStack() as open_workers:
             workers, records = self._load(contenders, folders, plan, record, open_workers)
             for length in plan.prompts:

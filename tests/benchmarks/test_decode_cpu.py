@@ -25,7 +25,14 @@ sys.path.insert(0, str(BENCHMARKS))
 from decode_cpu import main, parse  # noqa: E402
 from peers import OURS, PEERS, groups  # noqa: E402
 from speed import environments, report  # noqa: E402
-from speed.checkpoints import cache_bytes, make_checkpoint, read_headers, shape_options, weight_bytes  # noqa: E402
+from speed.checkpoints import (  # noqa: E402
+    cache_bytes,
+    make_checkpoint,
+    read_headers,
+    shape_options,
+    unread_head_bytes,
+    weight_bytes,
+)
 from speed.claims import PASS, SHORT, UNKNOWN, check  # noqa: E402
 from speed.neighbours import Neighbours  # noqa: E402
 from speed.pairs import Pairs, Plan, agreeing  # noqa: E402
@@ -80,6 +87,16 @@ def test_bytes_of_a_step_are_those_of_the_files(checkpoint, tmp_path):
     assert apart == 3 * matrices
     keys = torch.zeros(3, 4, 10, 16, dtype=torch.float16)  # rows, heads, positions, head size
     assert cache_bytes(shape_options("tiny"), 3, 10, 2) == 2 * 2 * keys.nbytes
+
+
+def test_a_copy_of_the_head_is_read_instead(checkpoint, tmp_path):
+    for name, eager in (("eager", True), ("kernels", False)):
+        options = {"batch_size": 1, "sequence_length": 64, "eager": eager}
+        NeuronOPTForCausalLM.from_pretrained(checkpoint, **options).save_pretrained(tmp_path / name)
+    head = torch.zeros(*(shape_options("tiny")[size] for size in ("vocab_size", "hidden_size")), dtype=torch.float16)
+    copied = (head.to(torch.int8), torch.zeros(len(head), 1), torch.zeros(len(head)))
+    assert unread_head_bytes(tmp_path / "eager") == 0
+    assert unread_head_bytes(tmp_path / "kernels") == head.nbytes - sum(tensor.nbytes for tensor in copied)
 
 
 def test_an_untied_embedding_is_a_table():
