@@ -58,7 +58,7 @@ def export_opt(
         config: the model's configuration; by default it is read from the source.
         revision, token, cache_dir, force_download, local_files_only: for an id on the hub, as in transformers.
         eager: skips compilation. On `neuron` such an export runs only eagerly, on the host's CPU. On `cpu` only the
-            copy of fc2 is left out that lets decoding skip zero units.
+            copies of fc2 and the head are left out that let decoding read less.
         force: exports even if the device's memory is too small.
 
     Returns:
