@@ -10,6 +10,7 @@ from typing import Any
 from transformers import OPTConfig
 
 from ...checkpoint import CheckpointError
+from ...checkpoint.layout import has_int8_head
 from ...configuration_opt import OPTNeuronConfig
 from ...model.shapes import cache_shape
 from ..base import TargetError
@@ -110,5 +111,7 @@ def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
         *(config._remove_final_layer_norm, config.tie_word_embeddings, config.activation_function),
         *(config.num_hidden_layers, config.max_position_embeddings),
     )
-    parts = (GRAPH_VERSION, model, cache_shape(config, neuron_config), sorted(options.items()))
+    # Int8 exports of earlier versions, whose head is in amp, keep their keys and their graphs.
+    head = ("int8 head",) if has_int8_head(config, neuron_config.weight_dtype) else ()
+    parts = (GRAPH_VERSION, model, cache_shape(config, neuron_config), sorted(options.items()), *head)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -24,6 +24,7 @@ from small_models import rounded, tiny_config, tiny_opt  # noqa: E402
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.buckets import EXTENSION  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
+from optimum_opt_trn.checkpoint.quantization import quantization_config  # noqa: E402
 from optimum_opt_trn.targets import TargetError  # noqa: E402
 from optimum_opt_trn.targets.neuron import host, process  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import _graph_key  # noqa: E402
@@ -568,6 +569,8 @@ def test_graph_key_tells_what_graphs_depend_on():
             {"layer_norm_elementwise_affine": False}, {"activation_function": "gelu"}, {"tie_word_embeddings": False},
             {"_remove_final_layer_norm": True},
         )),
+        *(_graph_key(tiny_config(tie_word_embeddings=False, quantization_config=quantization_config(head)),
+                     OPTNeuronConfig(**options, weight_dtype="int8")) for head in (False, True)),
     ]  # fmt: skip
     assert len({*keys.values(), *others}) == 1 + len(others)
 
