@@ -64,7 +64,7 @@ def quantization_problem(quantization: Any) -> str | None:
     """
     try:
         problem = _problem(quantization)
-    except (KeyError, TypeError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, AttributeError, re.error, OverflowError, RecursionError) as error:
         problem = f"one that cannot be read ({type(error).__name__}: {error})"
     return problem and (
         f"{problem}. Choose the model that it was quantized from, or one in {METHOD}' format {FORMAT} or "

@@ -69,7 +69,7 @@ def read_shape(model: str, revision: str | None = None, cache_dir: str | None = 
         kind, text = values["model_type"], values.get("text_config")
         if quantization := values.get("quantization_config"):
             quantizes_head(quantization)  # raises if it cannot be read
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a model's configuration ({error!r}).") from error
     if isinstance(text, dict) and text.get("model_type") == "opt":  # of a BLIP-2
         kind, values = "opt", text
