@@ -20,7 +20,7 @@ from .checkpoint.layout import CHECKPOINT_DIR, CheckpointError, checkpoint_files
 from .checkpoint.listing import Listed, checkpoint_entries, read_export_manifest, record, write_export_manifest
 from .checkpoint.lock import one_writer
 from .checkpoint.manifest import MANIFEST_NAME, read_manifest
-from .checkpoint.small_files import save_config, save_small_files, split_config
+from .checkpoint.small_files import save_config, save_small_files
 from .checkpoint.write import write_split
 from .configuration_opt import OPTNeuronConfig
 from .host_framework import NEURON_CONFIG_NAME
@@ -95,7 +95,7 @@ def export_opt(
         length = neuron_config.sequence_length
         save_small_files(checkpoint.directory, opt_config, amp, staging, length, weight_dtype)
         neuron_config.to_json_file(staging / NEURON_CONFIG_NAME)
-        target.compile(split_config(opt_config, amp, weight_dtype), neuron_config, staging, eager)
+        target.compile(opt_config, neuron_config, staging, eager)
         write_export_manifest(staging, _checkpoint_hashes(staging))
     return output
 

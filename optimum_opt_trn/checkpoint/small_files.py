@@ -40,23 +40,18 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     return tokenizer
 
 
-def split_config(config: OPTConfig, amp: str, weight_dtype: str | None = None) -> OPTConfig:
-    """The configuration of a split checkpoint with weights in `amp`, or in int8, made of one with `config`."""
-    made = copy.deepcopy(config)
-    made.architectures, made.dtype = ["OPTForCausalLM"], to_torch(amp)
+def save_config(config: OPTConfig, amp: str, directory: Path, weight_dtype: str | None = None) -> None:
+    """Writes config.json for weights in `amp`, or in int8; `config`, of the source, is not changed."""
+    saved = copy.deepcopy(config)
+    saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     if weight_dtype == "int8":
         head = has_int8_head(config, weight_dtype)
-        made.quantization_config = quantization_config(head)
+        saved.quantization_config = quantization_config(head)
         if head:  # the embedding is not int8
-            made.tie_word_embeddings = False
-    elif is_int8(made):
-        del made.quantization_config
-    return made
-
-
-def save_config(config: OPTConfig, amp: str, directory: Path, weight_dtype: str | None = None) -> None:
-    """Writes config.json for weights in `amp`, or in int8; `config` itself is not changed."""
-    split_config(config, amp, weight_dtype).save_pretrained(directory)
+            saved.tie_word_embeddings = False
+    elif is_int8(saved):
+        del saved.quantization_config
+    saved.save_pretrained(directory)
 
 
 def save_small_files(

@@ -19,7 +19,7 @@ from optimum_opt_trn.checkpoint.layout import (
     outer_specs,
 )
 from optimum_opt_trn.checkpoint.quantization import quantization_config
-from optimum_opt_trn.checkpoint.small_files import split_config
+from optimum_opt_trn.checkpoint.small_files import save_config
 from optimum_opt_trn.dtypes import AMP_DTYPES, DTYPES, to_torch
 
 
@@ -103,7 +103,7 @@ def targets(*names) -> dict:
         (targets("re:.*fc[12]", "lm_head"), False, True),
     ],
 )
-def test_the_head_is_int8_unless_the_source_has_it_in_16_bits(quantization, tied, expected):
+def test_the_head_is_int8_unless_the_source_has_it_in_16_bits(quantization, tied, expected, tmp_path):
     config = tiny_config(tie_word_embeddings=tied)
     if quantization is not None:
         config.quantization_config = quantization
@@ -117,7 +117,9 @@ def test_the_head_is_int8_unless_the_source_has_it_in_16_bits(quantization, tied
     else:
         assert "lm_head.weight_scale" not in specs and ("lm_head.weight" in specs) == (not tied)
     # What is written says of itself what was written.
-    assert has_int8_head(split_config(config, "f16", "int8"), "int8") == expected
+    save_config(config, "f16", tmp_path, "int8")
+    saved = OPTConfig.from_pretrained(tmp_path)
+    assert has_int8_head(saved, "int8") == expected and saved.tie_word_embeddings == (tied and not expected)
 
 
 def test_one_file_a_layer_and_one_for_the_rest():
