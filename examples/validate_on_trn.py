@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tensor_parallel_size", type=int, help="(default: all NeuronCores)")
     add("--auto_cast_type", default="f16", choices=TOLERANCE, help="(default: %(default)s)")
     add("--weight_dtype", choices=("int8",),
-        help="int8 for the matrices of attention and MLP (default: the dtype of --auto_cast_type)")  # fmt: skip
+        help="int8 for the matrices of attention, MLP and head (default: the dtype of --auto_cast_type)")  # fmt: skip
     add("--switches", nargs="+", default=SWITCHES, choices=(*SWITCHES, "none"), metavar="SWITCH",
         help=f"of {', '.join(SWITCHES)}; none (default: all, on devices)")  # fmt: skip
     add("--cpu", action="store_true", help="on the host's CPU, uncompiled: whether the script itself works")

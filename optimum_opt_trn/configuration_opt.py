@@ -93,8 +93,8 @@ class OPTNeuronConfig(NeuronConfig):
         tp_degree: tensor-parallel degree, the number of ranks (NeuronCores; local ranks on `cpu`).
         amp: dtype of attention, MLP, embedding and lm_head weights (`f16`, `bf16`, `f32`; the usual aliases are
             normalised). Layernorms and position embeddings stay float32.
-        weight_dtype: `int8` for the matrices of attention and MLP, each output channel with a float32 scale; None for
-            `amp`.
+        weight_dtype: `int8` for the matrices of attention and MLP and the head, each output channel with a float32
+            scale; None for `amp`. A head that is not int8 in a checkpoint whose matrices are stays as it is.
         kv_cache_dtype: dtype of the key/value cache, by default `amp`.
         max_topk: how many of the best tokens sampling on the device chooses among.
         instance_type: the instance family (`cpu`, `trn1`, `trn1n`, `inf2`, `trn2`).

@@ -22,7 +22,7 @@ every_export = pytest.mark.parametrize("export", EXPORTS, ids=[path.name for pat
 
 
 def test_all_are_there():
-    assert [path.name.partition("-")[0] for path in EXPORTS] == ["1", "2", "3", "4", "5"]
+    assert [path.name.partition("-")[0] for path in EXPORTS] == ["1", "2", "3", "4", "5", "6"]
 
 
 @every_export
@@ -39,6 +39,20 @@ def test_it_is_a_source_and_its_successor_is_verified(export, tmp_path):
     again = export_opt(source, tmp_path / "again", OPTNeuronConfig(sequence_length=16, tp_degree=2))
     assert NeuronOPTForCausalLM.from_pretrained(again).generate(PROMPT, **GREEDY).tolist() == TOKENS
     assert find_problems(again) == find_unlisted(again) == []
+
+
+def test_an_int8_export_with_a_head_in_float16_keeps_it(tmp_path):
+    """Neither loading it nor exporting it again changes its head, which is the embedding."""
+    export = EXPORTS[5]
+    model = NeuronOPTForCausalLM.from_pretrained(export / "checkpoint")
+    model.save_pretrained(tmp_path)
+    assert model.neuron_config.weight_dtype == "int8" and model.config.tie_word_embeddings
+    assert "lm_head" in model.config.quantization_config["ignore"]
+    for file in (export / "checkpoint").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "checkpoint" / file.name).read_bytes()
+    whole = NeuronOPTForCausalLM.from_pretrained(export / "checkpoint", weight_dtype="f16")
+    for loaded in (model, whole, NeuronOPTForCausalLM.from_pretrained(tmp_path)):
+        assert loaded.generate(PROMPT, **GREEDY).tolist() == TOKENS
 
 
 @every_export

@@ -1,34 +1,38 @@
 """Weights in int8, and what config.json says of them: the scheme and the names of compressed-tensors.
 
-The matrices of attention and MLP are quantized, each output channel with a scale of its own: `weight` is int8
-`(out, in)`, `weight_scale` float32 `(out, 1)`, and the matrix is their product. Quantization is symmetric, to the
-nearest. All else keeps its dtype, the embedding and the head too: the format leaves them out.
+The matrices of attention and MLP and the head are quantized, each output channel with a scale of its own: `weight` is
+int8 `(out, in)`, `weight_scale` float32 `(out, 1)`, and the matrix is their product. Quantization is symmetric, to the
+nearest. All else keeps its dtype. The embedding does, too, so that a head which is tied to it becomes a matrix of its
+own; the head of a checkpoint that is quantized already stays what it is (`layout.has_int8_head`).
 
-The format is `int-quantized` (https://github.com/vllm-project/compressed-tensors), which transformers and vLLM load.
-Its `pack-quantized`, which llm-compressor writes for such weights, is read too: `weight_packed` is int32
+The format is `int-quantized` (https://github.com/vllm-project/compressed-tensors), which transformers loads. Its
+`pack-quantized`, which llm-compressor writes for such weights, is read too: `weight_packed` is int32
 `(out, ceil(in / 4))`, each with four values plus 128, the first in the lowest byte; `weight_shape` has `(out, in)`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .layout import quantizes_head
+
 
 METHOD, FORMAT, PACKED_FORMAT = "compressed-tensors", "int-quantized", "pack-quantized"
-# What follows the name of a matrix.
-SCALE, PACKED, SHAPE = "_scale", "_packed", "_shape"
+# What follows the name of a packed matrix.
+PACKED, SHAPE = "_packed", "_shape"
 
-# Linear layers that are not quantized: the head, and 350M's projections.
-_IGNORED = ["lm_head", "model.decoder.project_in", "model.decoder.project_out"]
+# Linear layers that are not quantized: 350M's projections.
+_IGNORED = ["model.decoder.project_in", "model.decoder.project_out"]
 _LARGEST = 127
 
 
-def quantization_config() -> dict[str, Any]:
-    """What config.json says of a checkpoint whose matrices are int8."""
+def quantization_config(head: bool = True) -> dict[str, Any]:
+    """What config.json says of a checkpoint whose matrices are int8, with or without the head."""
     weights = {
         "num_bits": 8,
         "type": "int",
@@ -44,7 +48,7 @@ def quantization_config() -> dict[str, Any]:
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": _IGNORED,
+        "ignore": _IGNORED if head else ["lm_head", *_IGNORED],
     }
 
 
@@ -60,7 +64,7 @@ def quantization_problem(quantization: Any) -> str | None:
     """
     try:
         problem = _problem(quantization)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, re.error, OverflowError, RecursionError) as error:
         problem = f"one that cannot be read ({type(error).__name__}: {error})"
     return problem and (
         f"{problem}. Choose the model that it was quantized from, or one in {METHOD}' format {FORMAT} or "
@@ -91,6 +95,7 @@ def _problem(quantization: Mapping[str, Any]) -> str | None:
             return f"with weights in {kind}, {symmetric}, by {weights['strategy']}"
         if group.get("input_activations") or group.get("output_activations"):
             return "with quantized activations"
+    quantizes_head(quantization)  # raises for names that cannot be read
     return None if groups else "without config_groups"
 
 

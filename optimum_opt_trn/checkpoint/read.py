@@ -30,7 +30,10 @@ from .layout import (
 
 
 EMBED_WEIGHTS = ("embed_tokens.weight", "embed_positions.weight", "project_in.weight")
-HEAD_WEIGHTS = ("final_layer_norm.weight", "final_layer_norm.bias", "project_out.weight", "lm_head.weight")
+HEAD_WEIGHTS = (
+    *("final_layer_norm.weight", "final_layer_norm.bias", "project_out.weight"),
+    *("lm_head.weight", "lm_head.weight_scale"),
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, OPTConfig, PretrainedC
 from transformers.utils import logging
 
 from ..dtypes import to_torch
+from .layout import has_int8_head
 from .quantization import is_int8, quantization_config
 
 
@@ -40,11 +41,14 @@ def load_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
 
 
 def save_config(config: OPTConfig, amp: str, directory: Path, weight_dtype: str | None = None) -> None:
-    """Writes config.json for weights in `amp`, or in int8; `config` itself is not changed."""
+    """Writes config.json for weights in `amp`, or in int8; `config`, of the source, is not changed."""
     saved = copy.deepcopy(config)
     saved.architectures, saved.dtype = ["OPTForCausalLM"], to_torch(amp)
     if weight_dtype == "int8":
-        saved.quantization_config = quantization_config()
+        head = has_int8_head(config, weight_dtype)
+        saved.quantization_config = quantization_config(head)
+        if head:  # the embedding is not int8
+            saved.tie_word_embeddings = False
     elif is_int8(saved):
         del saved.quantization_config
     saved.save_pretrained(directory)

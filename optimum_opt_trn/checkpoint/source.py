@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ..dtypes import to_torch
 from .adapter import Adapter
 from .formats import Piece, Readers
-from .layout import LANGUAGE_MODEL, CheckpointError, FileSpecs, canonical_name
+from .layout import HEAD, LANGUAGE_MODEL, SCALE, CheckpointError, FileSpecs, canonical_name
 from .manifest import source_key
-from .quantization import PACKED, SCALE, SHAPE, quantize, scales, signed, unpack
+from .quantization import PACKED, SHAPE, quantize, scales, signed, unpack
 
 
 # Bytes of a tensor that are read, cast, checked and written at a time, in the wider dtype of source and output. glibc
@@ -31,7 +31,7 @@ _QUANTIZING_BYTES = 16
 
 # Not read if the model has no such tensor: a version of the first OPT conversions, which transformers ignores as well,
 # and a copy of a tied head.
-_IGNORED = {"model.decoder.version", "lm_head.weight"}
+_IGNORED = {"model.decoder.version", HEAD}
 
 
 class WeightSource:
@@ -83,24 +83,24 @@ class WeightSource:
 
     def _check(self) -> None:
         """Checks names, and the shapes of the tensors in open pieces."""
-        missing = {name for name in self._specs if _matrix(name) not in self._tensors}
+        missing = {name for name in self._specs if self._matrix(name) not in self._tensors}
         foreign = self._tensors.keys() - self._specs.keys() - _IGNORED
         for names, what in ((missing, "lacks"), (foreign, "holds, beyond what config.json says,")):
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
                 raise CheckpointError(f"{self.origin} {what} {len(names)} tensors: {shown}. Is it whole, and an OPT?")
         for name in self._specs:
-            if self._pieces[self._tensors[_matrix(name)][0]].is_open:
-                self._tensor(_matrix(name))
+            if self._pieces[self._tensors[self._matrix(name)][0]].is_open:
+                self._tensor(self._matrix(name))
 
     def key(self, file: str) -> str:
         """The manifest's key of what `file` is made from (see `source_key`)."""
-        pieces: dict[int, list[str]] = {}
+        pieces: dict[int, dict[str, None]] = {}
         specs = self.files[file]
         for name in sorted(specs):
             for index, theirs in self._origins(name):
-                pieces.setdefault(index, []).append(theirs)
-        identities = [self._pieces[index].identity(theirs) for index, theirs in sorted(pieces.items())]
+                pieces.setdefault(index, {})[theirs] = None
+        identities = [self._pieces[index].identity([*theirs]) for index, theirs in sorted(pieces.items())]
         identities += [adapter.identity for adapter in self._adapters if any(map(adapter.changes, specs))]
         return source_key(specs, "\n".join(identities))
 
@@ -125,9 +125,13 @@ class WeightSource:
     def _pieces_of(self, *files: str) -> set[int]:
         return {index for file in files for name in self.files[file] for index, _ in self._origins(name)}
 
+    def _matrix(self, name: str) -> str:
+        """The tensor of the source, by our name, that `name` is made of, or is the scales of."""
+        return self._specs[name].made_of or name.removesuffix(SCALE)
+
     def _origins(self, name: str) -> list[tuple[int, str]]:
         """What the tensor `name` is made from: pieces, and names there."""
-        matrix = _matrix(name)
+        matrix = self._matrix(name)
         return [self._tensors[matrix], *([self._scales[matrix]] if matrix in self._scales else [])]
 
     def chunks(self, name: str) -> Iterator[Tensor]:
@@ -140,9 +144,9 @@ class WeightSource:
             CheckpointError: if the tensor is missing, has another shape or no floating-point dtype, or has values
                 that are not finite after the cast.
         """
-        matrix = self._tensor(_matrix(name))
+        matrix = self._tensor(self._matrix(name))
         stored = matrix.dtype in _INTEGERS and not self._changing(name)
-        if _matrix(name) != name:
+        if name.endswith(SCALE):
             if stored:
                 yield self._scale(name, len(matrix))
             else:
@@ -156,11 +160,11 @@ class WeightSource:
 
     def _changing(self, name: str) -> list[Adapter]:
         """The adapters that change the matrix that `name` is, or is of."""
-        return [adapter for adapter in self._adapters if adapter.changes(_matrix(name))]
+        return [adapter for adapter in self._adapters if adapter.changes(self._matrix(name))]
 
     def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype, item_bytes: int = 0) -> Iterator[Tensor]:
         """The rows of `tensor` in `dtype`, some at a time, with scales and adapters applied; errors as of `chunks`."""
-        adders = [adapter.adder(_matrix(name)) for adapter in self._changing(name)]
+        adders = [adapter.adder(self._matrix(name)) for adapter in self._changing(name)]
         scale = self._scale(name, len(tensor)) if tensor.dtype in _INTEGERS else None
         if adders or scale is not None:  # there are two copies then: in float32, and what it is cast to
             item_bytes = max(item_bytes, torch.float32.itemsize + dtype.itemsize)
@@ -190,10 +194,11 @@ class WeightSource:
 
     def _scale(self, name: str, rows: int) -> Tensor:
         """The scales of the int8 matrix that `name` is, or is of: float32 `(rows, 1)`."""
-        scale = self._read(name, self._scales[_matrix(name)])
+        matrix = self._matrix(name)
+        scale = self._read(name, self._scales[matrix])
         if scale.numel() != rows or not scale.is_floating_point() or not (scale > 0).all() or scale.isinf().any():
             raise CheckpointError(
-                f"{self.origin}: the scales of {_matrix(name)} are {scale.dtype} {tuple(scale.shape)}, or not all "
+                f"{self.origin}: the scales of {matrix} are {scale.dtype} {tuple(scale.shape)}, or not all "
                 f"positive and finite: {rows} are needed, one for each output channel."
             )
         return scale.to("cpu", torch.float32).reshape(rows, 1).contiguous()
@@ -253,11 +258,6 @@ def _some_rows(tensor: Tensor, itemsize: int) -> Sequence[Tensor]:
     """The tensor's rows, some megabytes at a time in elements of so many bytes."""
     row_bytes = max(1, tensor[0].numel() * max(tensor.element_size(), itemsize))
     return tensor.split(max(1, CHUNK_BYTES // row_bytes))
-
-
-def _matrix(name: str) -> str:
-    """The matrix whose scales `name` is, or `name` itself."""
-    return name.removesuffix(SCALE)
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -76,8 +76,8 @@ def save_pretrained_split(
             directory with a split checkpoint in `amp`, the files are linked where the file system allows.
         directory: where to write; created if it does not exist.
         amp: `f16`, `bf16` or `f32`.
-        weight_dtype: `int8` for the matrices of attention and MLP, each output channel with a float32 scale
-            (quantization.py); by default `amp`.
+        weight_dtype: `int8` for the matrices of attention and MLP and the head, each output channel with a float32
+            scale (quantization.py); by default `amp`.
         adapter: LoRA adapters of PEFT to merge into the weights, in float32 before they are cast: a directory or an id
             on the hub, a list of them, or a dictionary with the weight of each.
         delete_source_shards: keeps no copy of the weights of an id on the hub: a file that is not in the cache is

@@ -24,8 +24,8 @@ AUTO_CAST_TYPE: dict[str, Any] = {
 }
 WEIGHT_DTYPE: dict[str, Any] = {
     "choices": ("int8",),
-    "help": "int8 for the matrices of attention and MLP, with a float32 scale for each output channel: half the bytes "
-    "of fp16 (default: the dtype of --auto_cast_type, or int8 if the checkpoint is in int8).",
+    "help": "int8 for the matrices of attention, MLP and head, with a float32 scale for each output channel: half the "
+    "bytes of fp16 (default: the dtype of --auto_cast_type, or int8 if the checkpoint is in int8).",
 }
 REVISION: dict[str, Any] = {
     "metavar": "REV",

@@ -75,8 +75,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--weight_dtype",
         choices=("int8",),
-        help="int8 for the matrices of attention and MLP, with a float32 scale for each output channel (default: the "
-        "dtype of --auto_cast_type).",
+        help="int8 for the matrices of attention, MLP and head, with a float32 scale for each output channel "
+        "(default: the dtype of --auto_cast_type).",
     )
     add(
         "--kv_cache_dtype",

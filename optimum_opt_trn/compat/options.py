@@ -96,7 +96,7 @@ class QuantizationConfig:
         }
         for name, (value, served) in only.items():
             if value != served:
-                reason = "attention and MLP are int8 with a scale for each output channel. Leave it out"
+                reason = "attention, MLP and head are int8 with a scale for each output channel. Leave it out"
                 refuse(f"QuantizationConfig({name})", value, reason)
         self.quant_dtype, self.dequant_dtype = quant_dtype, dequant_dtype
 

@@ -70,7 +70,7 @@ class OPTRankProgram:
         norm = _norm(w, "final_layer_norm") if self.final_layer_norm else None
         if "project_out.weight" in w:
             (hidden,), norm = self.arithmetic.linears(hidden, w["project_out.weight"][:1], norm=norm), None
-        return self.arithmetic.linears(hidden, w["lm_head.weight"], norm=norm)
+        return self.arithmetic.linears(hidden, w["lm_head.weight"], norm=norm, scales=w.get("lm_head.weight_scale"))
 
     def last_hidden_state(self, w: Weights, hidden: Tensor) -> Tensor:
         """float32 `(…, hidden)` after the last layer → what the head gets, float32 `(…, word_embed_proj_dim)`."""

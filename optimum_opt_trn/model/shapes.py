@@ -53,6 +53,7 @@ class CacheSize(Protocol):
 SHARD_DIMS = {
     "embed_tokens.weight": 0,
     "lm_head.weight": 0,
+    "lm_head.weight_scale": 0,
     "self_attn.q_proj.weight": 0,
     "self_attn.q_proj.weight_scale": 0,
     "self_attn.q_proj.bias": 0,

@@ -77,7 +77,8 @@ def rank_tensors(config: ModelShape, setup: Setup) -> Iterator[RankTensor]:
     """The shards of one of `setup.tp_degree` ranks; the weights of a layer come once for all layers."""
     specs_of_layer = layer_specs(config, setup.amp, setup.weight_dtype)
     layer = {layer_prefix(0) + name: spec for name, spec in specs_of_layer.items()}
-    for specs, count in ((outer_specs(config, setup.amp), 1), (layer, config.num_hidden_layers)):
+    outer = outer_specs(config, setup.amp, setup.weight_dtype)
+    for specs, count in ((outer, 1), (layer, config.num_hidden_layers)):
         for name, spec in specs.items():
             dim, shape = shard_dim(name), list(spec.shape)
             if dim is not None:
@@ -91,7 +92,7 @@ def checkpoint_bytes(config: ModelShape, setup: Setup) -> tuple[int, int]:
     """Bytes of the split checkpoint's tensors: in all files, and in the largest file."""
     outer, layer = (
         sum(spec.bytes for spec in specs.values())
-        for specs in (outer_specs(config, setup.amp), layer_specs(config, setup.amp, setup.weight_dtype))
+        for specs in (specs_of(config, setup.amp, setup.weight_dtype) for specs_of in (outer_specs, layer_specs))
     )
     return outer + config.num_hidden_layers * layer, max(outer, layer)
 

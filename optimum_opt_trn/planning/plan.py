@@ -6,12 +6,14 @@ It needs neither weights nor a Neuron device, and imports neither torch nor tran
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.layout import quantizes_head
 from ..hardware import INSTANCES, GiB, Instance
 from ..model.shapes import ModelShape
 from .host import find_instance
@@ -65,7 +67,9 @@ def read_shape(model: str, revision: str | None = None, cache_dir: str | None = 
     try:
         values = json.loads(path.read_text())
         kind, text = values["model_type"], values.get("text_config")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if quantization := values.get("quantization_config"):
+            quantizes_head(quantization)  # raises if it cannot be read
+    except (ValueError, KeyError, TypeError, AttributeError, re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a model's configuration ({error!r}).") from error
     if isinstance(text, dict) and text.get("model_type") == "opt":  # of a BLIP-2
         kind, values = "opt", text

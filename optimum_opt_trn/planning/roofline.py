@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from ..checkpoint.layout import HEAD, TOKEN_EMBEDDINGS
 from ..model.shapes import ModelShape
 from .memory import MemoryPlan, plan_memory, rank_tensors
 
@@ -55,15 +56,15 @@ def roofline(config: ModelShape, plan: MemoryPlan) -> Roofline | None:
     if bandwidth is None or flops is None:
         return None
     setup = plan.setup
-    tables = ["embed_positions.weight"]
+    held, tables = list(rank_tensors(config, setup)), ["embed_positions.weight"]
     # Only the tokens' rows of a table are read. The embedding counts if it is the head, too.
-    if not config.tie_word_embeddings:
-        tables.append("embed_tokens.weight")
-    read = [tensor for tensor in rank_tensors(config, setup) if not tensor.name.endswith(tuple(tables))]
+    if any(tensor.name == HEAD for tensor in held):
+        tables.append(TOKEN_EMBEDDINGS)
+    read = [tensor for tensor in held if not tensor.name.endswith(tuple(tables))]
     weights = sum(tensor.count * tensor.bytes for tensor in read)
     # A multiplication and an addition for each element of a matrix and token; the head only for each row's last token.
     matrices = [tensor for tensor in read if tensor.name.endswith(".weight") and len(tensor.shape) == 2]
-    head = [tensor for tensor in matrices if tensor.name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    head = [tensor for tensor in matrices if tensor.name.endswith((TOKEN_EMBEDDINGS, HEAD))]
     per_token = 2 * sum(tensor.count * prod(tensor.shape) for tensor in matrices if tensor not in head)
     per_row = 2 * sum(prod(tensor.shape) for tensor in head)
     # Scores, and sums of values weighted by them, over `sequence_length` positions.

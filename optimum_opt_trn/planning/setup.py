@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ..dtypes import DTYPES
 
@@ -21,7 +22,8 @@ class Setup:
         sequence_length: positions of a slot.
         tp_degree: ranks.
         amp: dtype of the weights that are not float32 in any case.
-        weight_dtype: `int8` for the matrices of attention and MLP; None for `amp`.
+        weight_dtype: `int8` for the matrices of attention and MLP, and the head unless the source has that in another
+            dtype (`checkpoint.layout.has_int8_head`); None for `amp`.
         kv_cache_dtype: dtype of the cache; by default `amp`.
     """
 
@@ -77,6 +79,7 @@ class OPTShape:
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     activation_function: str = "relu"
+    quantization_config: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not self.word_embed_proj_dim:

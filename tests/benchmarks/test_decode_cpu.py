@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from small_models import tiny_opt
 from transformers import AutoTokenizer, OPTForCausalLM
 
-from optimum_opt_trn import NeuronOPTForCausalLM
+from optimum_opt_trn import NeuronOPTForCausalLM, save_pretrained_split
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -102,6 +103,15 @@ def test_a_copy_of_the_head_is_read_instead(checkpoint, tmp_path):
 def test_an_untied_embedding_is_a_table():
     header = {"lm_head.weight": ((8, 4), 64), "model.decoder.embed_tokens.weight": ((8, 4), 64)}
     assert weight_bytes(header) == 64
+
+
+def test_a_step_of_an_int8_export_reads_its_head_and_not_its_embedding(tmp_path):
+    save_pretrained_split(tiny_opt(), tmp_path, "f16", weight_dtype="int8")
+    tensors = {name: t for file in tmp_path.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert tensors["lm_head.weight"].dtype == torch.int8
+    tables = ("model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight")
+    read = sum(tensor.nbytes for name, tensor in tensors.items() if name not in tables)
+    assert weight_bytes(read_headers(tmp_path)) == read
 
 
 def test_rows_have_room_for_all_that_is_decoded():

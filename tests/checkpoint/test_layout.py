@@ -12,11 +12,14 @@ from optimum_opt_trn.checkpoint.layout import (
     OUTER_FILE,
     TensorSpec,
     checkpoint_files,
+    has_int8_head,
     layer_file,
     layer_prefix,
     layer_specs,
     outer_specs,
 )
+from optimum_opt_trn.checkpoint.quantization import quantization_config
+from optimum_opt_trn.checkpoint.small_files import save_config
 from optimum_opt_trn.dtypes import AMP_DTYPES, DTYPES, to_torch
 
 
@@ -70,6 +73,53 @@ def test_layernorms_and_positions_stay_float32(kind):
             for name, spec in specs.items():
                 kept = "layer_norm" in name or "embed_positions" in name
                 assert spec.dtype == ("f32" if kept else amp), name
+
+
+IGNORED, KEPT = quantization_config(head=False), quantization_config(head=True)
+
+
+def changed(**values) -> dict:
+    return {**KEPT, **values}
+
+
+def targets(*names) -> dict:
+    return changed(config_groups={"group_0": {**KEPT["config_groups"]["group_0"], "targets": [*names]}})
+
+
+@pytest.mark.parametrize(
+    ("quantization", "tied", "expected"),
+    [
+        (None, True, True),
+        (None, False, True),
+        (KEPT, False, True),
+        (KEPT, True, False),  # of its own it has no head
+        (IGNORED, True, False),
+        (IGNORED, False, False),
+        (changed(ignore=["re:.*lm_head"]), False, False),
+        (changed(ignore=["re:head"]), False, True),  # a pattern matches from the beginning
+        (changed(ignore=["Linear"]), False, False),
+        (changed(ignore=None), False, True),
+        (targets("re:.*self_attn.*", "re:.*fc[12]"), False, False),
+        (targets("re:.*fc[12]", "lm_head"), False, True),
+    ],
+)
+def test_the_head_is_int8_unless_the_source_has_it_in_16_bits(quantization, tied, expected, tmp_path):
+    config = tiny_config(tie_word_embeddings=tied)
+    if quantization is not None:
+        config.quantization_config = quantization
+    assert has_int8_head(config, "int8") == expected
+    assert not has_int8_head(config, None)
+    specs = outer_specs(config, "f16", "int8")
+    assert specs["model.decoder.embed_tokens.weight"].dtype == "f16"
+    if expected:
+        assert (specs["lm_head.weight"].dtype, specs["lm_head.weight"].shape) == ("int8", (128, 64))
+        assert (specs["lm_head.weight_scale"].dtype, specs["lm_head.weight_scale"].shape) == ("f32", (128, 1))
+    else:
+        assert "lm_head.weight_scale" not in specs and ("lm_head.weight" in specs) == (not tied)
+    # What is written says of itself what was written.
+    save_config(config, "f16", tmp_path, "int8")
+    saved = OPTConfig.from_pretrained(tmp_path)
+    assert has_int8_head(saved, "int8") == expected and saved.tie_word_embeddings == (tied and not expected)
 
 
 def test_one_file_a_layer_and_one_for_the_rest():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optimum_opt_trn import CheckpointError, OPTNeuronConfig, save_pretrained_split
 from optimum_opt_trn.checkpoint import ModelWeights, load_weights
+from optimum_opt_trn.checkpoint.config import load_config
 from optimum_opt_trn.checkpoint.layout import INDEX_NAME, OUTER_FILE
 from optimum_opt_trn.model.parallel import RankGroup, Weights
 
@@ -125,6 +126,19 @@ def test_tied_head_shares_its_memory(checkpoints):
         assert head.data_ptr() == embedding.data_ptr()
     untied = load(checkpoints["untied"], tiny_config(**KINDS["untied"]), tp_degree=2)
     assert not torch.equal(untied.head["lm_head.weight"][0], untied.embed["embed_tokens.weight"][0])
+
+
+@pytest.mark.parametrize("tp_degree", DEGREES)
+def test_an_int8_head_is_cut_with_its_scales(tp_degree, tmp_path):
+    save_pretrained_split(tiny_opt(vocab_size=203), tmp_path, "f16", weight_dtype="int8")
+    group = RankGroup(tp_degree, tuple(range(tp_degree)))
+    neuron_config = OPTNeuronConfig(tp_degree=tp_degree, sequence_length=64, weight_dtype="int8")
+    loaded, stored = load_weights(tmp_path, load_config(tmp_path), neuron_config, group), stored_tensors(tmp_path)
+    for name, dtype in (("lm_head.weight", torch.int8), ("lm_head.weight_scale", torch.float32)):
+        whole = torch.cat(loaded.head[name])
+        assert whole.dtype == dtype and torch.equal(whole[:203], stored[name]) and not whole[203:].any()
+        assert {len(shard) for shard in loaded.head[name]} == {-(-203 // tp_degree)}
+    assert loaded.embed["embed_tokens.weight"][0].dtype == torch.float16
 
 
 def test_row_parallel_shards_are_columns_in_place(checkpoints):

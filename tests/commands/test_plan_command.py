@@ -90,7 +90,7 @@ def test_the_dtypes_change_the_bytes(opt_13b, plan):
     size = {name: values["weights_bytes_per_core"] for name, values in plans.items()}
     assert size["fp16"] == size["bf16"]
     assert 1.95 < size["fp32"] / size["fp16"] < 2
-    assert 1.9 < size["fp16"] / size["int8"] < 1.95  # the embedding stays in fp16
+    assert 1.85 < size["fp16"] / size["int8"] < 1.95  # the embedding stays in fp16, and the head has a byte more
     assert (plans["int8"]["weight_dtype"], plans["int8"]["cache_dtype"]) == ("int8", "f16")
 
 

@@ -178,7 +178,7 @@ def test_sharding_table_covers_transformers_opt(kind):
         used |= {end for end in SHARD_DIMS if name.endswith(end)}
     scales = {end for end in SHARD_DIMS if end.endswith("_scale")}
     # The scale of an output channel goes where the channel goes.
-    weights = {end for end in SHARD_DIMS if end.endswith("_proj.weight") or end == "fc1.weight"}
+    weights = {end for end in SHARD_DIMS if end.endswith("_proj.weight") or end in ("fc1.weight", "lm_head.weight")}
     assert scales == {f"{end}_scale" for end in weights if SHARD_DIMS[end] == 0}
     assert all(SHARD_DIMS[end] == 0 for end in scales)
     if KINDS[kind].get("enable_bias", True):

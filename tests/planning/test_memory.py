@@ -12,6 +12,7 @@ from small_models import KINDS, tiny_config, tiny_opt
 from transformers import OPTConfig, OPTForCausalLM
 
 from optimum_opt_trn.checkpoint import load_weights, save_pretrained_split
+from optimum_opt_trn.checkpoint.quantization import quantization_config
 from optimum_opt_trn.configuration_opt import OPTNeuronConfig
 from optimum_opt_trn.hardware import INSTANCES, GiB, Instance
 from optimum_opt_trn.model.attention import allocate_cache
@@ -100,7 +101,10 @@ def test_int8_has_a_byte_an_element_and_a_scale_a_channel():
     plan = plan_memory(OPT_13B, Setup(weight_dtype="int8"), TRN1)
     matrices, channels, embedding = 12 * 5120**2 * 40, (5 * 5120 + 20480) * 40, 50272 * 5120
     biases, floats = (5 * 5120 + 20480) * 40, 40 * 4 * 5120 + 2 * 5120 + 2050 * 5120
-    assert sum(plan.weights.values()) == matrices + 4 * channels + 2 * embedding + 2 * biases + 4 * floats
+    layers = matrices + 4 * channels + 2 * biases + 4 * floats
+    assert sum(plan.weights.values()) == layers + 2 * embedding + embedding + 4 * 50272
+    kept = OPTConfig(**{**OPT_13B.to_dict(), "quantization_config": quantization_config(head=False)})
+    assert sum(plan_memory(kept, Setup(weight_dtype="int8"), TRN1).weights.values()) == layers + 2 * embedding
     assert plan.cache == 2 * 40 * 2048 * 5120 * 2
 
 

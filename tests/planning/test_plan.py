@@ -7,6 +7,7 @@ from small_models import KINDS, tiny_config
 from test_memory import INF2, OPT_13B, OPT_66B
 from transformers import OPTConfig
 
+from optimum_opt_trn.checkpoint.quantization import quantization_config
 from optimum_opt_trn.checkpoint.source import CHUNK_BYTES
 from optimum_opt_trn.hardware import GiB
 from optimum_opt_trn.planning.memory import checkpoint_bytes, plan_memory
@@ -16,16 +17,30 @@ from optimum_opt_trn.planning.setup import OPTShape, Setup
 
 def test_a_shape_has_the_defaults_of_transformers():
     config, shape = OPTConfig(), OPTShape()
-    assert {name: getattr(config, name) for name in vars(shape)} == vars(shape)
+    assert {name: getattr(config, name, None) for name in vars(shape)} == vars(shape)
+    assert not hasattr(config, "quantization_config")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shape_plans_as_the_configuration_does(kind, tmp_path):
     config = tiny_config(**KINDS[kind])
-    config.save_pretrained(tmp_path)
-    setup = Setup(2, 64, 2)
+    assert_same_plans(config, Setup(2, 64, 2), tmp_path)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_the_plan_of_an_int8_checkpoint_knows_its_head(head, tmp_path):
+    config = tiny_config(tie_word_embeddings=not head, quantization_config=quantization_config(head))
+    assert_same_plans(config, Setup(2, 64, 2, weight_dtype="int8"), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": "gptq"}))
+    with pytest.raises(ValueError, match="not a model's configuration"):
+        read_shape(str(tmp_path))
+
+
+def assert_same_plans(config, setup, directory):
+    config.save_pretrained(directory)
     expected = (plan_memory(config, setup, INF2), checkpoint_bytes(config, setup))
-    for model in (tmp_path, tmp_path / "config.json"):
+    for model in (directory, directory / "config.json"):
         shape = read_shape(str(model))
         assert (plan_memory(shape, setup, INF2), checkpoint_bytes(shape, setup)) == expected
 

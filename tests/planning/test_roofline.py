@@ -26,6 +26,16 @@ def test_of_an_untied_embedding_only_rows_are_read():
     assert reads[0] == reads[1]
 
 
+def test_an_int8_head_is_read_and_the_embedding_is_not():
+    setup = Setup(2, 2048, 2, weight_dtype="int8")
+    plan = plan_memory(OPT_13B, setup, TRN1)
+    line = roofline(OPT_13B, plan)
+    embedding, positions = 50272 * 5120 * 2 // 2, 2050 * 5120 * 4
+    assert line.decode_bytes == sum(plan.weights.values()) - embedding - positions + plan.cache
+    in_16_bits = roofline(OPT_13B, plan_memory(OPT_13B, Setup(2, 2048, 2), TRN1))
+    assert line.prefill_flops == in_16_bits.prefill_flops
+
+
 def test_a_prefill_multiplies_every_token_with_every_matrix():
     line = roofline(OPT_13B, plan_memory(OPT_13B, Setup(2, 2048, 2), TRN1))
     matrices, attention, head = 12 * 5120**2 * 40, 2 * 2048 * 5120 * 40, 50272 * 5120

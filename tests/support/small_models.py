@@ -67,11 +67,20 @@ def rounded(model: OPTForCausalLM, dtype: torch.dtype = torch.float16) -> OPTFor
     return reference
 
 
-def dequantized(model: OPTForCausalLM) -> OPTForCausalLM:
-    """The reference: `model` with its matrices quantized by numpy, in float32."""
+def untied(model: OPTForCausalLM) -> OPTForCausalLM:
+    """`model` with a head of its own, which is a copy if it was tied."""
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def dequantized(model: OPTForCausalLM, head: bool = True) -> OPTForCausalLM:
+    """The reference: `model` with its matrices quantized by numpy, in float32; with `head` the head, untied, too."""
+    if head:
+        untied(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".layers." in name and parameter.dim() == 2:
+            if (".layers." in name and parameter.dim() == 2) or (head and name == "lm_head.weight"):
                 matrix = parameter.numpy()
                 scale = np.abs(matrix).max(1, keepdims=True) / np.float32(127)
                 parameter.copy_(torch.from_numpy(np.clip(np.rint(matrix / scale), -127, 127) * scale))

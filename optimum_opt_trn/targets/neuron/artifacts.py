@@ -10,6 +10,7 @@ from typing import Any
 from transformers import OPTConfig
 
 from ...checkpoint import CheckpointError
+from ...checkpoint.layout import has_int8_head
 from ...configuration_opt import OPTNeuronConfig
 from ...model.shapes import cache_shape
 from ..base import TargetError
@@ -101,14 +102,21 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _graph_key(config: OPTConfig, neuron_config: OPTNeuronConfig) -> str:
-    """A hash of all that graphs depend on: their version, the model's shape and the export's options."""
+    """A hash of all that graphs depend on: their version, the model's shape and the export's options.
+
+    It is the same with the configuration of the source and with that of the export, whose head may be untied.
+    """
+    int8_head = has_int8_head(config, neuron_config.weight_dtype)
+    tied = config.tie_word_embeddings and not int8_head
     of_weights = ("checkpoint_id", "checkpoint_revision", "adapter")
     options = {k: v for k, v in neuron_config.options().items() if k not in of_weights}
     model = (
         *(config.hidden_size, config.ffn_dim, config.vocab_size, config.word_embed_proj_dim),
         *(config.enable_bias, config.layer_norm_elementwise_affine, config.do_layer_norm_before),
-        *(config._remove_final_layer_norm, config.tie_word_embeddings, config.activation_function),
+        *(config._remove_final_layer_norm, tied, config.activation_function),
         *(config.num_hidden_layers, config.max_position_embeddings),
     )
-    parts = (GRAPH_VERSION, model, cache_shape(config, neuron_config), sorted(options.items()))
+    # Int8 exports of earlier versions, whose head is in amp, keep their keys and their graphs.
+    head = ("int8 head",) if int8_head else ()
+    parts = (GRAPH_VERSION, model, cache_shape(config, neuron_config), sorted(options.items()), *head)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

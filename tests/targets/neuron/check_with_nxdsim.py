@@ -315,7 +315,7 @@ def judge(row: dict, amp: str, tp: int, layers: int = 2) -> list[str]:
         faults.append("collectives")
     if row["aliases"] != {2 * layers}:
         faults.append("aliases")
-    if row["int8"] != (6 * layers if OPTIONS.weight_dtype else 0):
+    if row["int8"] != (6 * layers + 1 if OPTIONS.weight_dtype else 0):
         faults.append("int8 parameters")
     for graph, report in row["reports"].items():
         if report.whole_cache or report.waiting_dots:

@@ -24,6 +24,7 @@ from small_models import rounded, tiny_config, tiny_opt  # noqa: E402
 from optimum_opt_trn import NeuronOPTForCausalLM, OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.buckets import EXTENSION  # noqa: E402
 from optimum_opt_trn.checkpoint import CheckpointError  # noqa: E402
+from optimum_opt_trn.checkpoint.quantization import quantization_config  # noqa: E402
 from optimum_opt_trn.targets import TargetError  # noqa: E402
 from optimum_opt_trn.targets.neuron import host, process  # noqa: E402
 from optimum_opt_trn.targets.neuron.artifacts import _graph_key  # noqa: E402
@@ -568,8 +569,15 @@ def test_graph_key_tells_what_graphs_depend_on():
             {"layer_norm_elementwise_affine": False}, {"activation_function": "gelu"}, {"tie_word_embeddings": False},
             {"_remove_final_layer_norm": True},
         )),
+        *(_graph_key(tiny_config(tie_word_embeddings=tied, quantization_config=quantization_config(head=False)),
+                     OPTNeuronConfig(**options, weight_dtype="int8")) for tied in (False, True)),
     ]  # fmt: skip
     assert len({*keys.values(), *others}) == 1 + len(others)
+    # The head becomes int8, untied: a source and its export, whether the source was tied or not.
+    made = tiny_config(tie_word_embeddings=False, quantization_config=quantization_config())
+    int8 = OPTNeuronConfig(**options, weight_dtype="int8")
+    sources = (config, tiny_config(tie_word_embeddings=False), made)
+    assert len({_graph_key(source, int8) for source in sources}) == 1
 
 
 @pytest.mark.parametrize("tp", [1, 2])

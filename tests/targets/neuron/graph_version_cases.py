@@ -30,6 +30,7 @@ from small_models import KINDS, tiny_config  # noqa: E402
 
 from optimum_opt_trn import OPTNeuronConfig  # noqa: E402
 from optimum_opt_trn.checkpoint.layout import layer_specs, outer_specs  # noqa: E402
+from optimum_opt_trn.checkpoint.quantization import quantization_config  # noqa: E402
 from optimum_opt_trn.dtypes import to_torch  # noqa: E402
 from optimum_opt_trn.model.shapes import cache_shape, shard_dim  # noqa: E402
 from optimum_opt_trn.targets.neuron import builder  # noqa: E402
@@ -83,7 +84,7 @@ def shapes_of(config, neuron_config) -> dict[str, tuple[torch.Size, torch.dtype]
     amp, weight_dtype = neuron_config.amp, neuron_config.weight_dtype
     shapes = {RANKS: (torch.Size([1]), torch.int32)}
     parts = [(f"layer_{i}", layer_specs(config, amp, weight_dtype)) for i in range(config.num_hidden_layers)]
-    for part, specs in [("outer", outer_specs(config, amp)), *parts]:
+    for part, specs in [("outer", outer_specs(config, amp, weight_dtype)), *parts]:
         for name, spec in specs.items():
             shape, dim = list(spec.shape), shard_dim(name)
             if dim is not None:
@@ -110,12 +111,14 @@ def graphs() -> dict[str, str]:
 def operations() -> dict[str, Operations]:
     """The operations of each graph, for every kind of OPT, and with int8 weights."""
     found = {}
-    for kind, overrides in {**KINDS, "int8": {}}.items():
+    # Exports of earlier versions with int8 layers and a head in `amp` run on the graphs that they were compiled to.
+    int8 = {"int8": {}, "int8, head in amp": {"quantization_config": quantization_config(head=False)}}
+    for kind, overrides in {**KINDS, **int8}.items():
         config = tiny_config(**overrides)
         buckets = {"prompt_buckets": (16, 48), "cache_buckets": (24, 48)}
         neuron_config = OPTNeuronConfig(
             batch_size=3, sequence_length=48, tp_degree=TP_DEGREE, instance_type="inf2", **buckets,
-            weight_dtype="int8" if kind == "int8" else None,
+            weight_dtype="int8" if kind in int8 else None,
         )  # fmt: skip
         for graph, examples in example_inputs(config, neuron_config).items():
             module = RankModule(

@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from double import runtime as cores  # noqa: E402
 from double_cases import GREEDY, export, neuron_host, ragged  # noqa: E402, F401  a fixture
-from small_models import KINDS, dequantized, rounded, tiny_opt  # noqa: E402
+from small_models import KINDS, dequantized, rounded, tiny_opt, untied  # noqa: E402
 
 from optimum_opt_trn import NeuronOPTForCausalLM, modeling_neuron_opt  # noqa: E402
 from optimum_opt_trn.compat.transformers_neuronx import (  # noqa: E402
@@ -37,8 +37,12 @@ BUCKETS = {"prompt_buckets": (48,), "cache_buckets": (48,)}
 
 def reference_of(model, amp: torch.dtype = torch.float32):
     """float32 arithmetic on int8 matrices with float32 scales, all else rounded to `amp`."""
-    exact, reference = dequantized(copy.deepcopy(model)), rounded(model, amp)
-    matrices = {name: p for name, p in exact.named_parameters() if ".layers." in name and p.dim() == 2}
+    exact, reference = dequantized(copy.deepcopy(model)), untied(rounded(model, amp))
+    matrices = {
+        name: p
+        for name, p in exact.named_parameters()
+        if name == "lm_head.weight" or (".layers." in name and p.dim() == 2)
+    }
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.copy_(matrices.get(name, parameter))
@@ -86,8 +90,28 @@ def test_what_is_on_a_core_is_what_the_plan_counts(tp, tmp_path):
         assert sum(tensor.nbytes for tensor in weights.values()) == sum(plan.weights.values())
         matrices = [t for name, t in weights.items() if name.startswith("layer_") and t.dim() == 2 and t.shape[1] > 1]
         assert len(matrices) == 3 * 6 and all(tensor.dtype == torch.int8 for tensor in matrices)
+        assert weights["head__lm_head__weight"].dtype == torch.int8
+        assert weights["head__lm_head__weight"].shape == (128 // tp, 64)
+        assert weights["head__lm_head__weight_scale"].shape == (128 // tp, 1)
+        assert weights["embed__embed_tokens__weight"].dtype == torch.float16
         assert weights["layer_0__fc1__weight_scale"].shape == (96 // tp, 1)
         assert weights["layer_0__fc2__weight_scale"].shape == (64, 1)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_head_in_amp_beside_int8_layers(tp, tmp_path):
+    """As earlier versions wrote it, and llm-compressor does: tied, and read as the embedding."""
+    exported = Path(__file__).parents[2] / "data" / "exports" / "6-int8-matrices" / "checkpoint"
+    shape = {"batch_size": 1, "sequence_length": 32, "prompt_buckets": (32,), "cache_buckets": (32,)}
+    cpu = NeuronOPTForCausalLM.from_pretrained(exported, instance_type="cpu", amp="f32", sequence_length=32)
+    loaded = NeuronOPTForCausalLM.from_pretrained(
+        exported, instance_type="inf2", amp="f32", tensor_parallel_size=tp, **shape
+    )
+    names = loaded.runtime.model.nxd_model.weights[0]
+    assert "head__lm_head__weight" not in names and names["layer_0__fc1__weight"].dtype == torch.int8
+    ids = torch.tensor([[2, 5, 7]])
+    assert loaded.generate(ids, **GREEDY).tolist() == cpu.generate(ids, **GREEDY).tolist()
+    torch.testing.assert_close(loaded(ids).logits, cpu(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_sources_in_int8(tmp_path):
