@@ -21,7 +21,16 @@ from transformers import OPTConfig
 from transformers.utils import logging
 
 from ...checkpoint import CheckpointError
-from ...checkpoint.layout import CHECKPOINT_DIR, OUTER_FILE, TOKEN_EMBEDDINGS, TensorSpec, layer_file, layer_prefix
+from ...checkpoint.layout import (
+    CHECKPOINT_DIR,
+    HEAD,
+    OUTER_FILE,
+    TOKEN_EMBEDDINGS,
+    TensorSpec,
+    has_int8_head,
+    layer_file,
+    layer_prefix,
+)
 from ...checkpoint.manifest import MANIFEST_NAME as SPLIT_MANIFEST_NAME
 from ...checkpoint.manifest import read_manifest
 from ...checkpoint.stream import write_tensors
@@ -116,7 +125,7 @@ def _copies(config: OPTConfig, neuron_config: OPTNeuronConfig) -> dict[str, dict
         dtype = neuron_config.weight_dtype or neuron_config.amp
         by_unit = {TENSOR_NAME: TensorSpec((config.ffn_dim, config.hidden_size), dtype)}
         copies.update({layer_file(index): by_unit for index in range(config.num_hidden_layers)})
-    if neuron_config.weight_dtype is None:
+    if not has_int8_head(config, neuron_config.weight_dtype):
         words = config.vocab_size
         copies[OUTER_FILE] = {
             WEIGHT: TensorSpec((words, config.word_embed_proj_dim), "int8"),
@@ -135,7 +144,7 @@ def _by_unit(source: Path, name: str) -> Iterator[Tensor]:
 
 
 def _head_copy(config: OPTConfig, source: Path, name: str) -> Iterator[Tensor]:
-    head = _read(source, TOKEN_EMBEDDINGS if config.tie_word_embeddings else "lm_head.weight")
+    head = _read(source, TOKEN_EMBEDDINGS if config.tie_word_embeddings else HEAD)
     return copy_rows(name, head, _AT_ONCE)
 
 
