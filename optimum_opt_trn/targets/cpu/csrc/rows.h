@@ -53,6 +53,19 @@ inline uint64_t layer_norm(int threads, int64_t m, int64_t n, const float* x, co
   return 0;  // no piece is computed twice, so that none is left
 }
 
+// Computes a piece for each of m rows, as many at a time as a call has pieces; `make` describes those from a row on.
+template <typename C, typename Make>
+inline uint64_t each_row(int threads, int64_t m, Compute compute, const Make& make) {
+  for (int64_t row = 0; row < m; row += MOST_PIECES) {
+    Job* job;
+    C* call = begin<C>(&job);
+    if (call == nullptr) return NO_MEMORY;
+    *call = make(row);
+    pool_run(job, threads, lesser(MOST_PIECES, m - row), compute, nullptr);
+  }
+  return 0;  // no piece is computed twice, so that none is left
+}
+
 struct BestCall {
   int64_t n, ldx, masks, k;
   const float* x;
@@ -123,14 +136,9 @@ inline void best_piece(const void* given, int64_t row, float* scratch) {
 
 inline uint64_t best(int threads, int64_t m, int64_t n, int64_t ldx, const float* x, int64_t masks,
                      const int32_t* masked, float mask, int64_t k, float* values, int32_t* places) {
-  for (int64_t row = 0; row < m; row += MOST_PIECES) {
-    Job* job;
-    BestCall* call = begin<BestCall>(&job);
-    if (call == nullptr) return NO_MEMORY;
-    *call = {n, ldx, masks, k, x + row * ldx, masked + row * masks, mask, values + row * k, places + row * k};
-    pool_run(job, threads, lesser(MOST_PIECES, m - row), best_piece, nullptr);
-  }
-  return 0;  // no piece is computed twice, so that none is left
+  return each_row<BestCall>(threads, m, best_piece, [&](int64_t row) -> BestCall {
+    return {n, ldx, masks, k, x + row * ldx, masked + row * masks, mask, values + row * k, places + row * k};
+  });
 }
 
 struct CandidatesCall {
@@ -165,14 +173,9 @@ inline void candidates_piece(const void* given, int64_t row, float*) {
 
 inline uint64_t candidates(int threads, int64_t m, int64_t n, const float* x, const float* errors, const float* factors,
                            int64_t most, int32_t* counts, int32_t* places) {
-  for (int64_t row = 0; row < m; row += MOST_PIECES) {
-    Job* job;
-    CandidatesCall* call = begin<CandidatesCall>(&job);
-    if (call == nullptr) return NO_MEMORY;
-    *call = {n, most, x + row * n, errors, factors + row, counts + row, places + row * most};
-    pool_run(job, threads, lesser(MOST_PIECES, m - row), candidates_piece, nullptr);
-  }
-  return 0;  // no piece is computed twice, so that none is left
+  return each_row<CandidatesCall>(threads, m, candidates_piece, [&](int64_t row) -> CandidatesCall {
+    return {n, most, x + row * n, errors, factors + row, counts + row, places + row * most};
+  });
 }
 
 }  // namespace
