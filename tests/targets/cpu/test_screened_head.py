@@ -80,16 +80,16 @@ def test_by_every_variant(variant, precision, amp, load, monkeypatch):
 
 def test_the_first_of_tokens_that_tie(load):
     runtime = load()
-    head = runtime.weights.head["lm_head.weight"][0]
     tokens = runtime.step(step(8)).tokens
-    for token in set(tokens.tolist()) - {0, 1}:
+    later = set(tokens.tolist()) - {0, 1}
+    assert later
+    for token in later:
         twin = copy.deepcopy(runtime)
         for tensor in (twin.weights.head["lm_head.weight"][0], *vars(twin.screened_head._copy).values()):
             tensor[1] = tensor[token]  # an earlier word with the same row
         for errors in twin.screened_head._errors:
             errors[1] = errors[token]
         assert twin.step(step(8)).tokens.tolist() == [1 if one == token else one for one in tokens.tolist()]
-    assert torch.equal(head, runtime.weights.head["lm_head.weight"][0])
 
 
 def test_only_candidates_are_read(load):
