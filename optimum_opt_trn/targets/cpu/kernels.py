@@ -29,6 +29,9 @@ VARIANT_VARIABLE = "OPTIMUM_OPT_TRN_KERNELS"
 # As in csrc/kernels.h.
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
+# Variants that gain by factors that are rounded to bfloat16.
+_ROUNDING = ("avx512_amx", "avx512_bf16")
+
 # The calls that can be replayed, by their numbers.
 CALLS: tuple[str, ...] = () if _kernels is None else _kernels.CALLS
 # With more rows, a layernorm before products is a call of its own.
@@ -41,7 +44,8 @@ _kept: deque[tuple[int, object]] = deque()
 def variants() -> tuple[str, ...]:
     """The instruction sets that this processor and this build have, the best first.
 
-    Of `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2` and `neon`; each of the first three can do what follows it.
+    Of `avx512_amx`, `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2` and `neon`; each of the first four can do what follows
+    it.
     """
     return () if _kernels is None else _kernels.VARIANTS
 
@@ -189,7 +193,7 @@ class KernelArithmetic(Arithmetic):
 
     def rounds_factors(self) -> bool:
         """Whether factors of products may be rounded to bfloat16, and this variant gains by it."""
-        return self.variant == "avx512_bf16" and torch.get_float32_matmul_precision() == "medium"
+        return self.variant in _ROUNDING and torch.get_float32_matmul_precision() == "medium"
 
     def layer_norm(self, x: Tensor, norm: LayerNorm) -> Tensor:
         """See `Arithmetic.layer_norm`; x contiguous."""

@@ -143,7 +143,9 @@ def test_many_inputs_do_not_overflow(variant, k, weight):
         )  # float32 sums of so many are off by that
 
 
-@pytest.mark.parametrize("variant", [variant for variant in variants() if variant in ("avx512_vnni", "avx512_bf16")])
+@pytest.mark.parametrize(
+    "variant", [variant for variant in variants() if variant in ("avx512_vnni", "avx512_bf16", "avx512_amx")]
+)
 def test_integers_do_not_depend_on_other_rows(variant):
     """Sums are exact: a row has the same bits in a call of its own, and at any place among others."""
     arithmetic, x, weight = (

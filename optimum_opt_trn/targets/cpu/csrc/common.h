@@ -31,7 +31,7 @@ struct BiasOf<Int8> {
 };
 
 template <typename T>
-inline T lesser(T a, T b) {
+constexpr T lesser(T a, T b) {
   return b < a ? b : a;
 }
 constexpr int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }

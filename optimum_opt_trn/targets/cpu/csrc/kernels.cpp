@@ -18,6 +18,7 @@ constexpr Kernels table(const char* name) {
 extern const Kernels kernels_avx512 = table<Extra::NONE>("avx512");
 extern const Kernels kernels_avx512_vnni = table<Extra::VNNI>("avx512_vnni");
 extern const Kernels kernels_avx512_bf16 = table<Extra::BF16>("avx512_bf16");
+extern const Kernels kernels_avx512_amx = table<Extra::AMX>("avx512_amx");
 #elif defined(KERNELS_AVX2)
 extern const Kernels kernels_avx2 = table<Extra::NONE>("avx2");
 #elif defined(KERNELS_NEON)

@@ -67,10 +67,10 @@ struct Kernels {
 };
 
 // What kernels may use beyond the vectors of their instruction set; each includes those before it.
-enum class Extra { NONE, VNNI, BF16 };
+enum class Extra { NONE, VNNI, BF16, AMX };
 
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_vnni, kernels_avx512_bf16;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_vnni, kernels_avx512_bf16, kernels_avx512_amx;
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 #endif

@@ -1,6 +1,7 @@
 // The products of a model's layers, and which kernel computes them.
 #pragma once
 
+#include "amx_products.h"
 #include "int8_products.h"
 #include "panels.h"
 #include "products.h"
@@ -10,80 +11,128 @@
 
 namespace {
 
-inline uint64_t run_products(Job* job, int threads, Dtype dtype, ProductsCall* call) {
+// What becomes of the factors of products.
+enum class Factors { FLOAT32, INTEGERS, PAIRS, TILES };
+struct Way {
+  Factors factors;
+  bool rounded;  // to bfloat16
+};
+
+// How m rows are multiplied. By unit, these are the rows for which panels are faster.
+template <Extra E>
+inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit) {
+  if (E >= Extra::AMX && (by_unit || m >= least_amx_rows(dtype, bfloat16))) return {Factors::TILES, bfloat16};
+  if (E == Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit)) return {Factors::PAIRS, true};
+  const bool integers = E >= Extra::VNNI && dtype == INT8 && !by_unit && m >= least_integers;
+  return {integers ? Factors::INTEGERS : Factors::FLOAT32, false};
+}
+
+// Bytes of what becomes of m rows of the inputs, for n sums; 0 if they stay as they are.
+inline int64_t factor_bytes(Way way, bool by_unit, int64_t m, int64_t n, int64_t count, const Input* inputs) {
+  if (way.factors == Factors::TILES) return amx_bytes(way.rounded, by_unit, m, n, count, inputs);
+  if (way.factors == Factors::PAIRS) return rounded_bytes(m, count, inputs);
+  return way.factors == Factors::INTEGERS ? integer_bytes(m, count, inputs) : 0;
+}
+
+// Makes factors of the rows of the inputs in `memory` of factor_bytes, whose x become them, except integers.
+inline void make_factors(Way way, bool by_unit, int64_t n, int64_t count, Input* inputs, float* memory, ProductsCall* call) {
+  if (way.factors == Factors::TILES) call->splits = plan_tiles(way.rounded, by_unit, call->m, n, count, inputs, memory);
+  if (way.factors == Factors::INTEGERS) call->integers = to_integers(call->m, count, inputs, memory);
+  if (way.factors != Factors::PAIRS) return;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t floats = rounded_bytes(call->m, 1, inputs + i) / sizeof(float);
+    inputs[i].x = round_x(inputs[i].x, call->m, inputs[i].k, memory);
+    memory += floats;
+  }
+}
+
+// Computes the products of a call, whose factors were made of `inputs` inputs.
+inline uint64_t run_products(Way way, Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
+  if (way.factors == Factors::TILES) return run_amx(job, threads, dtype, way.rounded, inputs, call);
+  if (way.factors == Factors::PAIRS) return run_rounded(job, threads, dtype, call);
+  if (way.factors == Factors::INTEGERS) return run_integers(job, threads, call, divide(call, threads));
   const bool panels = call->m > MOST_FEW_ROWS || call->products[0].by_unit;
-  const int64_t pieces = divide(call, threads, panels);
+  const int64_t pieces = divide(call, threads, panels ? in_panels(call->m) : Division{});
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
     if (!panels) return pool_run(job, threads, pieces, few_rows_piece<T>, few_rows_commit<T>);
     return run_panels<T, Float32Panels<T>>(job, threads, pieces, *call);
   });
 }
 
+// Calls `run` with the first of some rows and how many, until it was called with all m.
+template <typename F>
+inline uint64_t each_block(Way way, int64_t m, F run) {
+  const int64_t blocks = way.factors == Factors::TILES ? pieces_of(m, MOST_AMX_ROWS) : 1, rows = pieces_of(m, blocks);
+  uint64_t handle = 0;
+  for (int64_t row = 0; row < m && handle != NO_MEMORY; row += rows) {
+    while (!pool_left(handle)) sched_yield();
+    handle = run(row, lesser(rows, m - row));
+  }
+  return handle;
+}
+
 // y of `count` products, of as many inputs, all of x (m, k).
 template <Extra E>
 inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
                         const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs) {
-  const Input shared = {x, nullptr, k, k};
-  const bool rounded = E >= Extra::BF16 && bfloat16 && rounds(dtype, m, false);
-  const bool whole = E >= Extra::VNNI && dtype == INT8 && !rounded && m >= least_integers;
-  const int64_t integers = whole ? integer_bytes(m, 1, &shared) : 0;
-  // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
-  const int64_t normed = norm != nullptr ? m * k * sizeof(float) : 0;
-  Job* job;
-  ProductsCall* call = begin<ProductsCall>(
-      &job, count * (sizeof(Product) + sizeof(Input)) + 2 * LINE + (rounded ? rounded_bytes(m, 1, &shared) : 0) +
-                integers + normed);
-  if (call == nullptr) return NO_MEMORY;
-  Product* products = reinterpret_cast<Product*>(call + 1);
-  Input* inputs = reinterpret_cast<Input*>(products + count);
-  float* more = vectors_from(inputs + count);
-  if (norm != nullptr) {
-    for (int64_t row = 0; row < m; row++) normalize(x + row * k, k, *norm, more + row * k);
-    x = more;
-    more = vectors_from(more + m * k);
-  }
-  if (rounded) x = round_x(x, m, k, more);
-  for (int64_t i = 0; i < count; i++) {
-    const Output& output = outputs[i];
-    inputs[i] = {x, output.w, k, output.ldw};
-    products[i] = {0, 0, 0, 1, inputs + i, false, {output.n, output.scale, output.bias, nullptr, relu, output.y}};
-  }
-  *call = {m, count, products, integers > 0 ? to_integers(m, 1, inputs, more) : nullptr};
-  if (integers > 0) return run_integers(job, threads, call, divide(call, threads, false));
-  return rounded ? run_rounded(job, threads, dtype, call) : run_products(job, threads, dtype, call);
+  const Input given = {x, nullptr, k, k};
+  Way way = way_of<E>(dtype, bfloat16, least_integers, m, false);
+  if (way.factors == Factors::INTEGERS && integer_bytes(m, 1, &given) == 0) way.factors = Factors::FLOAT32;
+  return each_block(way, m, [&](int64_t first, int64_t rows) {
+    // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
+    const int64_t normed = norm != nullptr ? rows * k * sizeof(float) : 0;
+    Job* job;
+    ProductsCall* call = begin<ProductsCall>(
+        &job, count * (sizeof(Product) + sizeof(Input)) + 2 * LINE + factor_bytes(way, false, rows, 0, 1, &given) + normed);
+    if (call == nullptr) return NO_MEMORY;
+    Product* products = reinterpret_cast<Product*>(call + 1);
+    Input* inputs = reinterpret_cast<Input*>(products + count);
+    float* more = vectors_from(inputs + count);
+    Input shared = {x + first * k, nullptr, k, k};
+    if (norm != nullptr) {
+      for (int64_t row = 0; row < rows; row++) normalize(shared.x + row * k, k, *norm, more + row * k);
+      shared.x = more;
+      more = vectors_from(more + rows * k);
+    }
+    *call = {rows, count, products, nullptr, nullptr};
+    make_factors(way, false, 0, 1, &shared, more, call);
+    for (int64_t i = 0; i < count; i++) {
+      const Output& output = outputs[i];
+      const Results results = {output.n, output.scale, output.bias, nullptr, relu, output.y + first * output.n};
+      inputs[i] = {shared.x, output.w, k, output.ldw};
+      products[i] = {0, 0, 0, 0, 1, inputs + i, false, results};
+    }
+    return run_products(way, job, threads, dtype, 1, call);
+  });
 }
 
 template <Extra E>
 inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
                            bool by_unit, bool skip, const float* scale, const void* bias, const float* residual,
                            float* y, int64_t count, const Input* inputs) {
-  const Results results = {n, scale, bias, residual, false, y};
-  const bool rounded = E >= Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit);
-  if (const int64_t rows = by_unit ? rows_by_unit(rounded, m, n, count, inputs) : 0; rows > 0)
+  Way way = way_of<E>(dtype, bfloat16, least_integers, m, by_unit);
+  if (const int64_t rows = by_unit ? rows_by_unit(way.rounded, m, n, count, inputs) : 0; rows > 0)
     return with_weight_dtype(dtype, [&]<typename T>(T*) {
-      return units_sums<T>(threads, m, rows, skip, results, count, inputs);
+      return units_sums<T>(threads, m, rows, skip, {n, scale, bias, residual, false, y}, count, inputs);
     });
-  const bool whole = E >= Extra::VNNI && dtype == INT8 && !by_unit && !rounded && m >= least_integers;
-  const int64_t integers = whole ? integer_bytes(m, count, inputs) : 0;
-  Job* job;
-  ProductsCall* call = begin<ProductsCall>(
-      &job, sizeof(Product) + count * sizeof(Input) + LINE + (rounded ? rounded_bytes(m, count, inputs) : 0) +
-                integers);
-  if (call == nullptr) return NO_MEMORY;
-  Product* product = reinterpret_cast<Product*>(call + 1);
-  Input* copied = reinterpret_cast<Input*>(product + 1);
-  memcpy(copied, inputs, count * sizeof(Input));
-  float* more = vectors_from(copied + count);
-  if (rounded) {
+  if (way.factors == Factors::INTEGERS && integer_bytes(m, count, inputs) == 0) way.factors = Factors::FLOAT32;
+  return each_block(way, m, [&](int64_t first, int64_t rows) {
+    Job* job;
+    ProductsCall* call = begin<ProductsCall>(
+        &job, sizeof(Product) + count * sizeof(Input) + LINE + factor_bytes(way, by_unit, rows, n, count, inputs));
+    if (call == nullptr) return NO_MEMORY;
+    Product* product = reinterpret_cast<Product*>(call + 1);
+    Input* copied = reinterpret_cast<Input*>(product + 1);
     for (int64_t i = 0; i < count; i++) {
-      copied[i].x = round_x(inputs[i].x, m, inputs[i].k, more);
-      more += rounded_bytes(m, 1, inputs + i) / sizeof(float);
+      copied[i] = inputs[i];
+      copied[i].x += first * inputs[i].k;
     }
-  }
-  *product = {0, 0, 0, count, copied, by_unit, results};
-  *call = {m, 1, product, integers > 0 ? to_integers(m, count, copied, more) : nullptr};
-  if (integers > 0) return run_integers(job, threads, call, divide(call, threads, false));
-  return rounded ? run_rounded(job, threads, dtype, call) : run_products(job, threads, dtype, call);
+    *call = {rows, 1, product, nullptr, nullptr};
+    make_factors(way, by_unit, n, count, copied, vectors_from(copied + count), call);
+    const float* rest = residual == nullptr ? nullptr : residual + first * n;
+    *product = {0, 0, 0, 0, count, copied, by_unit, {n, scale, bias, rest, false, y + first * n}};
+    return run_products(way, job, threads, dtype, count, call);
+  });
 }
 
 }  // namespace

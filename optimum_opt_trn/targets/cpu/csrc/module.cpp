@@ -12,6 +12,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 #include "pool.h"
@@ -31,6 +35,18 @@ bool has_avx512() {
 }
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
+// The registers of AMX are for processes that ask Linux for them: ARCH_REQ_XCOMP_PERM for the 18th part of a thread's state
+// (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d = 0;
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, BOTH = AMX_BF16 | AMX_TILE;
+  return has_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BOTH) == BOTH &&
+         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
 
 // AMD's family 26 (Zen 5) or later.
 bool is_zen5() {
@@ -47,9 +63,10 @@ int64_t least_integer_rows() { return 1; }
 #endif
 
 // What this processor can run, the best first.
-int find_variants(const Kernels* (&found)[4]) {
+int find_variants(const Kernels* (&found)[5]) {
   int count = 0;
 #if defined(__x86_64__)
+  if (has_amx()) found[count++] = &kernels_avx512_amx;
   if (has_bf16()) found[count++] = &kernels_avx512_bf16;
   if (has_vnni()) found[count++] = &kernels_avx512_vnni;
   if (has_avx512()) found[count++] = &kernels_avx512;
@@ -60,7 +77,7 @@ int find_variants(const Kernels* (&found)[4]) {
   return count;
 }
 
-const Kernels* variants[4];
+const Kernels* variants[5];
 int variant_count;
 
 // The arguments of a call: integers, addresses as integers, and numbers by the bits of a double.

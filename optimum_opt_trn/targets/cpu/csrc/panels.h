@@ -139,9 +139,30 @@ struct PanelsPiece {
 };
 
 inline PanelsPiece panels_of(const Product& p, int64_t piece) {
-  const int64_t all = pieces_of(p.results.n, PANEL), place = piece - p.first_piece;
-  const auto begin = [&](int64_t i) { return lesser(p.results.n, i * all / p.pieces * PANEL); };
-  return {begin(place), begin(place + 1), p.panels * PANEL};
+  const int64_t all = pieces_of(p.results.n, p.panel), place = piece - p.first_piece;
+  const auto begin = [&](int64_t i) { return lesser(p.results.n, i * all / p.pieces * p.panel); };
+  return {begin(place), begin(place + 1), p.panels * p.panel};
+}
+
+template <typename T>
+inline const T* weight_at(const Product& p, const Input& input, int64_t unit, int64_t output) {
+  return static_cast<const T*>(input.w) + (p.by_unit ? unit * input.ldw + output : output * input.ldw + unit);
+}
+
+// The weights of a piece that are read from `unit` of input `part` on, of `depth` units; after the last input come the
+// first ones of the next piece.
+template <typename T>
+inline Ahead weights_from(const Product& p, const PanelsPiece& piece, int64_t part, int64_t unit, int64_t depth,
+                          int64_t lines) {
+  if (part < p.count && unit >= p.inputs[part].k) part++, unit = 0;
+  const bool here = part < p.count;
+  const Input& input = p.inputs[here ? part : 0];
+  const int64_t from = here ? piece.first : piece.end;
+  const int64_t width = lesser(here ? piece.end - from : piece.width, p.results.n - from);
+  const int64_t units = lesser(depth, input.k - unit), stride = input.ldw * static_cast<int64_t>(sizeof(T));
+  const char* w = reinterpret_cast<const char*>(weight_at<T>(p, input, unit, from));
+  const int64_t rows = p.by_unit ? units : width, values = p.by_unit ? width : units;
+  return {w, width > 0 ? rows : 0, values * static_cast<int64_t>(sizeof(T)), stride, 0, lines};
 }
 
 // How many rows' sums fit the scratch memory; a call of more writes its results itself.
@@ -150,9 +171,9 @@ constexpr int64_t most_rows(int64_t width) {
   return (SCRATCH - Panels::DEPTH * PANEL) / width;
 }
 
-template <typename T, typename Panels>
-void panels_write(const Product& p, const PanelsPiece& piece, int64_t row, int64_t rows, const float* scratch) {
-  const float* sums = scratch + Panels::DEPTH * PANEL;
+// Writes the sums (rows, width) of a piece.
+template <typename T>
+void panels_write(const Product& p, const PanelsPiece& piece, int64_t row, int64_t rows, const float* sums) {
   for (int64_t r = 0; r < rows; r++)
     finish<T>(p.results, row + r, piece.first, piece.end - piece.first, sums + r * piece.width);
 }
@@ -162,31 +183,16 @@ template <typename T, typename Panels>
 void panels_sum(const Product& p, const PanelsPiece& piece, int64_t row, int64_t m, float* scratch) {
   const int64_t blocks = pieces_of(m, GEMM_ROWS), block = pieces_of(m, blocks);  // as in few_rows_piece
   const int64_t lines = pieces_of(Panels::STEP * PANEL * static_cast<int64_t>(sizeof(T)), LINE * blocks);
-  const auto at = [&](const Input& input, int64_t unit, int64_t column) {
-    return static_cast<const T*>(input.w) + (p.by_unit ? unit * input.ldw + column : column * input.ldw + unit);
-  };
-  // What is read from `unit` of input `part` on; after the last one come the first ones of the next piece.
-  const auto ahead = [&](int64_t part, int64_t unit) -> Ahead {
-    if (part < p.count && unit >= p.inputs[part].k) part++, unit = 0;
-    const bool here = part < p.count;
-    const Input& input = p.inputs[here ? part : 0];
-    const int64_t from = here ? piece.first : piece.end;
-    const int64_t width = lesser(here ? piece.end - from : piece.width, p.results.n - from);
-    const int64_t units = lesser(Panels::DEPTH, input.k - unit), stride = input.ldw * static_cast<int64_t>(sizeof(T));
-    const char* w = reinterpret_cast<const char*>(at(input, unit, from));
-    const int64_t rows = p.by_unit ? units : width, values = p.by_unit ? width : units;
-    return {w, width > 0 ? rows : 0, values * static_cast<int64_t>(sizeof(T)), stride, 0, lines};
-  };
   float* sums = scratch + Panels::DEPTH * PANEL;
   for (int64_t part = 0; part < p.count; part++) {
     const Input& input = p.inputs[part];
     for (int64_t begin = 0; begin < input.k; begin += Panels::DEPTH) {
       const int64_t units = lesser(Panels::DEPTH, input.k - begin);
       const bool starts = part == 0 && begin == 0;
-      Ahead next = ahead(part, begin + units);
+      Ahead next = weights_from<T>(p, piece, part, begin + units, Panels::DEPTH, lines);
       for (int64_t column = piece.first; column < piece.end; column += PANEL) {
         const int64_t columns = lesser(PANEL, piece.end - column);
-        Panel<T> panel = {at(input, begin, column), input.ldw, units, columns, scratch, p.by_unit, false, starts};
+        Panel<T> panel = {weight_at<T>(p, input, begin, column), input.ldw, units, columns, scratch, p.by_unit, false, starts};
         if (!Panels::is_whole(panel)) {
           Panels::pack(panel);
           panel.is_packed = true;
@@ -209,7 +215,7 @@ void panels_piece(const void* given, int64_t number, float* scratch) {
   for (int64_t row = 0; row < call.m; row += most) {
     const int64_t rows = lesser(most, call.m - row);
     panels_sum<T, Panels>(p, piece, row, rows, scratch);
-    panels_write<T, Panels>(p, piece, row, rows, scratch);
+    panels_write<T>(p, piece, row, rows, scratch + Panels::DEPTH * PANEL);
   }
 }
 
@@ -217,7 +223,7 @@ template <typename T, typename Panels>
 void panels_commit(const void* given, int64_t number, const float* scratch) {
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, number);
-  panels_write<T, Panels>(p, panels_of(p, number), 0, call.m, scratch);
+  panels_write<T>(p, panels_of(p, number), 0, call.m, scratch + Panels::DEPTH * PANEL);
 }
 
 template <typename T, typename Panels>

@@ -183,51 +183,13 @@ void hire(Pool* pool, int64_t count) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-// A child has none of its parent's threads, and its locks as they were: it begins anew.
-void forget() { current.store(nullptr); }
-
-}  // namespace
-
-void pool_prepare() {
-  if (current.load() != nullptr) return;
-  static bool watching = false;
-  if (!watching) watching = pthread_atfork(nullptr, nullptr, forget) == 0;
-  Pool* pool = static_cast<Pool*>(aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64));
-  if (pool == nullptr) return;
-  memset(static_cast<void*>(pool), 0, sizeof(Pool));
-  pthread_mutex_init(&pool->calls, nullptr);
-  pthread_mutex_init(&pool->sleep, nullptr);
-  pthread_cond_init(&pool->work, nullptr);
-  pthread_cond_init(&pool->finished, nullptr);
-  pool->scratch = allocate_scratch();
-  current.store(pool);
+// Gives a job a new handle.
+void name(Pool* pool, Job* job) {
+  job->handle.store(static_cast<uint64_t>(++pool->number) << 8 | (job - pool->jobs));
 }
 
-void* pool_begin(size_t bytes, Job** job) {
-  Pool* pool = current.load();
-  if (pool == nullptr || pool->scratch == nullptr) return nullptr;
-  pthread_mutex_lock(&pool->calls);
-  int64_t place = 0;  // of a job that all threads have left; there are more jobs than threads
-  while (pool->jobs[place].left.load(std::memory_order_acquire) != pool->jobs[place].pieces.load()) place++;
-  Job* found = &pool->jobs[place];
-  if (found->bytes < bytes) {
-    free(found->memory);
-    found->bytes = (bytes + 4095) / 4096 * 4096;
-    found->memory = aligned_alloc(64, found->bytes);
-    if (found->memory == nullptr) {
-      found->bytes = 0;
-      pthread_mutex_unlock(&pool->calls);
-      return nullptr;
-    }
-  }
-  found->handle.store(static_cast<uint64_t>(++pool->number) << 8 | place);
-  *job = found;
-  return found->memory;
-}
-
-uint64_t pool_run(Job* job, int threads, int64_t pieces, Compute compute, Commit commit,
-                  Finish finish) {
-  Pool* pool = current.load();
+// Runs the pieces of a call until all are done. Threads may still be in it.
+void run_pieces(Pool* pool, Job* job, int threads, int64_t pieces, Compute compute, Commit commit) {
   const uint64_t handle = job->handle.load();
   job->compute = compute;
   job->commit = commit;
@@ -275,8 +237,64 @@ uint64_t pool_run(Job* job, int threads, int64_t pieces, Compute compute, Commit
       }
     }
   }
+}
+
+// A child has none of its parent's threads, and its locks as they were: it begins anew.
+void forget() { current.store(nullptr); }
+
+}  // namespace
+
+void pool_prepare() {
+  if (current.load() != nullptr) return;
+  static bool watching = false;
+  if (!watching) watching = pthread_atfork(nullptr, nullptr, forget) == 0;
+  Pool* pool = static_cast<Pool*>(aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64));
+  if (pool == nullptr) return;
+  memset(static_cast<void*>(pool), 0, sizeof(Pool));
+  pthread_mutex_init(&pool->calls, nullptr);
+  pthread_mutex_init(&pool->sleep, nullptr);
+  pthread_cond_init(&pool->work, nullptr);
+  pthread_cond_init(&pool->finished, nullptr);
+  pool->scratch = allocate_scratch();
+  current.store(pool);
+}
+
+void* pool_begin(size_t bytes, Job** job) {
+  Pool* pool = current.load();
+  if (pool == nullptr || pool->scratch == nullptr) return nullptr;
+  pthread_mutex_lock(&pool->calls);
+  int64_t place = 0;  // of a job that all threads have left; there are more jobs than threads
+  while (pool->jobs[place].left.load(std::memory_order_acquire) != pool->jobs[place].pieces.load()) place++;
+  Job* found = &pool->jobs[place];
+  if (found->bytes < bytes) {
+    free(found->memory);
+    found->bytes = (bytes + 4095) / 4096 * 4096;
+    found->memory = aligned_alloc(64, found->bytes);
+    if (found->memory == nullptr) {
+      found->bytes = 0;
+      pthread_mutex_unlock(&pool->calls);
+      return nullptr;
+    }
+  }
+  name(pool, found);
+  *job = found;
+  return found->memory;
+}
+
+void pool_run_first(Job* job, int threads, int64_t pieces, Compute compute) {
+  Pool* pool = current.load();
+  run_pieces(pool, job, threads, pieces, compute, nullptr);
+  while (job->left.load(std::memory_order_acquire) != pieces) sched_yield();  // all are done, none is computed twice
+  name(pool, job);
+}
+
+uint64_t pool_run(Job* job, int threads, int64_t pieces, Compute compute, Commit commit,
+                  Finish finish) {
+  Pool* pool = current.load();
+  run_pieces(pool, job, threads, pieces, compute, commit);
   if (finish != nullptr) finish(job->memory);
   const bool left = job->left.load(std::memory_order_acquire) == pieces;
+  const uint64_t handle = job->handle.load();
   pthread_mutex_unlock(&pool->calls);
   return left ? 0 : handle;
 }

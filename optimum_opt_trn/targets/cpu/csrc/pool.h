@@ -20,7 +20,7 @@ using Commit = void (*)(const void* call, int64_t piece, const float* scratch);
 using Finish = void (*)(const void* call);
 
 // Of each thread: floats of scratch memory, 64-byte aligned. A panel of weights and its sums fit (panels.h).
-constexpr int64_t SCRATCH = 262144;
+constexpr int64_t SCRATCH = 270336;
 // Besides the caller.
 constexpr int64_t MOST_THREADS = 128;
 // A call has at most so many pieces.
@@ -34,6 +34,9 @@ void pool_prepare();
 // Memory of `bytes` for the description of a call, 64-byte aligned; waits until no other thread calls. Null if there
 // is no memory; the pool is then free for others again.
 void* pool_begin(size_t bytes, Job** job);
+
+// Runs pieces that write results themselves, in the memory of the call that `pool_begin` began; before those of pool_run.
+void pool_run_first(Job* job, int threads, int64_t pieces, Compute compute);
 
 // Runs the pieces of the call that `pool_begin` began, on `threads` threads with the caller. `commit` null: pieces
 // write results themselves, and none is computed twice. Returns 0, or a handle if threads are still in the call.

@@ -9,23 +9,27 @@ namespace {
 
 // Outputs of a piece: enough to amortise taking it, few enough to share evenly, and a multiple of 3, 4 and 6 streams.
 constexpr int64_t OUTPUTS = 24;
-// Of more rows a panel of PANEL outputs at a time; a piece has PANELS or fewer (panels.h).
+// Of more rows a panel of PANEL outputs at a time, or another number; a piece has PANELS or fewer (panels.h).
 constexpr int64_t PANEL = GEMM_VECTORS * LANES, PANELS = 4;
 
-// The sum of `count` products of x (m, k) and w (n, k), or w (k, n) by unit; a piece has `panels` panels at most.
+// The sum of `count` products of x (m, k) and w (n, k), or w (k, n) by unit; a piece has `panels` panels at most, of
+// `panel` outputs.
 struct Product {
-  int64_t first_piece, pieces, panels, count;
+  int64_t first_piece, pieces, panel, panels, count;
   const Input* inputs;
   bool by_unit;
   Results results;
 };
 
 struct Integers;
+struct Splits;
 
 struct ProductsCall {
   int64_t m, count;
   Product* products;
-  const Integers* integers;  // what int8_products.h makes of x
+  // What int8_products.h makes of x, or amx_products.h.
+  const Integers* integers;
+  const Splits* splits;
 };
 
 inline const Product& product_of(const ProductsCall& call, int64_t piece) {
@@ -34,18 +38,26 @@ inline const Product& product_of(const ProductsCall& call, int64_t piece) {
   return call.products[i];
 }
 
-// Divides the products into pieces of OUTPUTS outputs, or of panels; their number.
-inline int64_t divide(ProductsCall* call, int threads, bool panels) {
+// How products are divided: into panels of so many outputs, at most so many panels a piece, and for each thread at least
+// so many pieces.
+struct Division {
+  int64_t panel, panels, least;
+};
+// With few rows the time goes into reading weights, which wide pieces do faster.
+inline Division in_panels(int64_t m) { return {PANEL, PANELS, m <= 64 ? 2 : 8}; }
+
+// Divides the products into pieces; their number. Without panels, a piece has OUTPUTS outputs.
+inline int64_t divide(ProductsCall* call, int threads, const Division& division = {}) {
   int64_t pieces = 0;
   for (int64_t i = 0; i < call->count; i++) {
     Product& p = call->products[i];
     p.first_piece = pieces;
     p.pieces = pieces_of(p.results.n, OUTPUTS);
-    if (panels) {
-      const int64_t all = pieces_of(p.results.n, PANEL);
-      p.panels = PANELS;
-      // With few rows the time goes into reading weights, which wide pieces do faster.
-      while (p.panels > 1 && pieces_of(all, p.panels) < (call->m <= 64 ? 2 : 8) * threads) p.panels /= 2;
+    if (division.panel > 0) {
+      const int64_t all = pieces_of(p.results.n, division.panel);
+      p.panel = division.panel;
+      p.panels = division.panels;
+      while (p.panels > 1 && pieces_of(all, p.panels) < division.least * threads) p.panels--;
       // As many for each thread: of 11 pieces, one of two threads would have 6.
       p.pieces = lesser(all, pieces_of(pieces_of(all, p.panels), threads) * threads);
     }

@@ -6,8 +6,6 @@
 
 #if defined(KERNELS_AVX512)
 
-#define WITH_BF16 __attribute__((target("avx512bf16")))
-
 namespace {
 
 // Factors of a vector.
@@ -249,7 +247,7 @@ WITH_BF16 inline const float* round_x(const float* x, int64_t m, int64_t k, floa
 
 inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* call) {
   const bool panels = rounded_panels(dtype, call->m, call->products[0].by_unit);
-  const int64_t pieces = divide(call, threads, panels);
+  const int64_t pieces = divide(call, threads, panels ? in_panels(call->m) : Division{});
   if (!panels) return pool_run(job, threads, pieces, rounded_piece, few_rows_commit<BFloat16>);
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
     return run_panels<T, RoundedPanels<T>>(job, threads, pieces, *call);

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#define WITH_BF16 __attribute__((target("avx512bf16")))
+
 namespace {
 
 using Vec = __m512;

@@ -125,25 +125,37 @@ void units_commit(const void* given, int64_t piece, const float* scratch) {
     memcpy(sums + row * call.n, scratch + row * width, width * sizeof(float));
 }
 
-// Adds the groups' sums up.
+// Adds the sums (groups, m, n) up, and writes the results.
 template <typename T>
-void units_finish(const void* given) {
-  const UnitsCall<T>& call = *static_cast<const UnitsCall<T>*>(given);
-  const int64_t size = call.m * call.n;
-  float* totals = call.sums;  // the first group's
+void add_groups(const Results& results, int64_t m, int64_t groups, float* sums) {
+  const int64_t size = m * results.n;
+  float* totals = sums;  // the first group's
   int64_t i = 0;
   for (; i + 4 * LANES <= size; i += 4 * LANES) {
     Vec total[4];
     for (int v = 0; v < 4; v++) total[v] = load(totals + i + v * LANES);
-    for (int64_t group = 1; group < call.groups; group++)
-      for (int v = 0; v < 4; v++) total[v] = total[v] + load(call.sums + group * size + i + v * LANES);
+    for (int64_t group = 1; group < groups; group++)
+      for (int v = 0; v < 4; v++) total[v] = total[v] + load(sums + group * size + i + v * LANES);
     for (int v = 0; v < 4; v++) store(totals + i + v * LANES, total[v] + zeros());  // -0 becomes 0
   }
   for (; i < size; i++) {
-    for (int64_t group = 1; group < call.groups; group++) totals[i] += call.sums[group * size + i];
+    for (int64_t group = 1; group < groups; group++) totals[i] += sums[group * size + i];
     totals[i] += 0.0f;
   }
-  for (int64_t row = 0; row < call.m; row++) finish<T>(call.results, row, 0, call.n, totals + row * call.n);
+  for (int64_t row = 0; row < m; row++) finish<T>(results, row, 0, results.n, totals + row * results.n);
+}
+
+template <typename T>
+void units_finish(const void* given) {
+  const UnitsCall<T>& call = *static_cast<const UnitsCall<T>*>(given);
+  add_groups<T>(call.results, call.m, call.groups, call.sums);
+}
+
+// The groups of all inputs.
+inline int64_t groups_of(int64_t count, const Input* inputs) {
+  int64_t groups = 0;
+  for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
+  return groups;
 }
 
 // Calls `take` with the units of x (m, count), rows k apart, that are not 0 in every row, ascending.
@@ -164,9 +176,8 @@ inline void each_unit(const float* x, int64_t m, int64_t k, int64_t count, const
 
 // Whether there are few enough rows and groups; `n` floats of a row and group have to fit the scratch memory.
 inline bool takes_units(int64_t m, int64_t n, int64_t count, const Input* inputs) {
-  int64_t groups = 0;
-  for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
-  return m <= MOST_UNIT_ROWS && m * n <= SCRATCH && groups * pieces_of(n, LEAST_WIDTH) <= MOST_PIECES;
+  return m <= MOST_UNIT_ROWS && m * n <= SCRATCH &&
+         groups_of(count, inputs) * pieces_of(n, LEAST_WIDTH) <= MOST_PIECES;
 }
 
 // How many of the m rows are multiplied at a time, or 0 if panels are faster for them. That depends on the inputs alone,
@@ -192,8 +203,7 @@ uint64_t units_sum(int threads, int64_t row, int64_t m, bool skip, Results resul
   const int64_t n = results.n;
   results.y += row * n;
   if (results.residual != nullptr) results.residual += row * n;
-  int64_t groups = 0;
-  for (int64_t i = 0; i < count; i++) groups += pieces_of(inputs[i].k, GROUP);
+  const int64_t groups = groups_of(count, inputs);
   const int64_t units_bytes = groups * GROUP * sizeof(int32_t), values_bytes = groups * GROUP * m * sizeof(float);
   Job* job;
   Call* call = begin<Call>(
