@@ -30,7 +30,7 @@ _F32 = DTYPES["f32"].bytes
 
 # Bytes that a thread of the kernels on `cpu` holds at most: its scratch memory (SCRATCH floats in csrc/pool.h), for a
 # panel of converted weights, or a block of attention.
-CPU_THREAD_BYTES = 2**20
+CPU_THREAD_BYTES = 270_336 * 4
 
 
 def graph_workspace(config: ModelShape, setup: Setup, on_neuron: bool) -> dict[str, int]:

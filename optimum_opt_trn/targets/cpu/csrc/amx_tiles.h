@@ -2,8 +2,9 @@
 //
 // A tile is 16 rows of 32 factors. One instruction adds to 16 x 16 sums the products of two tiles, of 16 rows and 16
 // columns, 16 times as many a cycle as float32 vectors do. A float32 is the sum of three bfloat16 numbers, its parts: the
-// first has its sign, exponent and upper 8 bits, the next ones what is left. A float16 has two parts, a bfloat16 and an
-// int8 one. Products of parts i and j, from 0, are left out if i + j > 2: they are below 2^-24 of the whole. What is left
+// nearest to it, the nearest to what is left, and so on. A float16 has two parts, its upper 8 bits and the others; a
+// bfloat16 and an int8 one. Products of parts i and j, from 0, are left out if i + j > 2: of a float32 and a float16 they
+// are below 2^-24 of the whole, as the parts are below 2^-9 and 2^-17 of the float32 and 2^-7 of the float16. What is left
 // is as exact as a product of float32 (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence datatype
 // for higher-precision computations", 2019). If factors may be rounded, the first part alone is taken, to the nearest.
 // Sums with factors that are infinite or NaN are not finite, but not always the same as in float32; they are computed anew.
@@ -77,33 +78,26 @@ inline Vec upper_halves(Vec first, Vec second) {
   return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
                                                      _mm512_castps_si512(second)));
 }
-// What the first part leaves of a factor.
-inline Vec rest_of(Vec v) {
-  return v - _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
+// The first part: what a bfloat16 has of it, or the nearest bfloat16.
+inline Vec upper_of(Vec v) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
 }
-// The parts of two vectors of factors, PARTS of them.
-template <int PARTS>
-inline void split(Vec first, Vec second, Vec* parts) {
-  for (int part = 0; part < PARTS; part++) {
-    parts[part] = upper_halves(first, second);
-    if (part + 1 == PARTS) break;
-    first = rest_of(first);
-    second = rest_of(second);
-  }
+WITH_BF16 inline Vec nearest_to(Vec v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
 }
-// The nearest bfloat16 numbers instead.
-WITH_BF16 inline Vec round_pair(Vec first, Vec second) {
-  const auto upper = [](Vec v) __attribute__((target("avx512bf16"))) {
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v));
-  };
-  return _mm512_castsi512_ps(_mm512_or_si512(upper(first), _mm512_slli_epi32(upper(second), 16)));
-}
+
+// The parts of two vectors of factors of type T. Parts of a float32 are rounded, so that what is left is small.
 template <typename T, bool ROUNDED>
 WITH_BF16 inline void split_pair(Vec first, Vec second, Vec* parts) {
-  if constexpr (ROUNDED && sizeof(T) > 1 && !__is_same(T, BFloat16))
-    parts[0] = round_pair(first, second);
-  else
-    split<parts_of<T>(ROUNDED)>(first, second, parts);
+  constexpr int PARTS = parts_of<T>(ROUNDED);
+  constexpr bool NEAREST = sizeof(T) == 4 || (ROUNDED && __is_same(T, Half));
+  for (int part = 0; part < PARTS; part++) {
+    const Vec upper = NEAREST ? nearest_to(first) : upper_of(first);
+    const Vec other = NEAREST ? nearest_to(second) : upper_of(second);
+    parts[part] = upper_halves(upper, other);
+    first = first - upper;
+    second = second - other;
+  }
 }
 
 // Up to 16 values; zeros beyond `count`, which may be negative.
