@@ -44,8 +44,8 @@ _kept: deque[tuple[int, object]] = deque()
 def variants() -> tuple[str, ...]:
     """The instruction sets that this processor and this build have, the best first.
 
-    Of `avx512_amx`, `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2` and `neon`; each of the first four can do what follows
-    it.
+    Of `avx512_amx`, `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2` and `neon`; each of the first four can do what
+    follows it.
     """
     return () if _kernels is None else _kernels.VARIANTS
 

@@ -19,9 +19,9 @@ every_variant = pytest.mark.parametrize("variant", variants())
 # Below, at and beyond a tile of 16, what is streamed (64), and a call's most rows (512).
 ROWS = [8, 9, 10, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 81, 96, 500, 512, 513, 530]
 # Of 16 outputs, a panel of 64, a piece of 256, and the 2048 that a group of units has at most.
-OUTPUTS = [1, 15, 16, 17, 63, 64, 65, 255, 257]
+OUTPUTS = [2, 15, 16, 17, 63, 64, 65, 255, 257]
 # Of a tile of 32, panels of 128 and 256, groups and streams of 512.
-DEPTHS = [1, 15, 16, 17, 31, 32, 33, 64, 100, 127, 128, 129, 255, 257, 511, 512, 513, 1030]
+DEPTHS = [2, 15, 16, 17, 31, 32, 33, 64, 100, 127, 128, 129, 255, 257, 511, 512, 513, 1030]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
 
 
