@@ -57,8 +57,8 @@ WITH_BF16 void amx_sum(const ProductsCall& call, const Product& p, const PanelsP
   flow.added.add();
 }
 
-// With few rows of tiles, weights by output are read once, 16 outputs at a time, along their rows.
-// Inputs that are summed in a tile before they are added to others.
+// With few rows of tiles, weights by output are read once, 16 outputs at a time, along their rows. The products of so many
+// inputs are summed up in a tile before they are added to others.
 constexpr int64_t STREAM_DEPTH = 512;
 
 template <int I, int N, typename F>

@@ -200,7 +200,7 @@ inline void multiply_factors() {
     multiply_tiles<C, W, X>();
 }
 
-// What a call of multiply_ reads and asks for beside its factors, and leaves to the next one.
+// What is asked for while tiles are multiplied, the weights and inputs that come next; and the sums of the tiles before.
 struct Flow {
   Ahead weights, x;
   Added added;

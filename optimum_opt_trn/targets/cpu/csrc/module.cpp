@@ -35,8 +35,8 @@ bool has_avx512() {
 }
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
-// The registers of AMX are for processes that ask Linux for them: ARCH_REQ_XCOMP_PERM for the 18th part of a thread's state
-// (Documentation/arch/x86/xstate.rst).
+// The registers of AMX are for processes that ask Linux for them: ARCH_REQ_XCOMP_PERM for part 18 of a thread's state, the
+// data of the tiles (Documentation/arch/x86/xstate.rst).
 bool has_amx() {
 #if defined(__linux__)
   unsigned a, b, c, d = 0;

@@ -192,7 +192,8 @@ void panels_sum(const Product& p, const PanelsPiece& piece, int64_t row, int64_t
       Ahead next = weights_from<T>(p, piece, part, begin + units, Panels::DEPTH, lines);
       for (int64_t column = piece.first; column < piece.end; column += PANEL) {
         const int64_t columns = lesser(PANEL, piece.end - column);
-        Panel<T> panel = {weight_at<T>(p, input, begin, column), input.ldw, units, columns, scratch, p.by_unit, false, starts};
+        const T* w = weight_at<T>(p, input, begin, column);
+        Panel<T> panel = {w, input.ldw, units, columns, scratch, p.by_unit, false, starts};
         if (!Panels::is_whole(panel)) {
           Panels::pack(panel);
           panel.is_packed = true;
