@@ -18,13 +18,14 @@ struct Way {
   bool rounded;  // to bfloat16
 };
 
-// How m rows are multiplied. By unit, these are the rows for which panels are faster.
+// How m rows of the inputs are multiplied. By unit, these are the rows for which panels are faster.
 template <Extra E>
-inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit) {
+inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit, int64_t count,
+                  const Input* inputs) {
   if (E >= Extra::AMX && (by_unit || m >= least_amx_rows(dtype, bfloat16))) return {Factors::TILES, bfloat16};
   if (E == Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit)) return {Factors::PAIRS, true};
   const bool integers = E >= Extra::VNNI && dtype == INT8 && !by_unit && m >= least_integers;
-  return {integers ? Factors::INTEGERS : Factors::FLOAT32, false};
+  return {integers && integer_bytes(m, count, inputs) > 0 ? Factors::INTEGERS : Factors::FLOAT32, false};
 }
 
 // Bytes of what becomes of m rows of the inputs, for n sums; 0 if they stay as they are.
@@ -59,16 +60,9 @@ inline uint64_t run_products(Way way, Job* job, int threads, Dtype dtype, int64_
   });
 }
 
-// Calls `run` with the first of some rows and how many, until it was called with all m.
-template <typename F>
-inline uint64_t each_block(Way way, int64_t m, F run) {
-  const int64_t blocks = way.factors == Factors::TILES ? pieces_of(m, MOST_AMX_ROWS) : 1, rows = pieces_of(m, blocks);
-  uint64_t handle = 0;
-  for (int64_t row = 0; row < m && handle != NO_MEMORY; row += rows) {
-    while (!pool_left(handle)) sched_yield();
-    handle = run(row, lesser(rows, m - row));
-  }
-  return handle;
+// How many of m rows a call has.
+inline int64_t rows_of(Way way, int64_t m) {
+  return way.factors == Factors::TILES ? pieces_of(m, pieces_of(m, MOST_AMX_ROWS)) : m;
 }
 
 // y of `count` products, of as many inputs, all of x (m, k).
@@ -76,9 +70,8 @@ template <Extra E>
 inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
                         const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs) {
   const Input given = {x, nullptr, k, k};
-  Way way = way_of<E>(dtype, bfloat16, least_integers, m, false);
-  if (way.factors == Factors::INTEGERS && integer_bytes(m, 1, &given) == 0) way.factors = Factors::FLOAT32;
-  return each_block(way, m, [&](int64_t first, int64_t rows) {
+  const Way way = way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given);
+  return each_block(m, rows_of(way, m), [&](int64_t first, int64_t rows) {
     // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
     const int64_t normed = norm != nullptr ? rows * k * sizeof(float) : 0;
     Job* job;
@@ -110,13 +103,12 @@ template <Extra E>
 inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
                            bool by_unit, bool skip, const float* scale, const void* bias, const float* residual,
                            float* y, int64_t count, const Input* inputs) {
-  Way way = way_of<E>(dtype, bfloat16, least_integers, m, by_unit);
+  const Way way = way_of<E>(dtype, bfloat16, least_integers, m, by_unit, count, inputs);
   if (const int64_t rows = by_unit ? rows_by_unit(way.rounded, m, n, count, inputs) : 0; rows > 0)
     return with_weight_dtype(dtype, [&]<typename T>(T*) {
       return units_sums<T>(threads, m, rows, skip, {n, scale, bias, residual, false, y}, count, inputs);
     });
-  if (way.factors == Factors::INTEGERS && integer_bytes(m, count, inputs) == 0) way.factors = Factors::FLOAT32;
-  return each_block(way, m, [&](int64_t first, int64_t rows) {
+  return each_block(m, rows_of(way, m), [&](int64_t first, int64_t rows) {
     Job* job;
     ProductsCall* call = begin<ProductsCall>(
         &job, sizeof(Product) + count * sizeof(Input) + LINE + factor_bytes(way, by_unit, rows, n, count, inputs));

@@ -9,7 +9,7 @@ namespace {
 
 // Outputs of a piece: enough to amortise taking it, few enough to share evenly, and a multiple of 3, 4 and 6 streams.
 constexpr int64_t OUTPUTS = 24;
-// Of more rows a panel of PANEL outputs at a time, or another number; a piece has PANELS or fewer (panels.h).
+// Of more rows a panel of PANEL outputs at a time, of AMX_PANEL with tiles; a piece has PANELS or fewer (panels.h).
 constexpr int64_t PANEL = GEMM_VECTORS * LANES, PANELS = 4;
 
 // The sum of `count` products of x (m, k) and w (n, k), or w (k, n) by unit; a piece has `panels` panels at most, of

@@ -239,16 +239,24 @@ uint64_t units_sum(int threads, int64_t row, int64_t m, bool skip, Results resul
   return pool_run(job, threads, groups * call->parts, units_piece<T>, units_commit<T>, units_finish<T>);
 }
 
+// Calls `run` with the first of some rows and how many, at most `rows`, until it was called with all m.
+template <typename F>
+inline uint64_t each_block(int64_t m, int64_t rows, F run) {
+  uint64_t handle = 0;
+  for (int64_t row = 0; row < m && handle != NO_MEMORY; row += rows) {
+    while (!pool_left(handle)) sched_yield();
+    handle = run(row, lesser(rows, m - row));
+  }
+  return handle;
+}
+
 // Sums of m rows, `rows` of them at a time.
 template <typename T>
 uint64_t units_sums(int threads, int64_t m, int64_t rows, bool skip, const Results& results, int64_t count,
                     const Input* inputs) {
-  uint64_t handle = 0;
-  for (int64_t row = 0; row < m && handle != NO_MEMORY; row += rows) {
-    while (!pool_left(handle)) sched_yield();
-    handle = units_sum<T>(threads, row, lesser(rows, m - row), skip, results, count, inputs);
-  }
-  return handle;
+  return each_block(m, rows, [&](int64_t first, int64_t some) {
+    return units_sum<T>(threads, first, some, skip, results, count, inputs);
+  });
 }
 
 }  // namespace
