@@ -21,10 +21,11 @@ from optimum_opt_trn.targets.cpu.kernels import VARIANT_VARIABLE, KernelArithmet
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Below, at and beyond what a piece, a tile and a panel take at once; panels start at 21 or 49, and by unit at 9.
-ROWS = [1, 2, 3, 4, 7, 8, 9, 17, 20, 21, 48, 49, 56, 61, 192, 193, 201]
+# Below, at and beyond what a piece, a tile and a panel take at once; panels start at 21 or 49, by unit at 9, and with
+# packed inputs at 65. A call has 512 rows at most.
+ROWS = [1, 2, 3, 4, 7, 8, 9, 17, 20, 21, 48, 49, 56, 61, 64, 65, 192, 193, 201, 512, 513]
 OUTPUTS = [1, 3, 4, 15, 16, 17, 47, 48, 49, 100, 257]
-DEPTHS = [1, 5, 15, 16, 17, 64, 100, 256, 257, 512, 513, 1023, 1025, 2100]
+DEPTHS = [1, 5, 15, 16, 17, 64, 100, 127, 128, 129, 256, 257, 512, 513, 1023, 1025, 2100]
 
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -136,7 +137,7 @@ def test_int8_weights_need_scales():
 
 
 @pytest.mark.parametrize("by_unit", [False, True])
-def test_more_rows_than_fit_the_scratch_memory(by_unit):
+def test_many_rows(by_unit):
     x, weight = random(1, 17000, 20), random(2, 17, 20, dtype=torch.float16)
     stored = weight.T.contiguous().T if by_unit else weight
     for variant in variants():

@@ -51,13 +51,13 @@ def stored_by_unit(weight):
 
 
 shapes = (
-    st.sampled_from([1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 25, 49, 100, 200]),
+    st.sampled_from([1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 25, 49, 100, 200, 513]),
     st.sampled_from([2, 3, 4, 5, 23, 24, 25, 48, 49, 130, 200]),
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.int8]),
     *[st.booleans()] * 2,
     st.sampled_from([0, 3, 32]),
 )
-depths = st.sampled_from([2, 3, 31, 32, 33, 63, 64, 65, 130, 1023, 1024, 1025])
+depths = st.sampled_from([2, 3, 31, 32, 33, 63, 64, 65, 130, 255, 257, 1023, 1024, 1025])
 
 
 class Case:
@@ -112,7 +112,7 @@ def test_linear_sum(variant, m, n, dtype, with_bias, with_residual, view, ks, by
 
 @every_rounding
 @pytest.mark.parametrize("by_unit", [False, True])
-def test_more_rows_than_fit_the_scratch_memory(variant, by_unit):
+def test_many_rows(variant, by_unit):
     case = Case(17000, 17, [20], torch.bfloat16, with_bias=False, view=0)
     weights = [stored_by_unit(weight) for weight in case.weights] if by_unit else case.weights
     assert_close(KernelArithmetic(variant=variant).linear_sum(case.xs, weights), case.expected(rounds=True))

@@ -8,11 +8,9 @@
 
 namespace {
 
-// So many rows at a time: a piece's sums fit the scratch memory, and these rows of a panel's units the second-level cache.
-constexpr int64_t MOST_AMX_ROWS = 512;
 constexpr int64_t PACKED_FLOATS = AMX_PANEL * amx_depth(false) * MOST_PARTS / 2;
 static_assert(PACKED_FLOATS >= AMX_PANEL * amx_depth(true) / 2);
-static_assert(PACKED_FLOATS + MOST_AMX_ROWS * PANELS * AMX_PANEL <= SCRATCH);
+static_assert(PACKED_FLOATS + MOST_ROWS * PANELS * AMX_PANEL <= SCRATCH);
 
 // With fewer rows by output, float32 or integers are as fast.
 constexpr int64_t least_amx_rows(Dtype dtype, bool rounded) {
@@ -175,12 +173,11 @@ template <typename T>
 void amx_commit(const void* given, int64_t number, const float* scratch) {
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, number);
-  panels_write<T>(p, panels_of(p, number), 0, call.m, scratch + PACKED_FLOATS);
+  panels_write<T>(p, panels_of(p, number), call.m, scratch + PACKED_FLOATS);
 }
 
 inline bool streams(bool by_unit, int64_t m) { return !by_unit && m <= FEW_TILES * TILE_ROWS; }
-// With so many rows at most, the calling thread splits all of them: no other is waited for.
-constexpr int64_t MOST_ROWS_SPLIT_ALONE = 64;
+static_assert(ROWS_AT_ONCE == TILE_ROWS);
 
 template <bool ROUNDED>
 void split_piece(const void* given, int64_t number, float*) {
@@ -223,9 +220,7 @@ inline const Splits* plan_tiles(bool rounded, bool by_unit, int64_t m, int64_t n
 }
 
 inline uint64_t run_amx(Job* job, int threads, Dtype dtype, bool rounded, int64_t inputs, ProductsCall* call) {
-  const int64_t blocks = pieces_of(call->m, TILE_ROWS) * inputs;
-  pool_run_first(job, call->m <= MOST_ROWS_SPLIT_ALONE ? 1 : threads, blocks,
-                 rounded ? split_piece<true> : split_piece<false>);
+  run_first(job, threads, inputs, *call, rounded ? split_piece<true> : split_piece<false>);
   const Product& p = call->products[0];
   if (call->splits->sums != nullptr) {
     const int64_t pieces = groups_of(p.count, p.inputs) * pieces_of(p.results.n, width_of(p.results.n));
@@ -250,7 +245,6 @@ inline uint64_t run_amx(Job* job, int threads, Dtype dtype, bool rounded, int64_
 namespace {
 
 inline int64_t least_amx_rows(Dtype, bool) { return 0; }
-constexpr int64_t MOST_AMX_ROWS = 1;
 inline int64_t amx_bytes(bool, bool, int64_t, int64_t, int64_t, const Input*) { return 0; }
 inline const Splits* plan_tiles(bool, bool, int64_t, int64_t, int64_t, Input*, void*) { return nullptr; }
 inline uint64_t run_amx(Job*, int, Dtype, bool, int64_t, ProductsCall*) { return 0; }

@@ -12,7 +12,7 @@
 namespace {
 
 // What becomes of the factors of products.
-enum class Factors { FLOAT32, INTEGERS, PAIRS, TILES };
+enum class Factors { FLOAT32, PACKED, INTEGERS, PAIRS, TILES };
 struct Way {
   Factors factors;
   bool rounded;  // to bfloat16
@@ -25,45 +25,55 @@ inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m,
   if (E >= Extra::AMX && (by_unit || m >= least_amx_rows(dtype, bfloat16))) return {Factors::TILES, bfloat16};
   if (E == Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit)) return {Factors::PAIRS, true};
   const bool integers = E >= Extra::VNNI && dtype == INT8 && !by_unit && m >= least_integers;
-  return {integers && integer_bytes(m, count, inputs) > 0 ? Factors::INTEGERS : Factors::FLOAT32, false};
+  if (integers && integer_bytes(m, count, inputs) > 0) return {Factors::INTEGERS, false};
+  return {m >= LEAST_PACKED_ROWS ? Factors::PACKED : Factors::FLOAT32, false};
+}
+
+// Floats that m packed rows of an input take.
+inline int64_t packed_floats(Way way, int64_t m, const Input& input) {
+  return way.factors == Factors::PAIRS ? rounded_floats(m, input.k) : m * input.k;
 }
 
 // Bytes of what becomes of m rows of the inputs, for n sums; 0 if they stay as they are.
 inline int64_t factor_bytes(Way way, bool by_unit, int64_t m, int64_t n, int64_t count, const Input* inputs) {
+  if (way.factors == Factors::FLOAT32) return 0;
   if (way.factors == Factors::TILES) return amx_bytes(way.rounded, by_unit, m, n, count, inputs);
-  if (way.factors == Factors::PAIRS) return rounded_bytes(m, count, inputs);
-  return way.factors == Factors::INTEGERS ? integer_bytes(m, count, inputs) : 0;
+  if (way.factors == Factors::INTEGERS) return integer_bytes(m, count, inputs);
+  int64_t floats = 0;
+  for (int64_t i = 0; i < count; i++) floats += packed_floats(way, m, inputs[i]);
+  return packing_bytes(count, floats * sizeof(float));
 }
 
-// Makes factors of the rows of the inputs in `memory` of factor_bytes, whose x become them, except integers.
-inline void make_factors(Way way, bool by_unit, int64_t n, int64_t count, Input* inputs, float* memory, ProductsCall* call) {
-  if (way.factors == Factors::TILES) call->splits = plan_tiles(way.rounded, by_unit, call->m, n, count, inputs, memory);
-  if (way.factors == Factors::INTEGERS) call->integers = to_integers(call->m, count, inputs, memory);
-  if (way.factors != Factors::PAIRS) return;
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t floats = rounded_bytes(call->m, 1, inputs + i) / sizeof(float);
-    inputs[i].x = round_x(inputs[i].x, call->m, inputs[i].k, memory);
-    memory += floats;
+// Makes factors of the rows of the inputs in `memory` of factor_bytes, or plans to: their x become them, except integers.
+inline void make_factors(Way way, Dtype dtype, bool by_unit, int64_t n, int64_t count, Input* inputs, float* memory,
+                         ProductsCall* call) {
+  if (way.factors == Factors::FLOAT32) return;
+  if (way.factors == Factors::TILES) {
+    call->splits = plan_tiles(way.rounded, by_unit, call->m, n, count, inputs, memory);
+  } else if (way.factors == Factors::INTEGERS) {
+    call->integers = to_integers(call->m, count, inputs, memory);
+  } else {
+    const bool pairs = way.factors == Factors::PAIRS;
+    const int64_t depth = pairs ? rounded_depth(dtype, call->m, by_unit) : Float32Panels<float>::DEPTH;
+    call->packing = plan_packing(depth, count, inputs, memory,
+                                 [&](const Input& input) { return packed_floats(way, call->m, input); });
   }
 }
 
 // Computes the products of a call, whose factors were made of `inputs` inputs.
 inline uint64_t run_products(Way way, Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
   if (way.factors == Factors::TILES) return run_amx(job, threads, dtype, way.rounded, inputs, call);
-  if (way.factors == Factors::PAIRS) return run_rounded(job, threads, dtype, call);
+  if (way.factors == Factors::PAIRS) return run_rounded(job, threads, dtype, inputs, call);
   if (way.factors == Factors::INTEGERS) return run_integers(job, threads, call, divide(call, threads));
-  const bool panels = call->m > MOST_FEW_ROWS || call->products[0].by_unit;
-  const int64_t pieces = divide(call, threads, panels ? in_panels(call->m) : Division{});
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
-    if (!panels) return pool_run(job, threads, pieces, few_rows_piece<T>, few_rows_commit<T>);
-    return run_panels<T, Float32Panels<T>>(job, threads, pieces, *call);
+    if (call->m > MOST_FEW_ROWS || call->products[0].by_unit)
+      return run_panels<T, Float32Panels<T>>(job, threads, inputs, call);
+    return pool_run(job, threads, divide(call, threads), few_rows_piece<T>, few_rows_commit<T>);
   });
 }
 
 // How many of m rows a call has.
-inline int64_t rows_of(Way way, int64_t m) {
-  return way.factors == Factors::TILES ? pieces_of(m, pieces_of(m, MOST_AMX_ROWS)) : m;
-}
+inline int64_t rows_of(int64_t m) { return pieces_of(m, pieces_of(m, MOST_ROWS)); }
 
 // y of `count` products, of as many inputs, all of x (m, k).
 template <Extra E>
@@ -71,7 +81,7 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_i
                         const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs) {
   const Input given = {x, nullptr, k, k};
   const Way way = way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given);
-  return each_block(m, rows_of(way, m), [&](int64_t first, int64_t rows) {
+  return each_block(m, rows_of(m), [&](int64_t first, int64_t rows) {
     // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
     const int64_t normed = norm != nullptr ? rows * k * sizeof(float) : 0;
     Job* job;
@@ -87,8 +97,8 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_i
       shared.x = more;
       more = vectors_from(more + rows * k);
     }
-    *call = {rows, count, products, nullptr, nullptr};
-    make_factors(way, false, 0, 1, &shared, more, call);
+    *call = {rows, count, products, nullptr, nullptr, nullptr};
+    make_factors(way, dtype, false, 0, 1, &shared, more, call);
     for (int64_t i = 0; i < count; i++) {
       const Output& output = outputs[i];
       const Results results = {output.n, output.scale, output.bias, nullptr, relu, output.y + first * output.n};
@@ -108,7 +118,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
     return with_weight_dtype(dtype, [&]<typename T>(T*) {
       return units_sums<T>(threads, m, rows, skip, {n, scale, bias, residual, false, y}, count, inputs);
     });
-  return each_block(m, rows_of(way, m), [&](int64_t first, int64_t rows) {
+  return each_block(m, rows_of(m), [&](int64_t first, int64_t rows) {
     Job* job;
     ProductsCall* call = begin<ProductsCall>(
         &job, sizeof(Product) + count * sizeof(Input) + LINE + factor_bytes(way, by_unit, rows, n, count, inputs));
@@ -119,8 +129,8 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
       copied[i] = inputs[i];
       copied[i].x += first * inputs[i].k;
     }
-    *call = {rows, 1, product, nullptr, nullptr};
-    make_factors(way, by_unit, n, count, copied, vectors_from(copied + count), call);
+    *call = {rows, 1, product, nullptr, nullptr, nullptr};
+    make_factors(way, dtype, by_unit, n, count, copied, vectors_from(copied + count), call);
     const float* rest = residual == nullptr ? nullptr : residual + first * n;
     *product = {0, 0, 0, 0, count, copied, by_unit, {n, scale, bias, rest, false, y + first * n}};
     return run_products(way, job, threads, dtype, count, call);

@@ -1,7 +1,7 @@
 // Products of more rows. A panel is PANEL outputs of some units, packed so that vectors lie along outputs, as in a GEMM
-// after Goto and van de Geijn (2008); x is not packed. A panel stays in the first-level cache until all rows are
-// multiplied with it. Meanwhile the weights that come next are asked for, so that memory works as well. Where weights
-// lie by unit, (k, n), the first rows are multiplied while the panel is packed.
+// after Goto and van de Geijn (2008); of many rows, x is packed as well. A panel stays in the first-level cache until all
+// rows are multiplied with it. Meanwhile the weights that come next are asked for, so that memory works as well. Where
+// weights lie by unit, (k, n), the first rows are multiplied while the panel is packed.
 #pragma once
 
 #include "common.h"
@@ -119,17 +119,63 @@ void multiply_panel(int64_t rows, const Panel<T>& panel, const float* x, int64_t
                   : multiply_panel<false, M>(panel, x, ldx, next, sums, ldy);
 }
 
+// With fewer rows, packing x takes longer than it saves.
+constexpr int64_t LEAST_PACKED_ROWS = 65;
+
+// Bytes of `count` inputs that are packed to `packed` bytes.
+inline int64_t packing_bytes(int64_t count, int64_t packed) {
+  return sizeof(Packing) + count * sizeof(PackedX) + LINE + packed;
+}
+
+// Where the inputs are to be packed, in `memory` of packing_bytes; their x become that. `floats` says how many an input
+// takes.
+template <typename F>
+inline const Packing* plan_packing(int64_t depth, int64_t count, Input* inputs, void* memory, F floats) {
+  Packing* made = static_cast<Packing*>(memory);
+  PackedX* all = reinterpret_cast<PackedX*>(made + 1);
+  float* packed = vectors_from(all + count);
+  for (int64_t i = 0; i < count; i++) {
+    all[i] = {inputs[i].x, inputs[i].k, packed};
+    inputs[i].x = packed;
+    packed += floats(inputs[i]);
+  }
+  *made = {depth, all};
+  return made;
+}
+
+template <typename Panels>
+void pack_x_piece(const void* given, int64_t number, float*) {
+  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
+  const int64_t blocks = pieces_of(call.m, ROWS_AT_ONCE), first = number % blocks * ROWS_AT_ONCE;
+  const PackedX& input = call.packing->all[number / blocks];
+  for (int64_t begin = 0; begin < input.k; begin += call.packing->depth) {
+    const int64_t units = lesser(call.packing->depth, input.k - begin);
+    for (int64_t row = first; row < lesser(call.m, first + ROWS_AT_ONCE); row++)
+      Panels::pack_x(input.x + row * input.k + begin, units, call.m, begin, row, input.packed);
+  }
+}
+
 // How panels are packed and multiplied in float32.
 template <typename T>
 struct Float32Panels {
   // Units of a step, and of a panel, which takes half of the first-level cache.
   static constexpr int64_t STEP = 1, DEPTH = 128;
+  // Packs `units` units from `begin` on of row `row` of m.
+  static void pack_x(const float* x, int64_t units, int64_t m, int64_t begin, int64_t row, float* packed) {
+    memcpy(packed + begin * m + row * units, x, units * sizeof(float));
+  }
+  // Bytes that so many packed units of a row take.
+  static int64_t x_bytes(int64_t units) { return units * sizeof(float); }
   // Whether it can be packed while the first rows are multiplied.
   static bool is_whole(const Panel<T>& panel) { return panel.by_unit && panel.columns == PANEL; }
   static void pack(const Panel<T>& panel) { panel.by_unit ? pack_units(panel) : pack_outputs(panel); }
-  static void multiply(int64_t rows, const Panel<T>& panel, const Input& input, int64_t row, int64_t begin,
-                       Ahead& next, float* sums, int64_t ldy) {
-    multiply_panel<GEMM_ROWS>(rows, panel, input.x + row * input.k + begin, input.k, next, sums, ldy);
+  // Of `call` rows `row` and following, and the units from `begin` on.
+  static void multiply(int64_t rows, const Panel<T>& panel, const ProductsCall& call, const Input& input, int64_t row,
+                       int64_t begin, Ahead& next, float* sums, int64_t ldy) {
+    const bool packed = call.packing != nullptr;
+    const int64_t ldx = packed ? panel.units : input.k;
+    const float* x = input.x + (packed ? begin * call.m : begin) + row * ldx;
+    multiply_panel<GEMM_ROWS>(rows, panel, x, ldx, next, sums, ldy);
   }
 };
 
@@ -165,23 +211,32 @@ inline Ahead weights_from(const Product& p, const PanelsPiece& piece, int64_t pa
   return {w, width > 0 ? rows : 0, values * static_cast<int64_t>(sizeof(T)), stride, 0, lines};
 }
 
-// How many rows' sums fit the scratch memory; a call of more writes its results itself.
+// The packed x that is read next: from `unit` of input `part` on, of `depth` units; after the last input come the first
+// units of the first. `passes` times it is asked for.
 template <typename Panels>
-constexpr int64_t most_rows(int64_t width) {
-  return (SCRATCH - Panels::DEPTH * PANEL) / width;
+inline Ahead packed_x_from(const ProductsCall& call, const Product& p, int64_t part, int64_t unit, int64_t passes) {
+  if (call.packing == nullptr) return {};
+  if (unit >= p.inputs[part].k) part = (part + 1) % p.count, unit = 0;
+  const Input& input = p.inputs[part];
+  const int64_t bytes = call.m * Panels::x_bytes(lesser(Panels::DEPTH, input.k - unit));
+  return {reinterpret_cast<const char*>(input.x) + call.m * Panels::x_bytes(unit), 1, bytes, 0, 0,
+          pieces_of(bytes, LINE * passes)};
 }
 
-// Writes the sums (rows, width) of a piece.
+// Writes the sums (m, width) of a piece.
 template <typename T>
-void panels_write(const Product& p, const PanelsPiece& piece, int64_t row, int64_t rows, const float* sums) {
-  for (int64_t r = 0; r < rows; r++)
-    finish<T>(p.results, row + r, piece.first, piece.end - piece.first, sums + r * piece.width);
+void panels_write(const Product& p, const PanelsPiece& piece, int64_t m, const float* sums) {
+  for (int64_t row = 0; row < m; row++)
+    finish<T>(p.results, row, piece.first, piece.end - piece.first, sums + row * piece.width);
 }
 
-// Sums of a piece for `m` rows from `row` on.
 template <typename T, typename Panels>
-void panels_sum(const Product& p, const PanelsPiece& piece, int64_t row, int64_t m, float* scratch) {
-  const int64_t blocks = pieces_of(m, GEMM_ROWS), block = pieces_of(m, blocks);  // as in few_rows_piece
+void panels_piece(const void* given, int64_t number, float* scratch) {
+  static_assert(Panels::DEPTH * PANEL + MOST_ROWS * PANELS * PANEL <= SCRATCH);
+  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
+  const Product& p = product_of(call, number);
+  const PanelsPiece piece = panels_of(p, number);
+  const int64_t m = call.m, blocks = pieces_of(m, GEMM_ROWS), block = pieces_of(m, blocks);  // as in few_rows_piece
   const int64_t lines = pieces_of(Panels::STEP * PANEL * static_cast<int64_t>(sizeof(T)), LINE * blocks);
   float* sums = scratch + Panels::DEPTH * PANEL;
   for (int64_t part = 0; part < p.count; part++) {
@@ -190,6 +245,8 @@ void panels_sum(const Product& p, const PanelsPiece& piece, int64_t row, int64_t
       const int64_t units = lesser(Panels::DEPTH, input.k - begin);
       const bool starts = part == 0 && begin == 0;
       Ahead next = weights_from<T>(p, piece, part, begin + units, Panels::DEPTH, lines);
+      Ahead next_x = packed_x_from<Panels>(call, p, part, begin + units,
+                                           blocks * pieces_of(piece.end - piece.first, PANEL));
       for (int64_t column = piece.first; column < piece.end; column += PANEL) {
         const int64_t columns = lesser(PANEL, piece.end - column);
         const T* w = weight_at<T>(p, input, begin, column);
@@ -198,25 +255,13 @@ void panels_sum(const Product& p, const PanelsPiece& piece, int64_t row, int64_t
           Panels::pack(panel);
           panel.is_packed = true;
         }
-        for (int64_t r = 0; r < m; r += block, panel.is_packed = true)
-          Panels::multiply(lesser(block, m - r), panel, input, row + r, begin, next,
-                           sums + r * piece.width + column - piece.first, piece.width);
+        for (int64_t row = 0; row < m; row += block, panel.is_packed = true) {
+          next_x.ask();
+          Panels::multiply(lesser(block, m - row), panel, call, input, row, begin, next,
+                           sums + row * piece.width + column - piece.first, piece.width);
+        }
       }
     }
-  }
-}
-
-template <typename T, typename Panels>
-void panels_piece(const void* given, int64_t number, float* scratch) {
-  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
-  const Product& p = product_of(call, number);
-  const PanelsPiece piece = panels_of(p, number);
-  const int64_t most = most_rows<Panels>(piece.width);
-  if (call.m <= most) return panels_sum<T, Panels>(p, piece, 0, call.m, scratch);
-  for (int64_t row = 0; row < call.m; row += most) {
-    const int64_t rows = lesser(most, call.m - row);
-    panels_sum<T, Panels>(p, piece, row, rows, scratch);
-    panels_write<T>(p, piece, row, rows, scratch + Panels::DEPTH * PANEL);
   }
 }
 
@@ -224,16 +269,15 @@ template <typename T, typename Panels>
 void panels_commit(const void* given, int64_t number, const float* scratch) {
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, number);
-  panels_write<T>(p, panels_of(p, number), 0, call.m, scratch + Panels::DEPTH * PANEL);
+  panels_write<T>(p, panels_of(p, number), call.m, scratch + Panels::DEPTH * PANEL);
 }
 
+// Computes the products of a call, of `inputs` inputs.
 template <typename T, typename Panels>
-uint64_t run_panels(Job* job, int threads, int64_t pieces, const ProductsCall& call) {
-  int64_t most = SCRATCH;
-  for (int64_t i = 0; i < call.count; i++) most = lesser(most, most_rows<Panels>(call.products[i].panels * PANEL));
-  if (call.m <= most) return pool_run(job, threads, pieces, panels_piece<T, Panels>, panels_commit<T, Panels>);
-  pool_run(job, threads, pieces, panels_piece<T, Panels>, nullptr);
-  return uint64_t{0};  // no piece is computed twice, so that none is left
+uint64_t run_panels(Job* job, int threads, int64_t inputs, ProductsCall* call) {
+  if (call->packing != nullptr) run_first(job, threads, inputs, *call, pack_x_piece<Panels>);
+  const int64_t pieces = divide(call, threads, in_panels(call->m));
+  return pool_run(job, threads, pieces, panels_piece<T, Panels>, panels_commit<T, Panels>);
 }
 
 }  // namespace

@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t OUTPUTS = 24;
 // Of more rows a panel of PANEL outputs at a time, of AMX_PANEL with tiles; a piece has PANELS or fewer (panels.h).
 constexpr int64_t PANEL = GEMM_VECTORS * LANES, PANELS = 4;
+// A call has at most so many rows: the sums of a piece fit the scratch memory, and what is multiplied with a panel the
+// second-level cache. More rows are several calls.
+constexpr int64_t MOST_ROWS = 512;
 
 // The sum of `count` products of x (m, k) and w (n, k), or w (k, n) by unit; a piece has `panels` panels at most, of
 // `panel` outputs.
@@ -21,16 +24,38 @@ struct Product {
   Results results;
 };
 
+// An input's x (m, k), and where it is packed: (k / depth, m, depth), so that what is multiplied with a panel lies
+// together. Rows of 2048 floats would be so far apart that they displace one another from the caches.
+struct PackedX {
+  const float* x;
+  int64_t k;
+  float* packed;
+};
+struct Packing {
+  int64_t depth;
+  const PackedX* all;
+};
+
 struct Integers;
 struct Splits;
 
 struct ProductsCall {
   int64_t m, count;
   Product* products;
-  // What int8_products.h makes of x, or amx_products.h.
+  // What panels.h makes of x, or int8_products.h, or amx_products.h.
+  const Packing* packing;
   const Integers* integers;
   const Splits* splits;
 };
+
+// What is made of x first is made so many rows at a time; of so many rows at most by the calling thread, which then
+// waits for no other.
+constexpr int64_t ROWS_AT_ONCE = 16, MOST_ROWS_ALONE = 64;
+
+// Makes it, of each of `inputs` inputs.
+inline void run_first(Job* job, int threads, int64_t inputs, const ProductsCall& call, Compute compute) {
+  pool_run_first(job, call.m <= MOST_ROWS_ALONE ? 1 : threads, pieces_of(call.m, ROWS_AT_ONCE) * inputs, compute);
+}
 
 inline const Product& product_of(const ProductsCall& call, int64_t piece) {
   int64_t i = call.count - 1;

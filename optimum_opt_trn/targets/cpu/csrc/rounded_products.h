@@ -1,5 +1,5 @@
 // Products whose factors are rounded to bfloat16, which AVX-512 BF16 multiplies two at a time: twice as many a second as
-// float32 ones. Sums are float32. The rows of x are rounded once a call, each to whole vectors, with zeros at its end.
+// float32 ones. Sums are float32. x is rounded once a call, and packed (panels.h): to whole vectors, with zeros at their end.
 #pragma once
 
 #include "panels.h"
@@ -23,6 +23,9 @@ inline bool rounded_panels(Dtype dtype, int64_t m, bool by_unit) {
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
 constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
 
+// Units of a panel.
+constexpr int64_t ROUNDED_DEPTH = 256;
+
 constexpr int64_t paired(int64_t k) { return pieces_of(k, PAIRED) * PAIRED; }
 
 // The first `count` values, rounded, and zeros.
@@ -35,7 +38,7 @@ WITH_BF16 inline __m512i rounded(const T* from, int64_t count) {
   return (__m512i)_mm512_cvtne2ps_pbh(count > LANES ? load(from + LANES, count - LANES) : zeros(), low);
 }
 
-// The rounded rows of x, where the call was given them.
+// x, rounded and packed.
 inline const BFloat16* rounded_x(const Input& input) { return reinterpret_cast<const BFloat16*>(input.x); }
 
 // totals += the products of R weight rows with M rows of x, of `present` inputs from i on. Of AHEAD rows at `ahead` it
@@ -214,43 +217,41 @@ WITH_BF16 void multiply_rounded(int64_t rows, const Panel<T>& panel, const BFloa
 // As Float32Panels.
 template <typename T>
 struct RoundedPanels {
-  static constexpr int64_t STEP = 2, DEPTH = 256;
+  static constexpr int64_t STEP = 2, DEPTH = ROUNDED_DEPTH;
+  WITH_BF16 static void pack_x(const float* x, int64_t units, int64_t m, int64_t begin, int64_t row, float* packed) {
+    BFloat16* to = reinterpret_cast<BFloat16*>(packed) + begin * m + row * paired(units);
+    for (int64_t i = 0; i < units; i += PAIRED) _mm512_storeu_si512(to + i, rounded(x + i, lesser(PAIRED, units - i)));
+  }
+  static int64_t x_bytes(int64_t units) { return paired(units) * sizeof(BFloat16); }
   static bool is_whole(const Panel<T>& panel) {
     return panel.by_unit && panel.columns == PANEL && panel.units % STEP == 0;
   }
   static void pack(const Panel<T>& panel) { panel.by_unit ? pack_rounded_units(panel) : pack_rounded_outputs(panel); }
-  static void multiply(int64_t rows, const Panel<T>& panel, const Input& input, int64_t row, int64_t begin,
-                       Ahead& next, float* sums, int64_t ldy) {
-    const int64_t ldx = paired(input.k);
-    multiply_rounded<GEMM_ROWS>(rows, panel, rounded_x(input) + row * ldx + begin, ldx, next, sums, ldy);
+  static void multiply(int64_t rows, const Panel<T>& panel, const ProductsCall& call, const Input& input, int64_t row,
+                       int64_t begin, Ahead& next, float* sums, int64_t ldy) {
+    const int64_t ldx = paired(panel.units);
+    multiply_rounded<GEMM_ROWS>(rows, panel, rounded_x(input) + begin * call.m + row * ldx, ldx, next, sums, ldy);
   }
 };
 
 // Whether the factors of these products are to be rounded.
 inline bool rounds(Dtype dtype, int64_t m, bool by_unit) { return by_unit || m >= least_rounded_rows(dtype); }
 
-// Bytes of the rounded rows of all inputs.
-inline int64_t rounded_bytes(int64_t m, int64_t count, const Input* inputs) {
-  int64_t size = 0;
-  for (int64_t i = 0; i < count; i++) size += m * paired(inputs[i].k) * sizeof(BFloat16);
-  return size;
+// Units of x that are packed together: those of a panel, or all.
+inline int64_t rounded_depth(Dtype dtype, int64_t m, bool by_unit) {
+  return rounded_panels(dtype, m, by_unit) ? ROUNDED_DEPTH : INT32_MAX;
 }
 
-// Rounds x (m, k) to `to`, whose rows are paired(k).
-WITH_BF16 inline const float* round_x(const float* x, int64_t m, int64_t k, float* to) {
-  BFloat16* rows = reinterpret_cast<BFloat16*>(to);
-  for (int64_t row = 0; row < m; row++)
-    for (int64_t i = 0; i < k; i += PAIRED)
-      _mm512_storeu_si512(rows + row * paired(k) + i, rounded(x + row * k + i, lesser(PAIRED, k - i)));
-  return to;
-}
+// Floats that m rounded rows of k take.
+inline int64_t rounded_floats(int64_t m, int64_t k) { return m * paired(k) / 2; }
 
-inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* call) {
-  const bool panels = rounded_panels(dtype, call->m, call->products[0].by_unit);
-  const int64_t pieces = divide(call, threads, panels ? in_panels(call->m) : Division{});
-  if (!panels) return pool_run(job, threads, pieces, rounded_piece, few_rows_commit<BFloat16>);
+inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
+  if (!rounded_panels(dtype, call->m, call->products[0].by_unit)) {
+    run_first(job, threads, inputs, *call, pack_x_piece<RoundedPanels<BFloat16>>);
+    return pool_run(job, threads, divide(call, threads), rounded_piece, few_rows_commit<BFloat16>);
+  }
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
-    return run_panels<T, RoundedPanels<T>>(job, threads, pieces, *call);
+    return run_panels<T, RoundedPanels<T>>(job, threads, inputs, call);
   });
 }
 
@@ -261,9 +262,9 @@ inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, ProductsCall* ca
 namespace {
 
 inline bool rounds(Dtype, int64_t, bool) { return false; }
-inline int64_t rounded_bytes(int64_t, int64_t, const Input*) { return 0; }
-inline const float* round_x(const float* x, int64_t, int64_t, float*) { return x; }
-inline uint64_t run_rounded(Job*, int, Dtype, ProductsCall*) { return 0; }
+inline int64_t rounded_depth(Dtype, int64_t, bool) { return 0; }
+inline int64_t rounded_floats(int64_t, int64_t) { return 0; }
+inline uint64_t run_rounded(Job*, int, Dtype, int64_t, ProductsCall*) { return 0; }
 
 }  // namespace
 
