@@ -108,6 +108,7 @@ inline void store_totals(const Vec (&totals)[R][M], float* sums) {
 // a stream into the next page, so AHEAD weight rows are asked for: the next R, or those that begin `first` rows behind.
 template <int AHEAD, int R, int M, typename T>
 inline void dot(const Product& p, int64_t row, int64_t column, int64_t first, float* sums) {
+  constexpr int64_t OF_A_LINE = LINE / sizeof(T);
   Vec totals[R][M];
   float rests[R][M];  // of inputs that fill no vector
   for (int r = 0; r < R; r++)
@@ -126,7 +127,8 @@ inline void dot(const Product& p, int64_t row, int64_t column, int64_t first, fl
       for (int r = 0; r < R; r++) {
         weights[r] = load(w + r * ldw + i);
         if constexpr (AHEAD > 0)
-          if (r < AHEAD) __builtin_prefetch(w + ((AHEAD == R ? R : first) + r) * ldw + i, 0, 1);
+          if (r < AHEAD && (M > MOST_ASKING_ONCE || i % OF_A_LINE == 0))
+            __builtin_prefetch(w + ((AHEAD == R ? R : first) + r) * ldw + i, 0, 1);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {

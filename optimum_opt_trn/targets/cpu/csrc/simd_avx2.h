@@ -11,6 +11,7 @@ constexpr int64_t LANES = 8;
 // As in simd_avx512.h; there are 16 registers, so that fewer sums are kept at a time.
 constexpr int FEW_ROWS = 6;
 constexpr int streams(int m) { return m <= 2 ? 4 : m <= 4 ? 3 : 2; }
+constexpr int MOST_ASKING_ONCE = 2;
 constexpr int UNIT_ROWS = 6;
 constexpr int tile(int m) { return m == 1 ? 8 : m == 2 ? 4 : m <= 4 ? 3 : 2; }
 constexpr int64_t MOST_FEW_ROWS = 48;

@@ -14,6 +14,8 @@ constexpr int64_t LANES = 16;
 // benchmarks/linear_cpu.py, as all constants here.
 constexpr int FEW_ROWS = 8;
 constexpr int streams(int m) { return m == 1 ? 4 : m <= 4 ? 6 : 4; }
+// With so many rows at most, weights are asked for once a line; with more, several times, which is faster.
+constexpr int MOST_ASKING_ONCE = 1;
 // By unit (units.h): so many rows at a time, and vectors of outputs with m of them.
 constexpr int UNIT_ROWS = 8;
 constexpr int tile(int m) { return m <= 4 ? 4 : 3; }

@@ -10,6 +10,7 @@ constexpr int64_t LANES = 4;
 
 constexpr int FEW_ROWS = 8;
 constexpr int streams(int m) { return m <= 2 ? 8 : m <= 4 ? 4 : m <= 6 ? 4 : 3; }
+constexpr int MOST_ASKING_ONCE = 2;
 constexpr int UNIT_ROWS = 8;
 constexpr int tile(int m) { return m <= 2 ? 8 : m <= 4 ? 5 : 3; }
 constexpr int64_t MOST_FEW_ROWS = 48;
