@@ -18,10 +18,11 @@ arithmetics = st.builds(
     KernelArithmetic, variant=st.sampled_from(variants()), least_integer_rows=st.sampled_from([1, 16])
 )
 every_variant = pytest.mark.parametrize("variant", variants())
-# Below, at and beyond 64 inputs, 4 and 8 weight rows, a piece of 24, and two rows at a time.
-ROWS = [1, 2, 3, 4, 5, 7, 8, 20, 191, 192, 193]
+# Below, at and beyond 64 inputs, 4, 8 and 16 weight rows, a piece of 24 and of 64, two rows at a time, and tiles of 16
+# digits, of which there are four at most, for 21 rows.
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 16, 20, 21, 22, 191, 192, 193]
 DEPTHS = [1, 15, 63, 64, 65, 127, 128, 200, 1000, 2048]
-OUTPUTS = [1, 3, 4, 5, 7, 8, 9, 23, 24, 25, 100]
+OUTPUTS = [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 63, 64, 65, 100]
 
 
 def int8(seed: int, n: int, k: int) -> Tensor:
@@ -47,7 +48,7 @@ def assert_as_exact_as_float32(
 @settings(deadline=None, max_examples=150)
 @given(
     arithmetics,
-    st.sampled_from(ROWS) | st.integers(1, 9),
+    st.sampled_from(ROWS) | st.integers(1, 24),
     st.lists(st.sampled_from(DEPTHS) | st.integers(1, 300), min_size=1, max_size=3),
     st.sampled_from(OUTPUTS) | st.integers(1, 60),
     st.sampled_from([0, 3, 64]),

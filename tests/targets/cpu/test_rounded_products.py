@@ -13,9 +13,9 @@ from optimum_opt_trn import NeuronOPTForCausalLM
 from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic, variants
 
 
-# Weights of these dtypes are rounded with so many rows.
+# Weights of these dtypes are rounded with so many rows; int8 ones with fewer rows are multiplied with exact integers.
 LEAST_ROWS = {
-    "avx512_amx": dict.fromkeys([torch.bfloat16, torch.float16, torch.float32, torch.int8], 8),
+    "avx512_amx": {torch.bfloat16: 5, torch.float16: 8, torch.float32: 8, torch.int8: 22},
     "avx512_bf16": {torch.bfloat16: 4, torch.float16: 12, torch.float32: 12, torch.int8: 12},
 }
 ROUNDING = [variant for variant in LEAST_ROWS if variant in variants()]

@@ -14,7 +14,8 @@ static_assert(PACKED_FLOATS + MOST_ROWS * PANELS * AMX_PANEL <= SCRATCH);
 
 // With fewer rows by output, float32 or integers are as fast.
 constexpr int64_t least_amx_rows(Dtype dtype, bool rounded) {
-  return rounded ? 8 : dtype == BFLOAT16 || dtype == INT8 ? 10 : 14;
+  if (dtype == BFLOAT16) return rounded ? 5 : 8;
+  return rounded ? 8 : dtype == INT8 ? 10 : 14;
 }
 
 // The sums of a piece, as tiles: (rows / 16, width / 16).
@@ -59,16 +60,9 @@ WITH_BF16 void amx_sum(const ProductsCall& call, const Product& p, const PanelsP
 // inputs are summed up in a tile before they are added to others.
 constexpr int64_t STREAM_DEPTH = 512;
 
-template <int I, int N, typename F>
-__attribute__((always_inline)) inline void each(const F& f) {
-  if constexpr (I < N) {
-    f.template operator()<I>();
-    each<I + 1, N>(f);
-  }
-}
-
 // Adds to sums (16 * ROWS, width) the products of ROWS rows of tiles, ldx apart, with up to 16 outputs. Their weights are
-// packed a step ahead, as in sum_four; and those of the next 16 outputs are asked for.
+// packed a step ahead, as in sum_four, and those of the next 16 outputs are asked for; but tiles of bfloat16 are loaded
+// as they lie, by so few instructions that the processor itself is far enough ahead.
 template <typename T, bool ROUNDED, int ROWS>
 WITH_BF16 void stream_outputs(const T* w, int64_t ldw, int64_t outputs, int64_t units, const BFloat16* x, int64_t ldx,
                               float* sums, int64_t width) {
@@ -91,11 +85,16 @@ WITH_BF16 void stream_outputs(const T* w, int64_t ldw, int64_t outputs, int64_t 
   zero_tile<2>();
   zero_tile<3>();
   const int64_t steps = pieces_of(units, TILE_DEPTH);
-  pack(0);
+  const int64_t whole = pairs_neighbours<T>(false) && outputs >= TILE_ROWS ? units / TILE_DEPTH : 0;
+  if (whole == 0) pack(0);
   for (int64_t step = 0; step < steps; step++, x += X_PARTS * TILE) {
-    if (step + 1 < steps) pack(step + 1);
-    const BFloat16* packed = ring[step % RING];
-    each<0, W_PARTS>([&]<int I>() { load_tile<4 + I>(packed + I * TILE); });
+    if (step + 1 < steps && step + 1 >= whole) pack(step + 1);
+    if (step < whole) {
+      load_tile<4>(w + step * TILE_DEPTH, ldw * sizeof(T));
+    } else {
+      const BFloat16* packed = ring[step % RING];
+      each<0, W_PARTS>([&]<int I>() { load_tile<4 + I>(packed + I * TILE); });
+    }
     each<0, ROWS>([&]<int ROW>() {
       each<0, X_PARTS>([&]<int J>() {
         load_tile<7>(x + ROW * ldx + J * TILE);
@@ -188,7 +187,7 @@ void split_piece(const void* given, int64_t number, float*) {
   for (int64_t begin = 0; begin < split.k; begin += depth) {
     const int64_t units = lesser(depth, split.k - begin);
     split_rows<ROUNDED>(split.x + row * split.k + begin, lesser(TILE_ROWS, call.m - row), units, split.k,
-                        call.splits->by_unit,
+                        call.splits->by_unit, call.splits->pairs,
                         split.tiles + (begin * blocks * TILE_ROWS + row * tiled(units)) * parts_of<float>(ROUNDED));
   }
 }
@@ -203,8 +202,8 @@ inline int64_t amx_bytes(bool rounded, bool by_unit, int64_t m, int64_t n, int64
 }
 
 // Where the tiles of the inputs will be, in `memory` of amx_bytes; the inputs' x become that.
-inline const Splits* plan_tiles(bool rounded, bool by_unit, int64_t m, int64_t n, int64_t count, Input* inputs,
-                                void* memory) {
+inline const Splits* plan_tiles(bool rounded, Dtype dtype, bool by_unit, int64_t m, int64_t n, int64_t count,
+                                Input* inputs, void* memory) {
   Splits* made = static_cast<Splits*>(memory);
   Split* all = reinterpret_cast<Split*>(made + 1);
   float* tiles = vectors_from(all + count);
@@ -215,7 +214,7 @@ inline const Splits* plan_tiles(bool rounded, bool by_unit, int64_t m, int64_t n
   }
   const bool groups = takes_groups(by_unit, m, n, count, inputs);
   const int64_t depth = groups ? GROUP : streams(by_unit, m) ? STREAM_DEPTH : amx_depth(rounded);
-  *made = {by_unit, depth, all, groups ? tiles : nullptr};  // behind all tiles
+  *made = {by_unit, dtype == BFLOAT16 && !by_unit, depth, all, groups ? tiles : nullptr};  // behind all tiles
   return made;
 }
 
@@ -246,7 +245,7 @@ namespace {
 
 inline int64_t least_amx_rows(Dtype, bool) { return 0; }
 inline int64_t amx_bytes(bool, bool, int64_t, int64_t, int64_t, const Input*) { return 0; }
-inline const Splits* plan_tiles(bool, bool, int64_t, int64_t, int64_t, Input*, void*) { return nullptr; }
+inline const Splits* plan_tiles(bool, Dtype, bool, int64_t, int64_t, int64_t, Input*, void*) { return nullptr; }
 inline uint64_t run_amx(Job*, int, Dtype, bool, int64_t, ProductsCall*) { return 0; }
 
 }  // namespace

@@ -11,7 +11,8 @@
 //
 // Weights by output are the first factor of the instruction and x is the second; sums are then (outputs, rows). By unit
 // it is the other way round. The second factor has its inputs in pairs, along a tile's row. Pairs are the inputs i and
-// i + 16 of 32, in both factors: so they need no permutation.
+// i + 16 of 32, in both factors, so that they need no permutation; but neighbours where weights are bfloat16 by output,
+// whose tiles are loaded as they lie.
 #pragma once
 
 #include "panels.h"
@@ -41,13 +42,22 @@ constexpr int parts_of<Half>(bool rounded) {
   return rounded ? 1 : 2;
 }
 
+// Calls f<I>() to f<N - 1>().
+template <int I, int N, typename F>
+__attribute__((always_inline)) inline void each(const F& f) {
+  if constexpr (I < N) {
+    f.template operator()<I>();
+    each<I + 1, N>(f);
+  }
+}
+
 template <int C>
 inline void zero_tile() {
   asm volatile("tilezero %%tmm%c0" ::"i"(C));
 }
 template <int C>
-inline void load_tile(const BFloat16* from) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(LINE), "i"(C) : "memory");
+inline void load_tile(const void* from, int64_t stride = LINE) {  // of bytes from row to row
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(C) : "memory");
 }
 template <int C>
 inline void store_tile(float* to) {
@@ -115,6 +125,12 @@ struct AmxPanel {
   BFloat16* tiles;
 };
 
+// Whether pairs of inputs are neighbours.
+template <typename T>
+constexpr bool pairs_neighbours(bool by_unit) {
+  return __is_same(T, BFloat16) && !by_unit;
+}
+
 // Makes the tiles of COUNT times 16 outputs from `first` on, of one step.
 template <typename T, bool ROUNDED, bool BY_UNIT, int COUNT>
 WITH_BF16 inline void pack_tiles(const AmxPanel<T>& panel, int64_t first, int64_t step) {
@@ -123,6 +139,13 @@ WITH_BF16 inline void pack_tiles(const AmxPanel<T>& panel, int64_t first, int64_
   BFloat16* tiles = panel.tiles + first / TILE_ROWS * stride + step * PARTS * TILE;
   const int64_t units = panel.units - i, columns = panel.columns - first;
   const T* w = panel.w + (BY_UNIT ? i * panel.ldw + first : first * panel.ldw + i);
+  if constexpr (pairs_neighbours<T>(BY_UNIT)) {
+    const __mmask32 there = units < TILE_DEPTH ? (1u << units) - 1 : ~0u;
+    for (int64_t r = 0; r < COUNT * TILE_ROWS; r++, w += panel.ldw)
+      _mm512_storeu_si512(tiles + r / TILE_ROWS * stride + r % TILE_ROWS * TILE_DEPTH,
+                          _mm512_maskz_loadu_epi16(r < columns ? there : 0, w));
+    return;
+  }
   const auto put = [&](int64_t o, int64_t r, Vec low, Vec high) WITH_BF16 {
     Vec parts[PARTS];
     split_pair<T, ROUNDED>(low, high, parts);
@@ -154,10 +177,19 @@ WITH_BF16 inline void pack_tiles(const AmxPanel<T>& panel, int64_t first, int64_
     }
 }
 
-// The tiles of up to 16 rows of `units` inputs of x, rows ldx apart: (steps, parts).
+// The places of pairs of neighbours in a vector of pairs i and i + 16.
+inline __m512i neighbours() {
+  alignas(LINE) uint16_t order[TILE_DEPTH];
+  for (int i = 0; i < TILE_DEPTH; i++) order[i] = i % TILE_ROWS * 2 + i / TILE_ROWS;
+  return _mm512_load_si512(order);
+}
+
+// The tiles of up to 16 rows of `units` inputs of x, rows ldx apart: (steps, parts). `pairs`: of neighbours.
 template <bool ROUNDED>
-WITH_BF16 void split_rows(const float* x, int64_t rows, int64_t units, int64_t ldx, bool by_unit, BFloat16* tiles) {
+WITH_BF16 void split_rows(const float* x, int64_t rows, int64_t units, int64_t ldx, bool by_unit, bool pairs,
+                          BFloat16* tiles) {
   constexpr int PARTS = parts_of<float>(ROUNDED);
+  const __m512i order = neighbours();
   for (int64_t i = 0; i < units; i += TILE_DEPTH, tiles += PARTS * TILE) {
     Vec parts[TILE_ROWS][PARTS];
     for (int64_t r = 0; r < TILE_ROWS; r++) {
@@ -167,7 +199,10 @@ WITH_BF16 void split_rows(const float* x, int64_t rows, int64_t units, int64_t l
     }
     for (int part = 0; part < PARTS; part++) {
       Vec tile[LANES];
-      for (int64_t r = 0; r < TILE_ROWS; r++) tile[r] = parts[r][part];
+      for (int64_t r = 0; r < TILE_ROWS; r++) {
+        const __m512i as_made = _mm512_castps_si512(parts[r][part]);
+        tile[r] = pairs ? _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, as_made)) : parts[r][part];
+      }
       if (!by_unit) transpose(tile);  // x is the second factor then
       for (int64_t r = 0; r < TILE_ROWS; r++)
         store(reinterpret_cast<float*>(tiles + part * TILE + r * TILE_DEPTH), tile[r]);
@@ -328,7 +363,7 @@ struct Split {
   BFloat16* tiles;
 };
 struct Splits {
-  bool by_unit;
+  bool by_unit, pairs;  // of neighbours
   int64_t depth;
   const Split* all;
   float* sums;  // of groups

@@ -37,6 +37,7 @@ struct Integers {
   const IntegerRow* rows;
   const int8_t* digits;  // of each row: of BYTES inputs the lowest digits, then the middle ones, then the highest
   int64_t stride;        // bytes of a row
+  const int8_t* tiles;   // amx_integers.h
 };
 
 // Bytes of the digits of a row of the inputs.
@@ -101,13 +102,13 @@ inline IntegerRow to_integers(int64_t count, const Input* inputs, int64_t row, i
 }
 
 // Makes integers of m rows of the inputs, in `memory` of integer_bytes.
-inline const Integers* to_integers(int64_t m, int64_t count, const Input* inputs, void* memory) {
+inline Integers* to_integers(int64_t m, int64_t count, const Input* inputs, void* memory) {
   Integers* made = static_cast<Integers*>(memory);
   int8_t* digits = reinterpret_cast<int8_t*>(vectors_from(made + 1));
   const int64_t stride = digit_bytes(count, inputs);
   IntegerRow* rows = reinterpret_cast<IntegerRow*>(digits + m * stride);
   for (int64_t row = 0; row < m; row++) rows[row] = to_integers(count, inputs, row, digits + row * stride);
-  *made = {rows, digits, stride};
+  *made = {rows, digits, stride, nullptr};
   return made;
 }
 
@@ -248,7 +249,7 @@ inline uint64_t run_integers(Job* job, int threads, ProductsCall* call, int64_t 
 namespace {
 
 inline int64_t integer_bytes(int64_t, int64_t, const Input*) { return 0; }
-inline const Integers* to_integers(int64_t, int64_t, const Input*, void*) { return nullptr; }
+inline Integers* to_integers(int64_t, int64_t, const Input*, void*) { return nullptr; }
 inline uint64_t run_integers(Job*, int, ProductsCall*, int64_t) { return 0; }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The products of a model's layers, and which kernel computes them.
 #pragma once
 
+#include "amx_integers.h"
 #include "amx_products.h"
 #include "int8_products.h"
 #include "panels.h"
@@ -12,7 +13,7 @@
 namespace {
 
 // What becomes of the factors of products.
-enum class Factors { FLOAT32, PACKED, INTEGERS, PAIRS, TILES };
+enum class Factors { FLOAT32, PACKED, INTEGERS, DIGIT_TILES, PAIRS, TILES };
 struct Way {
   Factors factors;
   bool rounded;  // to bfloat16
@@ -22,10 +23,12 @@ struct Way {
 template <Extra E>
 inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit, int64_t count,
                   const Input* inputs) {
+  const bool integers = E >= Extra::VNNI && dtype == INT8 && !by_unit && m >= least_integers &&
+                        integer_bytes(m, count, inputs) > 0;
+  if (E >= Extra::AMX && integers && takes_digit_tiles(m)) return {Factors::DIGIT_TILES, false};
   if (E >= Extra::AMX && (by_unit || m >= least_amx_rows(dtype, bfloat16))) return {Factors::TILES, bfloat16};
   if (E == Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit)) return {Factors::PAIRS, true};
-  const bool integers = E >= Extra::VNNI && dtype == INT8 && !by_unit && m >= least_integers;
-  if (integers && integer_bytes(m, count, inputs) > 0) return {Factors::INTEGERS, false};
+  if (integers) return {Factors::INTEGERS, false};
   return {m >= LEAST_PACKED_ROWS ? Factors::PACKED : Factors::FLOAT32, false};
 }
 
@@ -39,6 +42,7 @@ inline int64_t factor_bytes(Way way, bool by_unit, int64_t m, int64_t n, int64_t
   if (way.factors == Factors::FLOAT32) return 0;
   if (way.factors == Factors::TILES) return amx_bytes(way.rounded, by_unit, m, n, count, inputs);
   if (way.factors == Factors::INTEGERS) return integer_bytes(m, count, inputs);
+  if (way.factors == Factors::DIGIT_TILES) return digit_tile_bytes(m, count, inputs);
   int64_t floats = 0;
   for (int64_t i = 0; i < count; i++) floats += packed_floats(way, m, inputs[i]);
   return packing_bytes(count, floats * sizeof(float));
@@ -49,9 +53,11 @@ inline void make_factors(Way way, Dtype dtype, bool by_unit, int64_t n, int64_t 
                          ProductsCall* call) {
   if (way.factors == Factors::FLOAT32) return;
   if (way.factors == Factors::TILES) {
-    call->splits = plan_tiles(way.rounded, by_unit, call->m, n, count, inputs, memory);
+    call->splits = plan_tiles(way.rounded, dtype, by_unit, call->m, n, count, inputs, memory);
   } else if (way.factors == Factors::INTEGERS) {
     call->integers = to_integers(call->m, count, inputs, memory);
+  } else if (way.factors == Factors::DIGIT_TILES) {
+    call->integers = to_digit_tiles(call->m, count, inputs, memory);
   } else {
     const bool pairs = way.factors == Factors::PAIRS;
     const int64_t depth = pairs ? rounded_depth(dtype, call->m, by_unit) : Float32Panels<float>::DEPTH;
@@ -65,6 +71,7 @@ inline uint64_t run_products(Way way, Job* job, int threads, Dtype dtype, int64_
   if (way.factors == Factors::TILES) return run_amx(job, threads, dtype, way.rounded, inputs, call);
   if (way.factors == Factors::PAIRS) return run_rounded(job, threads, dtype, inputs, call);
   if (way.factors == Factors::INTEGERS) return run_integers(job, threads, call, divide(call, threads));
+  if (way.factors == Factors::DIGIT_TILES) return run_digit_tiles(job, threads, call);
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
     if (call->m > MOST_FEW_ROWS || call->products[0].by_unit)
       return run_panels<T, Float32Panels<T>>(job, threads, inputs, call);
