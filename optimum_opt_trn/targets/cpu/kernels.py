@@ -300,9 +300,10 @@ class KernelArithmetic(Arithmetic):
             *(m, n, x.data_ptr(), errors.data_ptr(), factors.data_ptr(), most, counts.data_ptr(), places.data_ptr()),
         )
         found = counts.tolist()
-        if max(found) > most:
+        if (longest := max(found)) > most:
             return None
-        return sorted({place for row, count in zip(places.tolist(), found, strict=True) for place in row[:count]})
+        rows = places[:, :longest].tolist()
+        return sorted({place for row, count in zip(rows, found, strict=True) for place in row[:count]})
 
     def _empty(self, *shape: int) -> Tensor:
         """Where a kernel writes its results, float32."""
