@@ -1,4 +1,4 @@
-"""Products of int8 weights whose activations may become integers (csrc/int8_products.h), against float64."""
+"""Products of int8 weights whose activations become integers (int8_products.h, amx_integers.h), against float64."""
 
 from __future__ import annotations
 
