@@ -119,7 +119,7 @@ void multiply_panel(int64_t rows, const Panel<T>& panel, const float* x, int64_t
                   : multiply_panel<false, M>(panel, x, ldx, next, sums, ldy);
 }
 
-// With fewer rows, packing x takes longer than it saves.
+// Fewer rows do not displace one another: 64 rows of 2048 inputs are multiplied as fast as those of 2064.
 constexpr int64_t LEAST_PACKED_ROWS = 65;
 
 // Bytes of `count` inputs that are packed to `packed` bytes.

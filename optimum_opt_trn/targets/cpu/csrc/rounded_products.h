@@ -1,5 +1,6 @@
 // Products whose factors are rounded to bfloat16, which AVX-512 BF16 multiplies two at a time: twice as many a second as
-// float32 ones. Sums are float32. x is rounded once a call, and packed (panels.h): to whole vectors, with zeros at their end.
+// float32 ones. Sums are float32. x is rounded once a call, and packed (panels.h): to whole vectors, with zeros at their
+// end.
 #pragma once
 
 #include "panels.h"
