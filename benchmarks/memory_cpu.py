@@ -15,7 +15,7 @@ and every weight and cache tensor is touched. Columns, in MB (10^6):
 - peak: how far the plan's total is from resident and measured workspace together.
 
 With --eager it runs without the kernels, which the workspace is not planned for. Exit status 1 if tensors or resident
-bytes are more than 2 % from the prediction.
+bytes are more than 2 % from the prediction, and 64 KiB a layer.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ from optimum_opt_trn.targets.cpu.runtime import CPURuntime
 
 
 TOLERANCE = 0.02
+# Where a page of a file is read first, Linux maps those around it, 64 KiB together (mm/memory.c, fault_around_bytes):
+# of each layer's copies also some of fc1's, which is not read here.
+AROUND = 65536
 # hidden -> (units of the MLP, layers), of such sizes that 2 % are more than Python's own objects take, some 1 to 3 MB.
 # The last has the width of OPT-1.3B, and with it the workspace.
 SHAPES = {256: (16384, 8), 512: (2048, 12), 768: (3072, 12), 1024: (4096, 8), 2048: (8192, 2)}
@@ -185,7 +188,7 @@ def main() -> int:
                 predicted = sum(plan.weights.values()) + plan.cache
                 found = in_a_process(measure, config, neuron_config, directory, eager)
                 off = max((found[key] / predicted - 1 for key in ("tensors", "resident")), key=abs)
-                failed += abs(off) > TOLERANCE
+                failed += abs(off) > TOLERANCE + config.num_hidden_layers * AROUND / predicted
                 shown = " | ".join(f"{n / 1e6:.1f}" for n in (predicted, found["tensors"], found["resident"]))
                 spent = " | ".join(f"{n / 1e6:.1f}" for n in (plan.workspace, found["workspace"]))
                 peak = (found["resident"] + found["workspace"]) / plan.total - 1

@@ -22,7 +22,7 @@ from .checkpoints import cache_bytes, read_headers, unread_head_bytes, weight_by
 from .neighbours import Neighbours
 from .records import Record
 from .workers import Worker, Workplace
-from .zeros import Zeros, fc2_bytes
+from .zeros import Zeros, unread_mlp_bytes
 
 
 # Of the prompt that a process is started for: the first token after loading, and tokens to compare.
@@ -116,8 +116,8 @@ class Pairs:
         self.shape, self.config, self.place, self.probe, self.say = shape, config, place, probe, say
         self.zeros, self.neighbours = zeros, neighbours
         self.header = read_headers(checkpoint)
-        # Bytes of weights that a step of our exports reads, by contender, and of fc2 among them: the files are known.
-        self.exported: dict[str, tuple[int, int]] = {}
+        # Bytes of weights that a step of our exports reads, by contender: the files are known.
+        self.exported: dict[str, float] = {}
         self.versions: dict[str, dict[str, str]] = {}
         # Contender -> how many of the first tokens, of how many, equal those of the group's first contender.
         self.agreement: dict[str, tuple[int, int]] = {}
@@ -142,7 +142,8 @@ class Pairs:
             if contender.is_ours:
                 header = read_headers(folders[contender.name] / "checkpoint")
                 weights = weight_bytes(header) - unread_head_bytes(folders[contender.name])
-                self.exported[contender.name] = weights, fc2_bytes(header)
+                unread = unread_mlp_bytes(folders[contender.name], plan.batch, self.zeros)
+                self.exported[contender.name] = weights - unread
         with ExitStack() as open_workers:
             workers, records = self._load(contenders, folders, plan, record, open_workers)
             for length in plan.prompts:
@@ -239,11 +240,10 @@ class Pairs:
     def step_bytes(self, contender: Contender, batch: int, context: float) -> float:
         """What a step reads, with matrices and cache in the contender's dtype of weights (int8: a 16-bit cache).
 
-        Ours does not read the weights of fc2 whose inputs are 0 in every row.
+        Ours does not read all of the MLP's weights (`unread_mlp_bytes`).
         """
         matrix = WEIGHT_BYTES[contender.weights]
-        known, fc2 = self.exported.get(contender.name, (weight_bytes(self.header, matrix), 0))
-        weights = known - (0.0 if self.place.eager else fc2 * self.zeros.idle.get(batch, 0.0))
+        weights = self.exported.get(contender.name, weight_bytes(self.header, matrix))
         return weights + cache_bytes(self.config, batch, context, max(2, matrix))
 
     def _prompts(self, batch: int, length: int) -> list[list[int]]:

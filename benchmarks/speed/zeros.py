@@ -19,8 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import OPTForCausalLM
 
+from optimum_opt_trn.targets.cpu.int8_copy import int8_copy
 
-FILE = "fc2_zeros.json"
+from .checkpoints import read_headers
+
+
+FILE = "mlp_zeros.json"
 BATCHES = (1, 2, 4, 8)
 SEED, SEQUENCES, TOKENS = 20261126, 8, 48
 
@@ -32,15 +36,21 @@ class Zeros:
     Args:
         zero: of each layer, the share that is 0.
         idle: batch size -> the share that is 0 in every row, over all layers: their weights need not be read.
+        left: batch size -> the share that may not be 0 in some row, for all that an int8 copy of fc1 tells.
     """
 
     zero: list[float]
     idle: dict[int, float]
+    left: dict[int, float]
 
     def describe(self) -> str:
         low, high = min(self.zero), max(self.zero)
         idle = ", ".join(f"{share:.0%} at batch {batch}" for batch, share in self.idle.items())
-        return f"{sum(self.zero) / len(self.zero):.1%} ({low:.1%} to {high:.1%} by layer); in every row {idle}"
+        left = ", ".join(f"{share:.0%}" for share in self.left.values())
+        return (
+            f"{sum(self.zero) / len(self.zero):.1%} ({low:.1%} to {high:.1%} by layer); in every row {idle}; "
+            f"left by an int8 copy of fc1 {left}"
+        )
 
 
 def measure(checkpoint: Path) -> Zeros:
@@ -49,7 +59,8 @@ def measure(checkpoint: Path) -> Zeros:
     if not file.is_file():
         _write(file, _run(checkpoint, None)[0])
     content = json.loads(file.read_text())
-    return Zeros(content["zero"], {int(batch): share for batch, share in content["idle"].items()})
+    idle, left = ({int(batch): share for batch, share in content[name].items()} for name in ("idle", "left"))
+    return Zeros(content["zero"], idle, left)
 
 
 def plant(checkpoint: Path, share: float, directory: Path) -> Path:
@@ -91,9 +102,9 @@ def _run(checkpoint: Path, share: float | None) -> tuple[Zeros, list[float]]:
     model = OPTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     shifts: list[float] = []
     zero: list[float] = []
-    idle: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    idle, left = ({batch: [] for batch in BATCHES} for _ in range(2))
 
-    def watch(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def watch(fc1: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         rows = output.reshape(SEQUENCES, TOKENS, -1)  # OPT's MLP may see (tokens, units)
         shift = 0.0 if share is None else _quantile(rows[: SEQUENCES // 2], share)
         shifts.append(shift)
@@ -101,10 +112,13 @@ def _run(checkpoint: Path, share: float | None) -> tuple[Zeros, list[float]]:
         zero.append(inactive.float().mean().item())
         # Rows of a batch are other sequences, at any position.
         pool = inactive.reshape(-1, inactive.shape[-1])
+        lengths = inputs[0].reshape(SEQUENCES, TOKENS, -1)[SEQUENCES // 2 :].norm(dim=-1).reshape(-1, 1)
+        above = rows[SEQUENCES // 2 :].reshape(pool.shape) - shift + lengths * int8_copy(fc1.weight).bounds() > 0
         generator = torch.Generator().manual_seed(SEED)
-        for batch, found in idle.items():
+        for batch in BATCHES:
             drawn = torch.randint(len(pool), (64, batch), generator=generator)
-            found.append(pool[drawn].all(dim=1).float().mean().item())
+            idle[batch].append(pool[drawn].all(dim=1).float().mean().item())
+            left[batch].append(above[drawn].any(dim=1).float().mean().item())
         return output - shift
 
     handles = [layer.fc1.register_forward_hook(watch) for layer in model.model.decoder.layers]
@@ -113,8 +127,8 @@ def _run(checkpoint: Path, share: float | None) -> tuple[Zeros, list[float]]:
     model.model.decoder(ids)
     for handle in handles:
         handle.remove()
-    means = {batch: sum(found) / len(found) for batch, found in idle.items()}
-    return Zeros(zero, means), shifts
+    means = ({batch: sum(found) / len(found) for batch, found in shares.items()} for shares in (idle, left))
+    return Zeros(zero, *means), shifts
 
 
 def _quantile(values: Tensor, share: float) -> float:
@@ -122,6 +136,19 @@ def _quantile(values: Tensor, share: float) -> float:
     return values.flatten().kthvalue(max(1, round(share * values.numel()))).values.item()
 
 
-def fc2_bytes(header: dict[str, tuple[tuple[int, ...], int]]) -> int:
-    """Bytes of fc2's weights among those of a checkpoint (`read_headers`)."""
-    return sum(size for name, (_, size) in header.items() if name.endswith("fc2.weight"))
+def unread_mlp_bytes(export: Path, batch: int, zeros: Zeros) -> float:
+    """By how much fewer bytes of the MLPs our export's steps with so many rows read, of a model with these zeros.
+
+    Of fc2 they read what is not 0 in every row. Of fc1, with few rows, they read an int8 copy and what it leaves, if
+    that is less by a tenth of fc1 (csrc/screened.h).
+    """
+    header, copies = read_headers(export / "checkpoint"), read_headers(export / "compiled")
+    if "fc2.weight_by_unit" not in copies:
+        return 0.0
+    fc1, fc2 = (sum(size for n, (_, size) in header.items() if n.endswith(f"{m}.weight")) for m in ("fc1", "fc2"))
+    unread = fc2 * zeros.idle.get(batch, 0.0)
+    shape, size = copies.get("fc1.weight_int8", ((0, 0), 0))
+    saved = fc1 * (1 - zeros.left.get(batch, 1.0)) - len([n for n in header if n.endswith("fc1.weight")]) * size
+    if size and batch <= (2 if shape[1] < 1024 else 4) and saved >= 0.1 * fc1:
+        unread += saved
+    return unread

@@ -110,7 +110,7 @@ def scales(rows: Tensor) -> Tensor:
 
 def quantize(rows: Tensor) -> Tensor:
     """Some rows of a matrix, floating point `(n, in)` → int8, to be multiplied with `scales(rows)`."""
-    return (rows.float() / scales(rows)).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    return (rows.float() / scales(rows)).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:

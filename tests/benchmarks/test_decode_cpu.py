@@ -39,12 +39,12 @@ from speed.neighbours import Neighbours  # noqa: E402
 from speed.pairs import Pairs, Plan, agreeing  # noqa: E402
 from speed.records import Record, Records, quartiles  # noqa: E402
 from speed.workers import ContenderFailed, Worker, Workplace  # noqa: E402
-from speed.zeros import Zeros, measure, plant  # noqa: E402
+from speed.zeros import Zeros, measure, plant, unread_mlp_bytes  # noqa: E402
 
 
 TINY = ["--shapes", "tiny", "--in_place", "--eager", "--threads", "1", "--contexts", "8", "--prompts", "8"]
 ABOUT = {"threads": 2, "busy": 0, "zeros": None}
-NO_ZEROS = Zeros([0.0, 0.0], {})
+NO_ZEROS = Zeros([0.0, 0.0], {}, {})
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=9))
@@ -98,6 +98,23 @@ def test_a_copy_of_the_head_is_read_instead(checkpoint, tmp_path):
     copied = (head.to(torch.int8), torch.zeros(len(head), 1), torch.zeros(len(head)))
     assert unread_head_bytes(tmp_path / "eager") == 0
     assert unread_head_bytes(tmp_path / "kernels") == head.nbytes - sum(tensor.nbytes for tensor in copied)
+
+
+@pytest.mark.parametrize(
+    ("batch", "idle", "left", "fc1_read"),
+    [(1, 0.9, 0.2, 0.2), (2, 0.8, 0.39, 0.39), (2, 0.8, 0.41, None), (4, 0.7, 0.1, None)],
+)
+def test_what_is_0_is_not_read(batch, idle, left, fc1_read, checkpoint, tmp_path):
+    for name, eager in (("eager", True), ("kernels", False)):
+        options = {"batch_size": 1, "sequence_length": 64, "eager": eager}
+        NeuronOPTForCausalLM.from_pretrained(checkpoint, **options).save_pretrained(tmp_path / name)
+    config, zeros = shape_options("tiny"), Zeros([idle] * 2, {batch: idle}, {batch: left})
+    matrix = torch.zeros(config["ffn_dim"], config["hidden_size"], dtype=torch.float16)
+    unread = idle * matrix.nbytes
+    if fc1_read is not None:
+        unread += (1 - fc1_read) * matrix.nbytes - matrix.to(torch.int8).nbytes
+    assert unread_mlp_bytes(tmp_path / "eager", batch, zeros) == 0
+    assert unread_mlp_bytes(tmp_path / "kernels", batch, zeros) == pytest.approx(config["num_hidden_layers"] * unread)
 
 
 def test_an_untied_embedding_is_a_table():
@@ -365,6 +382,7 @@ def test_planted_zeros_are_the_inputs_of_fc2(checkpoint, tmp_path):
     found = measure(planted)
     assert found.zero == pytest.approx([0.9] * 2, abs=0.02)
     assert found.idle[1] == pytest.approx(0.9, abs=0.02) and found.idle[4] < found.idle[2] < found.idle[1]
+    assert 1 - found.idle[1] < found.left[1] < found.left[2] < 1 - found.idle[2] + 0.2
     before, after = load_file(checkpoint / "model-00001.safetensors"), load_file(planted / "model-00001.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"model.decoder.layers.0.fc1.bias"}

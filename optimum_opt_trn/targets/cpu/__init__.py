@@ -12,13 +12,14 @@ from ...checkpoint.layout import CHECKPOINT_DIR
 from ...configuration_opt import OPTNeuronConfig
 from ...model.arithmetic import Arithmetic
 from ...model.parallel import RankGroup
+from ...planning.host import host_memory
 from ..base import Result, Runtime, Target
 from .artifacts import use_artifacts, write_artifacts
+from .int8_copy import Int8Copy, Screen
 from .kernels import KernelArithmetic, chosen_variant
 from .process_runtime import ProcessRuntime
 from .processes import all_processes, local_degree
 from .runtime import CPURuntime
-from .screened_head import HeadCopy
 
 
 class CPUTarget(Target):
@@ -51,7 +52,7 @@ class CPUTarget(Target):
 
         def load() -> ProcessRuntime:
             group = RankGroup(degree, ranks, _arithmetic(eager), world.all_reduce, world.all_gather)
-            weights, _ = _weights(config, neuron_config, directory, group)
+            weights, *_ = _weights(config, neuron_config, directory, group)
             return ProcessRuntime(config, neuron_config, group, weights, world)
 
         return world.together(load)
@@ -73,12 +74,28 @@ def _arithmetic(eager: bool) -> Arithmetic:
 
 def _weights(
     config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, group: RankGroup
-) -> tuple[ModelWeights, HeadCopy | None]:
+) -> tuple[ModelWeights, list[Screen], Int8Copy | None]:
     weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
+    screens: list[Screen] = []
     head_copy = None
     if isinstance(group.arithmetic, KernelArithmetic):
         if neuron_config.weight_dtype == "int8":  # the kernels add float32 biases to what they scaled
             for layer in weights.layers:
                 layer.update({name: [b.float() for b in layer[name]] for name in layer if name.endswith(".bias")})
-        head_copy = use_artifacts(weights.layers, config, neuron_config, directory, group)
-    return weights, head_copy
+        screens, head_copy = use_artifacts(weights.layers, config, neuron_config, directory, group)
+        if not _memory_holds(weights, screens):
+            screens = []
+    return weights, screens, head_copy
+
+
+def _memory_holds(weights: ModelWeights, screens: list[Screen]) -> bool:
+    """Whether there is memory for the copies beside the weights, all of which prompts read."""
+    try:
+        available = host_memory()[1]
+    except OSError:  # the system does not tell
+        return True
+    parts = (weights.embed, weights.head, *weights.layers)
+    tensors = [tensor for part in parts for shards in part.values() for tensor in shards]
+    tensors += [copy.weight for screen in screens for copy in screen.copies]
+    # A tied head is the embedding.
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) <= available

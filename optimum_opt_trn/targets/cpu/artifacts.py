@@ -2,15 +2,15 @@
 
 OPT's activation is a ReLU, after which most of fc2's inputs are exactly 0. Their weights are columns of the stored
 matrix, two bytes of each row, and memory is read in lines of 64. So each layer's fc2 is stored again, as
-`(ffn, hidden)`. Of the head there is a copy in int8 (screened_head.py). That is data: an export's directory holds no
-code for `cpu`, and none in it is loaded.
+`(ffn, hidden)`. Of its fc1 there is a copy in int8, which tells which they are (csrc/screened.h), and one of the head
+(screened_head.py). That is data: an export's directory holds no code for `cpu`, and none in it is loaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,22 @@ from ...model.parallel import RankGroup, Weights
 from ...model.shapes import shard_range
 from ..base import COMPILED_DIR
 from ..manifest import MANIFEST_NAME
-from .screened_head import ERROR, LENGTH, SCALE, WEIGHT, HeadCopy, copy_rows
+from .int8_copy import CopyMaker, Int8Copy, Screen, copy_specs
 
 
 logger = logging.get_logger(__name__)
 
 TENSOR_NAME = "fc2.weight_by_unit"
-# Units or words that are copied at a time.
+_FC1, _HEAD = "fc1", "lm_head"
+# Units that are copied at a time.
 _AT_ONCE = 512
 
 
 def write_artifacts(config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, eager: bool) -> None:
     """Writes `compiled/` of the export in `directory`: the copies, and the manifest, last.
 
-    Each layer's fc2 has a file, if the model's activation is a ReLU; so has the head, if it is not int8 already. Only
-    the manifest is written with `eager`. Weights are finite, or skipping would hide that 0 times infinity is NaN: no
+    Each layer has a file, if the model's activation is a ReLU; so has the head, if it is not int8 already. Only the
+    manifest is written with `eager`. Weights are finite, or skipping would hide that 0 times infinity is NaN: no
     checkpoint with others is split.
     """
     compiled = directory / COMPILED_DIR
@@ -66,7 +67,7 @@ def write_artifacts(config: OPTConfig, neuron_config: OPTNeuronConfig, directory
     with tqdm(total=total, unit="B", unit_scale=True, desc="Storing copies for decoding", leave=False) as progress:
         for name, specs in copies.items():
             source = directory / CHECKPOINT_DIR / name
-            chunks = partial(_head_copy, config, source) if name == OUTER_FILE else partial(_by_unit, source)
+            chunks = _head_chunks(config, source) if name == OUTER_FILE else _layer_chunks(source)
             size, digest = write_tensors(compiled / name, specs, chunks, progress.update)
             artifacts[name] = {"bytes": size, "sha256": digest, "checkpoint": sources[name]}
     manifest = {"format": 2, "artifacts": artifacts}
@@ -75,14 +76,14 @@ def write_artifacts(config: OPTConfig, neuron_config: OPTNeuronConfig, directory
 
 def use_artifacts(
     layers: list[Weights], config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, group: RankGroup
-) -> HeadCopy | None:
+) -> tuple[list[Screen], Int8Copy | None]:
     """Replaces fc2 in `layers` by the same values stored by unit, for the layers that `compiled/` has them of.
 
-    Exports of earlier versions have none, or no copy of the head. The library of kernels that they have is not loaded,
+    Exports of earlier versions have none, or no copies in int8. The library of kernels that they have is not loaded,
     nor is any other file that the manifest does not list; a warning names them.
 
     Returns:
-        The copy of the head, if there is one.
+        A screen of each layer's fc1, or none, and the copy of the head, if there is one.
 
     Raises:
         CheckpointError: if the manifest or a file is missing or broken, or was made from another checkpoint.
@@ -110,12 +111,15 @@ def use_artifacts(
         for name, specs in copies.items()
         if name in artifacts
     }
+    ranges = [shard_range(config.ffn_dim, rank, group.tp_degree)[:2] for rank in group.ranks]
+    screens = []
     for index, weights in enumerate(layers):
-        if copy := stored.get(layer_file(index)):
-            ranges = (shard_range(config.ffn_dim, rank, group.tp_degree)[:2] for rank in group.ranks)
+        copy = stored.get(layer_file(index), {})
+        if copy:
             weights["fc2.weight"] = [copy[TENSOR_NAME][start:stop].T for start, stop in ranges]
-    head = stored.get(OUTER_FILE)
-    return None if head is None else HeadCopy(*(head[name] for name in (WEIGHT, SCALE, ERROR, LENGTH)))
+        if fc1 := _int8_copy(_FC1, copy):
+            screens.append(Screen([fc1.rows(start, stop) for start, stop in ranges]))
+    return screens if len(screens) == len(layers) else [], _int8_copy(_HEAD, stored.get(OUTER_FILE, {}))
 
 
 def _copies(config: OPTConfig, neuron_config: OPTNeuronConfig) -> dict[str, dict[str, TensorSpec]]:
@@ -123,29 +127,35 @@ def _copies(config: OPTConfig, neuron_config: OPTNeuronConfig) -> dict[str, dict
     copies = {}
     if config.activation_function == "relu":
         dtype = neuron_config.weight_dtype or neuron_config.amp
-        by_unit = {TENSOR_NAME: TensorSpec((config.ffn_dim, config.hidden_size), dtype)}
-        copies.update({layer_file(index): by_unit for index in range(config.num_hidden_layers)})
+        specs = {TENSOR_NAME: TensorSpec((config.ffn_dim, config.hidden_size), dtype)}
+        if dtype != "int8":
+            specs.update(copy_specs(_FC1, config.ffn_dim, config.hidden_size))
+        copies.update({layer_file(index): specs for index in range(config.num_hidden_layers)})
     if not has_int8_head(config, neuron_config.weight_dtype):
-        words = config.vocab_size
-        copies[OUTER_FILE] = {
-            WEIGHT: TensorSpec((words, config.word_embed_proj_dim), "int8"),
-            SCALE: TensorSpec((words, 1), "f32"),
-            ERROR: TensorSpec((words,), "f32"),
-            LENGTH: TensorSpec((words,), "f32"),
-        }
+        copies[OUTER_FILE] = copy_specs(_HEAD, config.vocab_size, config.word_embed_proj_dim)
     return copies
 
 
-def _by_unit(source: Path, name: str) -> Iterator[Tensor]:
-    """`fc2.weight.T` of the layer in `source`, in pieces."""
+def _layer_chunks(source: Path) -> Callable[[str], Iterator[Tensor]]:
+    """What gives the tensors of the copies of the layer in `source`, in pieces."""
     prefix = layer_prefix(int(source.stem.removeprefix("layer_")))
-    for columns in _read(source, f"{prefix}fc2.weight").split(_AT_ONCE, dim=1):
-        yield columns.T.contiguous()
+    fc1 = CopyMaker(_read(source, f"{prefix}fc1.weight"))
+
+    def by_unit() -> Iterator[Tensor]:
+        for columns in _read(source, f"{prefix}fc2.weight").split(_AT_ONCE, dim=1):
+            yield columns.T.contiguous()
+
+    return lambda name: by_unit() if name == TENSOR_NAME else fc1.chunks(name)
 
 
-def _head_copy(config: OPTConfig, source: Path, name: str) -> Iterator[Tensor]:
-    head = _read(source, TOKEN_EMBEDDINGS if config.tie_word_embeddings else HEAD)
-    return copy_rows(name, head, _AT_ONCE)
+def _head_chunks(config: OPTConfig, source: Path) -> Callable[[str], Iterator[Tensor]]:
+    return CopyMaker(_read(source, TOKEN_EMBEDDINGS if config.tie_word_embeddings else HEAD)).chunks
+
+
+def _int8_copy(matrix: str, tensors: dict[str, Tensor]) -> Int8Copy | None:
+    """The copy of `matrix` among `tensors`, if it is there."""
+    names = list(copy_specs(matrix, 0, 0))
+    return Int8Copy(*map(tensors.__getitem__, names)) if names[0] in tensors else None
 
 
 def _read_copy(
@@ -157,9 +167,12 @@ def _read_copy(
         raise CheckpointError(f"{file} is missing or not what the manifest says: {again}")
     if entry.get("checkpoint") != source:
         raise CheckpointError(f"{file} was made from another {CHECKPOINT_DIR}/{file.name}: {again}")
-    tensors = {name: _read(file, name) for name in specs}
-    for name, spec in specs.items():
-        stored, dtype = tensors[name], to_torch(spec.dtype)
+    with _opened(file) as opened:
+        names = opened.keys()
+        copies_fc1 = any(name.startswith(_FC1) for name in names)  # earlier versions did not
+        tensors = {name: opened.get_tensor(name) for name in specs if copies_fc1 or not name.startswith(_FC1)}
+    for name, stored in tensors.items():
+        spec, dtype = specs[name], to_torch(specs[name].dtype)
         if stored.shape != spec.shape or stored.dtype != dtype:
             found = f"{stored.dtype} {tuple(stored.shape)}"
             raise CheckpointError(f"{file}: {name} is {found}, not {dtype} {spec.shape}: {again}")
@@ -167,12 +180,18 @@ def _read_copy(
 
 
 def _read(file: Path, name: str) -> Tensor:
+    with _opened(file) as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
+            yield opened
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is missing or broken ({error}). Export the model again.") from error
-    return tensor
 
 
 def _checkpoint_hashes(directory: Path) -> dict[str, str]:

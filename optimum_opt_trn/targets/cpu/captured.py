@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig
 
+from ...model.arithmetic import LayerNorm
 from ...model.attention import LayerCache
 from ...model.parallel import RankGroup, Weights
 from ...model.program import OPTRankProgram
 from ..base import Step
+from .int8_copy import Screen
 from .kernel_attention import KernelAttention
 from .kernels import CALLS, MOST_NORMED_ROWS, KernelArithmetic, replay
 
@@ -42,7 +45,7 @@ class _Buffers:
 
     def begin(self, layer: int) -> None:
         """From here on, results are those of this layer."""
-        self._half, self._taken = layer % 2, 0
+        self.layer, self._half, self._taken = layer, layer % 2, 0
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         """float32, of this shape, for the next result of the layer."""
@@ -58,11 +61,26 @@ class _CapturingArithmetic(KernelArithmetic):
     """Computes as usual, but to buffers that stay; and notes the calls.
 
     Args:
+        screens: of each layer's fc1, the only products that a ReLU follows; none if there are no copies.
         words: the calls, as `replay` takes them.
     """
 
     buffers: _Buffers = field(default_factory=_Buffers)
+    screens: Sequence[Screen] = ()
     words: array[int] = field(default_factory=lambda: array("q"))
+
+    def linears(
+        self,
+        x: Tensor,
+        weights: list[Tensor],
+        biases: list[Tensor] | None = None,
+        relu: bool = False,
+        norm: LayerNorm | None = None,
+        scales: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        if relu and self.screens:
+            return self.screened(x, weights, biases, self.screens[self.buffers.layer], norm)
+        return super().linears(x, weights, biases, relu, norm, scales)
 
     def _empty(self, *shape: int) -> Tensor:
         return self.buffers.take(shape)
@@ -86,12 +104,21 @@ class CapturedLayers:
 
     Args:
         group: ranks that exchange nothing with other processes, and a KernelArithmetic.
-        layers: weights; they and the caches stay where they are.
+        layers: weights; they, the caches and the screens stay where they are.
+        screens: of each layer's fc1, or none.
     """
 
-    def __init__(self, config: OPTConfig, group: RankGroup, layers: list[Weights], caches: list[LayerCache]):
+    def __init__(
+        self,
+        config: OPTConfig,
+        group: RankGroup,
+        layers: list[Weights],
+        caches: list[LayerCache],
+        screens: Sequence[Screen] = (),
+    ):
         assert isinstance(group.arithmetic, KernelArithmetic)
         self._config, self._group, self._layers, self._caches = config, group, layers, caches
+        self._screens = screens
         self._arithmetic = group.arithmetic
         self._buffers = _Buffers()
         self._slots, self._positions = (torch.zeros(MOST_TOKENS, dtype=torch.int64) for _ in range(2))
@@ -122,7 +149,7 @@ class CapturedLayers:
 
     def _capture(self, hidden: Tensor, step: Step) -> _Capture:
         options = {one.name: getattr(self._arithmetic, one.name) for one in fields(KernelArithmetic) if one.init}
-        arithmetic = _CapturingArithmetic(**options, buffers=self._buffers)
+        arithmetic = _CapturingArithmetic(**options, buffers=self._buffers, screens=self._screens)
         program = OPTRankProgram(self._config, replace(self._group, arithmetic=arithmetic))
         attention = KernelAttention(step, program.scale, arithmetic.compute_dtype, arithmetic)
         for index, (weights, cache) in enumerate(zip(self._layers, self._caches, strict=True)):

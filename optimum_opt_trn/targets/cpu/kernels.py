@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ...model.arithmetic import LAYER_NORM_EPS, Arithmetic, LayerNorm
 from ...model.attention import MASKED
 from ..base import TargetError
+from .int8_copy import Screen
 
 
 try:
@@ -36,6 +37,8 @@ _ROUNDING = ("avx512_amx", "avx512_bf16")
 CALLS: tuple[str, ...] = () if _kernels is None else _kernels.CALLS
 # With more rows, a layernorm before products is a call of its own.
 MOST_NORMED_ROWS: int = 0 if _kernels is None else _kernels.MOST_NORMED_ROWS
+# With more rows, a screen saves no time.
+MOST_SCREENED_ROWS: int = 0 if _kernels is None else _kernels.MOST_SCREENED_ROWS
 
 # Calls whose inputs a late thread may still read (csrc/pool.h), and these inputs.
 _kept: deque[tuple[int, object]] = deque()
@@ -91,8 +94,8 @@ class KernelArithmetic(Arithmetic):
 
     Args:
         variant: one of `variants()`; by default what `chosen_variant` returns.
-        skip_zeros: whether weights of units that are 0 in every row are left unread, where they are stored by unit.
-            Results are the same to the bit.
+        skip_zeros: whether weights of units that are 0 in every row are left unread: where they are stored by unit,
+            and where a screen tells which they are. Results are the same to the bit.
         least_integer_rows: with fewer, int8 weights by output are multiplied in float32 by every variant; by default
             what is fastest on this processor.
     """
@@ -143,6 +146,40 @@ class KernelArithmetic(Arithmetic):
                 *(norm is not None, *_norm_arguments(norm)),
                 *arguments,
             )
+        return ys
+
+    def screened(
+        self, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, screen: Screen, norm: LayerNorm | None
+    ) -> list[Tensor]:
+        """The same as `linears` with `relu`, to the bit; few rows read the copies in `screen` first.
+
+        Args:
+            weights: floating point, those that the copies are of.
+        """
+        k, dtype = _check_x(x), weights[0].dtype
+        m = x.numel() // k
+        if not 0 < m <= MOST_SCREENED_ROWS or not self.skip_zeros:
+            return KernelArithmetic.linears(self, x, weights, biases, True, norm)
+        ys: list[Tensor] = []
+        outputs: list[int] = []
+        copies: list[int] = []
+        for i, (weight, copy, error) in enumerate(zip(weights, screen.copies, screen.errors, strict=True)):
+            n, ldw = _check_weight(weight, k, dtype)
+            if len(copy.weight) != n or error.shape != (n,) or error.dtype != torch.float32:
+                raise RuntimeError(f"the copy of a weight is not of {n} outputs")
+            ys.append(self._empty(*x.shape[:-1], n))
+            outputs += weight.data_ptr(), n, ldw, 0, 0 if biases is None else _check_bias(biases[i], dtype, n)
+            outputs.append(ys[-1].data_ptr())
+            _, ldw = _check_weight(copy.weight, k, torch.int8)
+            copies += copy.weight.data_ptr(), ldw, _check_scale(copy.scale, torch.int8, n), error.data_ptr()
+        self._compute(
+            "screened",
+            (x, weights, biases, screen),
+            *(_DTYPES[dtype], self.rounds_factors(), self.least_integer_rows, m, k, x.data_ptr()),
+            *(norm is not None, *_norm_arguments(norm), screen.without.data_ptr(), len(weights)),
+            *outputs,
+            *copies,
+        )
         return ys
 
     def linear_sum(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import OPTConfig
@@ -14,9 +16,10 @@ from ..base import Step
 from ..eager import EagerRuntime
 from ..packed_attention import PackedAttention
 from .captured import MOST_TOKENS, CapturedLayers
+from .int8_copy import Int8Copy, Screen
 from .kernel_attention import KernelAttention
 from .kernels import KernelArithmetic
-from .screened_head import HeadCopy, ScreenedHead
+from .screened_head import ScreenedHead
 
 
 class CPURuntime(EagerRuntime):
@@ -33,13 +36,14 @@ class CPURuntime(EagerRuntime):
         neuron_config: OPTNeuronConfig,
         group: RankGroup,
         weights: ModelWeights,
-        head_copy: HeadCopy | None = None,
+        screens: Sequence[Screen] = (),
+        head_copy: Int8Copy | None = None,
     ) -> None:
         super().__init__(config, neuron_config, group, weights)
         alone = group.all_reduce is None and isinstance(group.arithmetic, KernelArithmetic)
         # Sums over processes, and activations other than ReLU, are no calls of the kernels.
         self.captured: CapturedLayers | None = (
-            CapturedLayers(config, group, weights.layers, self.cache)
+            CapturedLayers(config, group, weights.layers, self.cache, screens)
             if alone and self.program.activation is None
             else None
         )

@@ -1,4 +1,4 @@
-"""What an export for `cpu` has in compiled/: fc2 by unit and a copy of the head, checked at load, and no code."""
+"""What an export for `cpu` has in compiled/: fc2 by unit, copies of fc1 and the head, checked at load, and no code."""
 
 import json
 import logging
@@ -16,7 +16,6 @@ from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConf
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.targets.cpu.artifacts import TENSOR_NAME
 from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
-from optimum_opt_trn.targets.cpu.screened_head import WEIGHT
 
 
 HEAD = "embeddings_and_head.safetensors"
@@ -101,6 +100,18 @@ def test_an_export_without_a_copy_of_the_head(exported):
     assert_sound(exported, by_unit=True)
 
 
+def test_an_export_without_copies_of_fc1(exported):
+    """As those of earlier versions."""
+    manifest = manifest_of(exported)
+    for name in ("layer_000.safetensors", "layer_001.safetensors"):
+        file = exported / "compiled" / name
+        save_file({TENSOR_NAME: load_file(file)[TENSOR_NAME]}, file)
+        manifest["artifacts"][name]["bytes"] = file.stat().st_size
+    change_manifest(exported, manifest)
+    assert not NeuronOPTForCausalLM.from_pretrained(exported).runtime.captured._screens
+    assert_sound(exported, by_unit=True)
+
+
 def test_an_earlier_versions_library_is_not_loaded(exported, caplog):
     """Whatever it holds; a warning says so. tests/test_untrusted_exports.py has one whose code would be noticed."""
     shutil.rmtree(exported / "compiled")
@@ -114,7 +125,10 @@ def test_an_earlier_versions_library_is_not_loaded(exported, caplog):
     assert len(warnings) == 1 and "kernels.so, which is not loaded: an export for cpu is data" in warnings[0]
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("layer_001.safetensors", TENSOR_NAME), (HEAD, WEIGHT)])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("layer_001.safetensors", TENSOR_NAME), ("layer_000.safetensors", "fc1.error"), (HEAD, "lm_head.weight_int8")],
+)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "other tensor", "other shape"])
 def test_damaged_files(damage, name, tensor, exported):
     file = exported / "compiled" / name

@@ -250,6 +250,7 @@ namespace {
 
 inline int64_t integer_bytes(int64_t, int64_t, const Input*) { return 0; }
 inline Integers* to_integers(int64_t, int64_t, const Input*, void*) { return nullptr; }
+inline void integers_piece(const void*, int64_t, float*) {}
 inline uint64_t run_integers(Job*, int, ProductsCall*, int64_t) { return 0; }
 
 }  // namespace

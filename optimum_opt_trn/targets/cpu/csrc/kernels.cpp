@@ -4,12 +4,13 @@
 #include "common.h"
 #include "linears.h"
 #include "rows.h"
+#include "screened.h"
 
 namespace {
 
 template <Extra E>
 constexpr Kernels table(const char* name) {
-  return {name, linears<E>, linear_sum<E>, attend, layer_norm, best, candidates};
+  return {name, linears<E>, screened<E>, linear_sum<E>, attend, layer_norm, best, candidates};
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ enum Dtype { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 constexpr int64_t MOST_UNIT_ROWS = 8;
 // linears takes at most so many rows through a layernorm: the calling thread does that.
 constexpr int64_t MOST_NORMED_ROWS = 48;
+// With more rows, copies in int8 save no time.
+constexpr int64_t MOST_SCREENED_ROWS = 4;
 
 constexpr uint64_t NO_MEMORY = ~uint64_t{0};
 
@@ -23,6 +25,14 @@ struct Output {
   const float* scale;
   const void* bias;
   float* y;
+};
+
+// w (n, k) in int8, rows ldw apart, times scale (n,). A product with it is off by at most error (n,) times the length of a
+// row of x.
+struct Copy {
+  const void* w;
+  int64_t ldw;
+  const float *scale, *error;
 };
 
 // A summand x @ w.T: x (m, k), w (n, k), rows ldw apart; or, by unit, w (k, n), rows ldw apart, and x @ w.
@@ -45,6 +55,12 @@ struct Kernels {
   // with integers.
   uint64_t (*linears)(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
                       const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs);
+  // The same results with relu, of at most MOST_SCREENED_ROWS rows, for floating-point weights that have copies in int8:
+  // these are read first, and then the weights of those outputs that they do not show to be 0. If that is most of them,
+  // `without` becomes the number of calls to come that read no copies.
+  uint64_t (*screened)(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
+                       const float* x, const Norm* norm, int64_t* without, int64_t count, const Output* outputs,
+                       const Copy* copies);
   // y (m, n) = scale (n,) * the sum of the inputs + bias (n,) + residual (m, n); the three may be null. By unit, with
   // `skip`, units that are 0 in all rows are not read.
   uint64_t (*linear_sum)(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,

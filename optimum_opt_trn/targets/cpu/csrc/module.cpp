@@ -125,6 +125,7 @@ struct Arguments {
   }
 };
 static_assert(sizeof(Output) == 6 * sizeof(int64_t) && sizeof(Input) == 4 * sizeof(int64_t));
+static_assert(sizeof(Copy) == 4 * sizeof(int64_t));
 
 // Computes a call, without Python, unless an argument is wrong; see `Kernels` for what it returns.
 using Call = uint64_t (*)(Arguments&);
@@ -146,6 +147,27 @@ uint64_t linears(Arguments& given) {
   if (given.wrong) return 0;
   return kernels->linears(threads, dtype, bfloat16, least_integers, m, k, x, normed ? &norm : nullptr, relu, count,
                           outputs);
+}
+
+// variant, threads, dtype, bfloat16, least integers, m, k, x, normed, norm weight, norm bias, eps, without, how many
+// outputs, (w, n, ldw, 0, bias, y)…, (copy, ldw, scale, error)…
+uint64_t screened(Arguments& given) {
+  const Kernels* kernels = given.kernels();
+  const int threads = static_cast<int>(given.integer());
+  const Dtype dtype = static_cast<Dtype>(given.integer());
+  const bool bfloat16 = given.integer();
+  const int64_t least_integers = given.integer();
+  const int64_t m = given.integer(), k = given.integer();
+  const float* x = given.address<const float>();
+  const bool normed = given.integer();
+  const Norm norm = given.norm();
+  int64_t* without = given.address<int64_t>();
+  const int64_t count = given.integer();
+  int64_t found;
+  const Output* outputs = given.rest<Output>(&found);
+  if (given.wrong) return 0;
+  return kernels->screened(threads, dtype, bfloat16, least_integers, m, k, x, normed ? &norm : nullptr, without, count,
+                           outputs, reinterpret_cast<const Copy*>(outputs + count));
 }
 
 // variant, threads, dtype, bfloat16, least integers, m, n, by unit, skip, scale, bias, residual, y, (x, w, k, ldw)…
@@ -280,7 +302,7 @@ struct Named {
   Call call;
 };
 constexpr Named calls[] = {
-    {"linears", linears}, {"linear_sum", linear_sum}, {"attend", attend},
+    {"linears", linears}, {"screened", screened}, {"linear_sum", linear_sum}, {"attend", attend},
     {"layer_norm", layer_norm}, {"best", best}, {"candidates", candidates}};
 constexpr int CALLS = sizeof(calls) / sizeof(*calls);
 
@@ -330,6 +352,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"linears", fast(compute<linears>), METH_FASTCALL, nullptr},
+    {"screened", fast(compute<screened>), METH_FASTCALL, nullptr},
     {"linear_sum", fast(compute<linear_sum>), METH_FASTCALL, nullptr},
     {"attend", fast(compute<attend>), METH_FASTCALL, nullptr},
     {"layer_norm", fast(compute<layer_norm>), METH_FASTCALL, nullptr},
@@ -357,6 +380,7 @@ PyMODINIT_FUNC PyInit__kernels() {
   if (PyModule_AddObject(module, "VARIANTS", names) < 0 || PyModule_AddObject(module, "CALLS", kinds) < 0 ||
       PyModule_AddIntConstant(module, "LEAST_INTEGER_ROWS", least_integer_rows()) < 0 ||
       PyModule_AddIntConstant(module, "MOST_NORMED_ROWS", MOST_NORMED_ROWS) < 0 ||
+      PyModule_AddIntConstant(module, "MOST_SCREENED_ROWS", MOST_SCREENED_ROWS) < 0 ||
       PyModule_AddIntConstant(module, "SCRATCH", SCRATCH) < 0)
     return nullptr;
   return module;

@@ -104,46 +104,74 @@ inline void store_totals(const Vec (&totals)[R][M], float* sums) {
     for (int r = 0; r < R; r++) sums[m * OUTPUTS + r] = results[m * R + r];
 }
 
-// The products of R weight rows with M rows of x, to sums (m, OUTPUTS). The lanes run along k. Hardware does not follow
-// a stream into the next page, so AHEAD weight rows are asked for: the next R, or those that begin `first` rows behind.
-template <int AHEAD, int R, int M, typename T>
-inline void dot(const Product& p, int64_t row, int64_t column, int64_t first, float* sums) {
-  constexpr int64_t OF_A_LINE = LINE / sizeof(T);
-  Vec totals[R][M];
+// The sums of R weight rows' products with M rows of x; those of one do not depend on what others are made with it.
+template <int R, int M>
+struct Totals {
+  Vec lanes[R][M];
   float rests[R][M];  // of inputs that fill no vector
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      totals[r][m] = zeros();
-      rests[r][m] = 0.0f;
-    }
-  for (int64_t part = 0; part < p.count; part++) {
-    const int64_t k = p.inputs[part].k, ldw = p.inputs[part].ldw;
-    const float* x = p.inputs[part].x + row * k;
-    const T* w = static_cast<const T*>(p.inputs[part].w) + column * ldw;
+
+  Totals() {
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++) {
+        lanes[r][m] = zeros();
+        rests[r][m] = 0.0f;
+      }
+  }
+
+  // Adds products of k inputs, along which the lanes run; `row(r)` is a weight row, `ask(r, i)` is called where its
+  // inputs from i on are read.
+  template <typename T, typename Row, typename Ask>
+  void add(int64_t k, const float* x, const Row& row, const Ask& ask) {
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES) {
       Vec weights[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        weights[r] = load(w + r * ldw + i);
-        if constexpr (AHEAD > 0)
-          if (r < AHEAD && (M > MOST_ASKING_ONCE || i % OF_A_LINE == 0))
-            __builtin_prefetch(w + ((AHEAD == R ? R : first) + r) * ldw + i, 0, 1);
+        weights[r] = load(row(r) + i);
+        ask(r, i);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         const Vec xs = load(x + m * k + i);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) totals[r][m] = multiply_add(weights[r], xs, totals[r][m]);
+        for (int r = 0; r < R; r++) lanes[r][m] = multiply_add(weights[r], xs, lanes[r][m]);
       }
     }
     for (; i < k; i++)
       for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) rests[r][m] += scalar(w[r * ldw + i]) * x[m * k + i];
+        for (int m = 0; m < M; m++) rests[r][m] = fmaf(scalar(row(r)[i]), x[m * k + i], rests[r][m]);
   }
-  store_totals(totals, sums);
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) sums[m * OUTPUTS + r] += rests[r][m];
+
+  // To sums (m, OUTPUTS).
+  void store(float* sums) const {
+    store_totals(lanes, sums);
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) sums[m * OUTPUTS + r] += rests[r][m];
+  }
+};
+
+// With M rows of x, whether weights of type T are asked for where the inputs from i on are read.
+template <int M, typename T>
+constexpr bool asks(int64_t i) {
+  return M > MOST_ASKING_ONCE || i % (LINE / static_cast<int64_t>(sizeof(T))) == 0;
+}
+
+// The products of R weight rows with M rows of x, to sums (m, OUTPUTS). Hardware does not follow a stream into the next
+// page, so AHEAD weight rows are asked for: the next R, or those that begin `first` rows behind.
+template <int AHEAD, int R, int M, typename T>
+inline void dot(const Product& p, int64_t row, int64_t column, int64_t first, float* sums) {
+  Totals<R, M> totals;
+  for (int64_t part = 0; part < p.count; part++) {
+    const int64_t k = p.inputs[part].k, ldw = p.inputs[part].ldw;
+    const T* w = static_cast<const T*>(p.inputs[part].w) + column * ldw;
+    totals.template add<T>(
+        k, p.inputs[part].x + row * k, [&](int r) { return w + r * ldw; },
+        [&](int r, int64_t i) {
+          if constexpr (AHEAD > 0)
+            if (r < AHEAD && asks<M, T>(i)) __builtin_prefetch(w + ((AHEAD == R ? R : first) + r) * ldw + i, 0, 1);
+        });
+  }
+  totals.store(sums);
 }
 
 template <int M, typename T>
