@@ -112,7 +112,9 @@ class Session:
         checkpoint = make_checkpoint(shape, folder / "checkpoint")
         if self.choice.zeros is not None:
             self.say(f"{shape}: planting zeros")
-            checkpoint = plant(checkpoint, self.choice.zeros, folder / "planted")
+            # It and what is made of it lie apart from what is made of the other one.
+            folder = folder / f"zeros-{self.choice.zeros:g}"
+            checkpoint = plant(checkpoint, self.choice.zeros, folder / "checkpoint")
         zeros = measure_zeros(checkpoint)
         self.about[f"zeros found, {shape}"] = zeros.describe()
         pairs = Pairs(
