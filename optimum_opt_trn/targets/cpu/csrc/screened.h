@@ -5,6 +5,8 @@
 // times the length of the row of x. So results are those of the weights, to the bit.
 #pragma once
 
+#include <float.h>
+
 #include "linears.h"
 
 namespace {
@@ -48,8 +50,8 @@ inline int64_t find_left(const ScreenedCall& call, const Product& p, const Copy&
       Vec most = load(sums + row * OUTPUTS + i, width) * load(copy.scale + begin + i, width);
       if (bias != nullptr) most = most + load(bias + begin + i, width);
       most = multiply_add(all(call.lengths[row]), load(copy.error + begin + i, width), most);
-      // The largest number below 0 that is exact everywhere: what is 0 may be -0.
-      left[i / LANES] |= above(most, all(-0x1p-126f)) & ((1u << width) - 1);
+      // Below 0: a sum of -0 stays -0, where +0 would be written.
+      left[i / LANES] |= above(most, all(-FLT_MIN)) & ((1u << width) - 1);
     }
   int64_t number = 0;
   for (int64_t i = 0; i < count; i += LANES)
