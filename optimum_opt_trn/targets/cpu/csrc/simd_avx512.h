@@ -11,8 +11,8 @@ using Vec = __m512;
 constexpr int64_t LANES = 16;
 
 // Products of few rows: at most FEW_ROWS rows of x at a time, and so many weight rows with M of them. Chosen by
-// benchmarks/linear_cpu.py, as all constants here.
-constexpr int FEW_ROWS = 8;
+// benchmarks/linear_cpu.py, as all constants here. With 8 rows the sums would take all registers.
+constexpr int FEW_ROWS = 7;
 constexpr int streams(int m) { return m == 1 ? 4 : m <= 4 ? 6 : 4; }
 // With so many rows at most, weights are asked for once a line; with more, several times, which is faster.
 constexpr int MOST_ASKING_ONCE = 1;
