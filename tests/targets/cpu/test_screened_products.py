@@ -135,7 +135,8 @@ def test_a_model_computes_the_same(kind, tp_degree, amp, save_opt):
     path = save_opt(tiny_opt(**KINDS[kind]))
     options = {"batch_size": 2, "sequence_length": 40, "tp_degree": tp_degree, "amp": amp}
     model, whole = (NeuronOPTForCausalLM.from_pretrained(path, **options) for _ in range(2))
-    if model.runtime.captured is None:  # another activation
+    if model.config.activation_function != "relu":
+        assert model.runtime.captured is None  # nothing is 0 for sure
         return
     screens, captured = model.runtime.captured._screens, whole.runtime.captured
     assert len(screens) == model.config.num_hidden_layers and all(len(s.copies) == tp_degree for s in screens)
