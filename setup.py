@@ -48,7 +48,7 @@ class BuildKernels(build_ext):
 
 extension = Extension(
     "optimum_opt_trn.targets.cpu._kernels",
-    [str(CSRC / "module.cpp"), str(CSRC / "pool.cpp")],
+    [str(CSRC / name) for name in ("module.cpp", "pool.cpp", "encode.cpp")],
     depends=[str(file) for file in sorted(CSRC.glob("*.h"))],
     extra_compile_args=FLAGS,
     # Nothing of the C++ library is used: the package then runs on hosts with an older one.

@@ -14,7 +14,7 @@ from ...model.arithmetic import Arithmetic
 from ...model.parallel import RankGroup
 from ...planning.host import host_memory
 from ..base import Result, Runtime, Target
-from .artifacts import use_artifacts, write_artifacts
+from .artifacts import Copies, use_artifacts, write_artifacts
 from .int8_copy import Int8Copy, Screen
 from .kernels import KernelArithmetic, chosen_variant
 from .process_runtime import ProcessRuntime
@@ -76,19 +76,21 @@ def _weights(
     config: OPTConfig, neuron_config: OPTNeuronConfig, directory: Path, group: RankGroup
 ) -> tuple[ModelWeights, list[Screen], Int8Copy | None]:
     weights = load_weights(directory / CHECKPOINT_DIR, config, neuron_config, group)
-    screens: list[Screen] = []
-    head_copy = None
-    if isinstance(group.arithmetic, KernelArithmetic):
-        if neuron_config.weight_dtype == "int8":  # the kernels add float32 biases to what they scaled
-            for layer in weights.layers:
-                layer.update({name: [b.float() for b in layer[name]] for name in layer if name.endswith(".bias")})
-        screens, head_copy = use_artifacts(weights.layers, config, neuron_config, directory, group)
-        if not _memory_holds(weights, screens):
-            screens = []
-    return weights, screens, head_copy
+    if not isinstance(group.arithmetic, KernelArithmetic):
+        return weights, [], None
+    if neuron_config.weight_dtype == "int8":  # the kernels add float32 biases to what they scaled
+        for layer in weights.layers:
+            layer.update({name: [b.float() for b in layer[name]] for name in layer if name.endswith(".bias")})
+    copies = use_artifacts(weights.layers, config, neuron_config, directory, group)
+    if not _memory_holds(weights, copies):
+        # Of fc2, of which a part is read, there is no other by unit.
+        copies = Copies(coded=[(matrix, copy) for matrix, copy in copies.coded if copy.by_unit], head=copies.head)
+    for matrix, copy in copies.coded:
+        group.arithmetic.coded.add(matrix, copy)
+    return weights, copies.screens, copies.head
 
 
-def _memory_holds(weights: ModelWeights, screens: list[Screen]) -> bool:
+def _memory_holds(weights: ModelWeights, copies: Copies) -> bool:
     """Whether there is memory for the copies beside the weights, all of which prompts read."""
     try:
         available = host_memory()[1]
@@ -96,6 +98,7 @@ def _memory_holds(weights: ModelWeights, screens: list[Screen]) -> bool:
         return True
     parts = (weights.embed, weights.head, *weights.layers)
     tensors = [tensor for part in parts for shards in part.values() for tensor in shards]
-    tensors += [copy.weight for screen in screens for copy in screen.copies]
+    tensors += [copy.weight for screen in copies.screens for copy in screen.copies]
+    tensors += [copy.rows for _, copy in copies.coded]
     # A tied head is the embedding.
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) <= available

@@ -14,13 +14,10 @@ from transformers.utils import logging
 from ...model.arithmetic import LAYER_NORM_EPS, Arithmetic, LayerNorm
 from ...model.attention import MASKED
 from ..base import TargetError
+from .coded import CodedCopies
 from .int8_copy import Screen
+from .native import _kernels
 
-
-try:
-    from . import _kernels
-except ImportError:  # they were not built
-    _kernels = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -98,11 +95,14 @@ class KernelArithmetic(Arithmetic):
             and where a screen tells which they are. Results are the same to the bit.
         least_integer_rows: with fewer, int8 weights by output are multiplied in float32 by every variant; by default
             what is fastest on this processor.
+        coded: the copies of bfloat16 weights that few rows read instead. By output, results are the same to the bit
+            with vectors of AVX-512; by unit with all.
     """
 
     variant: str = field(default_factory=_best_variant)
     skip_zeros: bool = True
     least_integer_rows: int = field(default_factory=lambda: _kernels.LEAST_INTEGER_ROWS)
+    coded: CodedCopies = field(default_factory=CodedCopies, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         index = variants().index(self.variant)
@@ -129,6 +129,7 @@ class KernelArithmetic(Arithmetic):
         m = x.numel() // k
         if norm is not None and m > MOST_NORMED_ROWS:
             x, norm = self.layer_norm(x, norm), None
+        coded = self._coded(weights)
         ys: list[Tensor] = []
         arguments: list[int] = []
         for i, weight in enumerate(weights):
@@ -137,11 +138,11 @@ class KernelArithmetic(Arithmetic):
             scale = _check_scale(None if scales is None else scales[i], dtype, n)
             y = self._empty(*x.shape[:-1], n)
             ys.append(y)
-            arguments += weight.data_ptr(), n, ldw, scale, bias, y.data_ptr()
+            arguments += weight.data_ptr(), n, ldw, scale, bias, y.data_ptr(), coded[i]
         if m:
             self._compute(
                 "linears",
-                (x, weights, biases, scales),
+                (x, weights, biases, scales, self.coded),
                 *(_DTYPES[dtype], self.rounds_factors(), self.least_integer_rows, m, k, x.data_ptr(), relu),
                 *(norm is not None, *_norm_arguments(norm)),
                 *arguments,
@@ -160,6 +161,7 @@ class KernelArithmetic(Arithmetic):
         m = x.numel() // k
         if not 0 < m <= MOST_SCREENED_ROWS or not self.skip_zeros:
             return KernelArithmetic.linears(self, x, weights, biases, True, norm)
+        coded = self._coded(weights)
         ys: list[Tensor] = []
         outputs: list[int] = []
         copies: list[int] = []
@@ -169,12 +171,12 @@ class KernelArithmetic(Arithmetic):
                 raise RuntimeError(f"the copy of a weight is not of {n} outputs")
             ys.append(self._empty(*x.shape[:-1], n))
             outputs += weight.data_ptr(), n, ldw, 0, 0 if biases is None else _check_bias(biases[i], dtype, n)
-            outputs.append(ys[-1].data_ptr())
+            outputs += ys[-1].data_ptr(), coded[i]
             _, ldw = _check_weight(copy.weight, k, torch.int8)
             copies += copy.weight.data_ptr(), ldw, _check_scale(copy.scale, torch.int8, n), error.data_ptr()
         self._compute(
             "screened",
-            (x, weights, biases, screen),
+            (x, weights, biases, screen, self.coded),
             *(_DTYPES[dtype], self.rounds_factors(), self.least_integer_rows, m, k, x.data_ptr()),
             *(norm is not None, *_norm_arguments(norm), screen.without.data_ptr(), len(weights)),
             *outputs,
@@ -193,7 +195,7 @@ class KernelArithmetic(Arithmetic):
         """See `Arithmetic.linear_sum`; xs and residual contiguous. The bias of int8 weights is float32.
 
         Either rows of all weights are contiguous, or columns of all are: those are stored by unit, and have to be
-        finite, as units that are 0 in x are not read.
+        finite, as units that are 0 in x are not read. So have those with coded copies by unit.
         """
         if not weights or len(xs) != len(weights):
             raise RuntimeError(f"{len(xs)} xs and {len(weights)} weights")
@@ -216,15 +218,19 @@ class KernelArithmetic(Arithmetic):
         ):
             raise RuntimeError(f"residual is not contiguous float32 {shape}")
         y = self._empty(*shape)
+        copies = self.coded.find(weights)
+        coded_by_unit = bool(copies) and copies[0].by_unit
         arguments: list[int] = []
-        for x, weight, k, ldw in zip(xs, weights, ks, strides, strict=True):
-            arguments += x.data_ptr(), weight.data_ptr(), k, ldw
+        for i, (x, weight, k, ldw) in enumerate(zip(xs, weights, ks, strides, strict=True)):
+            coded = copies[i].rows.data_ptr() if copies else 0
+            arguments += x.data_ptr(), weight.data_ptr(), k, ldw, coded
         if m := y.numel() // n:
             self._compute(
                 "linear_sum",
-                (xs, weights, bias, residual, scale),
-                *(_DTYPES[dtype], self.rounds_factors(), self.least_integer_rows, m, n, by_unit, self.skip_zeros),
-                *(scaled, biased, 0 if residual is None else residual.data_ptr(), y.data_ptr(), *arguments),
+                (xs, weights, bias, residual, scale, self.coded),
+                *(_DTYPES[dtype], self.rounds_factors(), self.least_integer_rows, m, n, by_unit, coded_by_unit),
+                *(self.skip_zeros, scaled, biased, 0 if residual is None else residual.data_ptr(), y.data_ptr()),
+                *arguments,
             )
         return y
 
@@ -341,6 +347,13 @@ class KernelArithmetic(Arithmetic):
             return None
         rows = places[:, :longest].tolist()
         return sorted({place for row, count in zip(rows, found, strict=True) for place in row[:count]})
+
+    def _coded(self, weights: list[Tensor]) -> list[int]:
+        """The addresses of the coded copies by output of weights; 0 for each if one has none."""
+        copies = self.coded.find(weights)
+        if not copies or copies[0].by_unit:
+            return [0] * len(weights)
+        return [copy.rows.data_ptr() for copy in copies]
 
     def _empty(self, *shape: int) -> Tensor:
         """Where a kernel writes its results, float32."""

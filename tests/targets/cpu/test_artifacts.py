@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import SHIPPED_MODEL, tiny_opt
+from small_models import KINDS, SHIPPED_MODEL, tiny_opt
 from transformers import AutoTokenizer
 
 from optimum_opt_trn import CheckpointError, NeuronOPTForCausalLM, OPTNeuronConfig
 from optimum_opt_trn.export import export_opt
 from optimum_opt_trn.targets.cpu.artifacts import TENSOR_NAME
+from optimum_opt_trn.targets.cpu.coded import encode
 from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic
 
 
@@ -73,6 +74,65 @@ def test_fc2_is_stored_by_unit(source, tmp_path, amp, tp_degree):
         weight = load_file(output / "checkpoint" / name)[f"model.decoder.layers.{index}.fc2.weight"]
         assert torch.equal(stored, weight.T)
     assert_sound(output, by_unit=True)
+
+
+# Of these, rows of matrices have whole blocks (csrc/coded_format.h).
+WIDE = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 384}
+MATRICES = ["fc1.weight", *(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out"))]
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["pre_norm", "post_norm", "galactica", "untied"])
+def test_bfloat16_layers_are_stored_coded(kind, tp_degree, save_opt, tmp_path):
+    opt = tiny_opt(**{**WIDE, **KINDS[kind]})
+    output = export(save_opt(opt), tmp_path, amp="bf16", tp_degree=tp_degree)
+    relu = opt.config.activation_function == "relu"
+    fc2 = TENSOR_NAME if relu else "fc2.weight"
+    names = {f"{name}_coded" for name in (*MATRICES, fc2)}
+    for index in range(opt.config.num_hidden_layers):
+        stored = load_file(output / "compiled" / f"layer_{index:03}.safetensors")
+        int8 = {"fc1.weight_int8", "fc1.weight_scale", "fc1.error", "fc1.length"} if relu else set()
+        assert set(stored) == names | int8
+        weights = load_file(output / "checkpoint" / f"layer_{index:03}.safetensors")
+        for name in (*MATRICES, "fc2.weight"):
+            weight = weights[f"model.decoder.layers.{index}.{name}"]
+            if name == "fc2.weight" and relu:
+                assert torch.equal(stored[f"{fc2}_coded"], encode(weight.T.contiguous()))
+            else:
+                assert torch.equal(stored[f"{name}_coded"], encode(weight))
+    model = NeuronOPTForCausalLM.from_pretrained(output)
+    for layer in model.runtime.weights.layers:
+        for name in (*MATRICES, "fc2.weight"):
+            found = model.runtime.program.arithmetic.coded.find(layer[name])
+            # Parts of rows are no coded rows; of fc2 by unit, ranks have whole ones.
+            whole = tp_degree == 1 or name not in ("self_attn.out_proj.weight", "fc2.weight")
+            assert len(found) == (tp_degree if whole or (relu and name == "fc2.weight") else 0)
+            assert all(copy.by_unit == (relu and name == "fc2.weight") for copy in found)
+    assert_sound(output, by_unit=False)
+
+
+def test_a_matrix_with_many_exponents_is_stored_as_it_is(save_opt, tmp_path):
+    """Rows of it have no place for so many weights that are much smaller than others."""
+    opt = tiny_opt(**WIDE)
+    with torch.no_grad():
+        for weight in (opt.model.decoder.layers[0].fc2.weight, opt.model.decoder.layers[1].self_attn.q_proj.weight):
+            weight.mul_(10.0 ** -torch.randint(0, 30, weight.shape))
+    output = export(save_opt(opt), tmp_path, amp="bf16")
+    first, second = (load_file(output / "compiled" / f"layer_00{index}.safetensors") for index in (0, 1))
+    assert TENSOR_NAME in first and TENSOR_NAME not in second
+    assert {*first} ^ {*second} == {TENSOR_NAME, f"{TENSOR_NAME}_coded", "self_attn.q_proj.weight_coded"}
+    model, eager = (NeuronOPTForCausalLM.from_pretrained(output, eager=eager) for eager in (False, True))
+    assert torch.equal(generate(model), generate(eager))
+
+
+def test_where_memory_is_short_only_fc2_is_read_coded(save_opt, tmp_path, monkeypatch):
+    output = export(save_opt(tiny_opt(**WIDE)), tmp_path, amp="bf16")
+    monkeypatch.setattr("optimum_opt_trn.targets.cpu.host_memory", lambda: (1 << 40, 1 << 20))
+    model = NeuronOPTForCausalLM.from_pretrained(output)
+    for layer in model.runtime.weights.layers:
+        assert [name for name in layer if model.runtime.program.arithmetic.coded.find(layer[name])] == ["fc2.weight"]
+    assert not model.runtime.captured._screens
+    assert_sound(output, by_unit=False)
 
 
 def test_skipping_changes_no_bit(source, tmp_path, exported):

@@ -19,6 +19,10 @@ struct BFloat16 {
 struct Int8 {
   int8_t value;
 };
+// A byte of a row of coded weights (coded_format.h).
+struct Coded {
+  uint8_t value;
+};
 
 // The dtype of the biases that go with weights of type T.
 template <typename T>
@@ -29,6 +33,18 @@ template <>
 struct BiasOf<Int8> {
   using Type = float;
 };
+template <>
+struct BiasOf<Coded> {
+  using Type = BFloat16;
+};
+
+template <typename T>
+constexpr bool is_coded = false;
+template <>
+constexpr bool is_coded<Coded> = true;
+// Bytes of a weight, but for what a coded row begins with.
+template <typename T>
+constexpr double bytes_of = is_coded<T> ? 1.5 : sizeof(T);
 
 template <typename T>
 constexpr T lesser(T a, T b) {

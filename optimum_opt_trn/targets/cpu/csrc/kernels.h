@@ -18,13 +18,15 @@ constexpr int64_t MOST_SCREENED_ROWS = 4;
 
 constexpr uint64_t NO_MEMORY = ~uint64_t{0};
 
-// y (m, n) = scale * (x @ w.T) + bias; w (n, k), rows ldw apart; scale and bias (n,) or null.
+// y (m, n) = scale * (x @ w.T) + bias; w (n, k), rows ldw apart; scale and bias (n,) or null. bfloat16 weights may be
+// there a second time, coded (coded_format.h).
 struct Output {
   const void* w;
   int64_t n, ldw;
   const float* scale;
   const void* bias;
   float* y;
+  const void* coded;
 };
 
 // w (n, k) in int8, rows ldw apart, times scale (n,). A product with it is off by at most error (n,) times the length of a
@@ -35,11 +37,13 @@ struct Copy {
   const float *scale, *error;
 };
 
-// A summand x @ w.T: x (m, k), w (n, k), rows ldw apart; or, by unit, w (k, n), rows ldw apart, and x @ w.
+// A summand x @ w.T: x (m, k), w (n, k), rows ldw apart; or, by unit, w (k, n), rows ldw apart, and x @ w. bfloat16
+// weights may be there a second time, coded, by output or by unit whatever w is.
 struct Input {
   const float* x;
   const void* w;
   int64_t k, ldw;
+  const void* coded;
 };
 
 // weight and bias (n,), or null.
@@ -62,10 +66,10 @@ struct Kernels {
                        const float* x, const Norm* norm, int64_t* without, int64_t count, const Output* outputs,
                        const Copy* copies);
   // y (m, n) = scale (n,) * the sum of the inputs + bias (n,) + residual (m, n); the three may be null. By unit, with
-  // `skip`, units that are 0 in all rows are not read.
+  // `skip`, units that are 0 in all rows are not read. Coded weights are by unit if `coded_by_unit`.
   uint64_t (*linear_sum)(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
-                         bool by_unit, bool skip, const float* scale, const void* bias, const float* residual, float* y,
-                         int64_t count, const Input* inputs);
+                         bool by_unit, bool coded_by_unit, bool skip, const float* scale, const void* bias,
+                         const float* residual, float* y, int64_t count, const Input* inputs);
   // query, key, value, y: (tokens, heads * d); keys, values: (slots, heads, length, d), whose strides are the same;
   // slots, positions: (tokens,), within the cache, the tokens of a slot adjacent.
   uint64_t (*attend)(int threads, Dtype dtype, int64_t tokens, int64_t heads, int64_t d, const float* query,

@@ -16,8 +16,10 @@ namespace {
 enum class Factors { FLOAT32, PACKED, INTEGERS, DIGIT_TILES, PAIRS, TILES };
 struct Way {
   Factors factors;
-  bool rounded;  // to bfloat16
+  bool rounded;        // to bfloat16
+  bool coded = false;  // the weights are
 };
+constexpr Way CODED = {Factors::FLOAT32, false, true};
 
 // How m rows of the inputs are multiplied. By unit, these are the rows for which panels are faster.
 template <Extra E>
@@ -66,12 +68,27 @@ inline void make_factors(Way way, Dtype dtype, bool by_unit, int64_t n, int64_t 
   }
 }
 
+// Whether m rows are multiplied with coded weights.
+template <typename Given>
+inline bool takes_coded(Dtype dtype, int64_t m, int64_t count, const Given* all) {
+  bool coded = dtype == BFLOAT16 && m <= MOST_CODED_ROWS;
+  for (int64_t i = 0; i < count; i++) coded = coded && all[i].coded != nullptr;
+  return coded;
+}
+
+// Makes the weights of an input the coded ones, rows of `length`.
+inline void use_coded(int64_t length, const void* coded, Input* input) {
+  input->w = coded;
+  input->ldw = coded_bytes(length);
+}
+
 // Computes the products of a call, whose factors were made of `inputs` inputs.
 inline uint64_t run_products(Way way, Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
   if (way.factors == Factors::TILES) return run_amx(job, threads, dtype, way.rounded, inputs, call);
   if (way.factors == Factors::PAIRS) return run_rounded(job, threads, dtype, inputs, call);
   if (way.factors == Factors::INTEGERS) return run_integers(job, threads, call, divide(call, threads));
   if (way.factors == Factors::DIGIT_TILES) return run_digit_tiles(job, threads, call);
+  if (way.coded) return pool_run(job, threads, divide(call, threads), few_rows_piece<Coded>, few_rows_commit<Coded>);
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
     if (call->m > MOST_FEW_ROWS || call->products[0].by_unit)
       return run_panels<T, Float32Panels<T>>(job, threads, inputs, call);
@@ -86,8 +103,9 @@ inline int64_t rows_of(int64_t m) { return pieces_of(m, pieces_of(m, MOST_ROWS))
 template <Extra E>
 inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
                         const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs) {
-  const Input given = {x, nullptr, k, k};
-  const Way way = way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given);
+  const Input given = {x, nullptr, k, k, nullptr};
+  const bool coded = takes_coded(dtype, m, count, outputs);
+  const Way way = coded ? CODED : way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given);
   return each_block(m, rows_of(m), [&](int64_t first, int64_t rows) {
     // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
     const int64_t normed = norm != nullptr ? rows * k * sizeof(float) : 0;
@@ -98,7 +116,7 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_i
     Product* products = reinterpret_cast<Product*>(call + 1);
     Input* inputs = reinterpret_cast<Input*>(products + count);
     float* more = vectors_from(inputs + count);
-    Input shared = {x + first * k, nullptr, k, k};
+    Input shared = {x + first * k, nullptr, k, k, nullptr};
     if (norm != nullptr) {
       for (int64_t row = 0; row < rows; row++) normalize(shared.x + row * k, k, *norm, more + row * k);
       shared.x = more;
@@ -109,7 +127,8 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_i
     for (int64_t i = 0; i < count; i++) {
       const Output& output = outputs[i];
       const Results results = {output.n, output.scale, output.bias, nullptr, relu, output.y + first * output.n};
-      inputs[i] = {shared.x, output.w, k, output.ldw};
+      inputs[i] = {shared.x, output.w, k, output.ldw, nullptr};
+      if (coded) use_coded(k, output.coded, &inputs[i]);
       products[i] = {0, 0, 0, 0, 1, inputs + i, false, results};
     }
     return run_products(way, job, threads, dtype, 1, call);
@@ -118,12 +137,17 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_i
 
 template <Extra E>
 inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
-                           bool by_unit, bool skip, const float* scale, const void* bias, const float* residual,
-                           float* y, int64_t count, const Input* inputs) {
-  const Way way = way_of<E>(dtype, bfloat16, least_integers, m, by_unit, count, inputs);
-  if (const int64_t rows = by_unit ? rows_by_unit(way.rounded, m, n, count, inputs) : 0; rows > 0)
+                           bool by_unit, bool coded_by_unit, bool skip, const float* scale, const void* bias,
+                           const float* residual, float* y, int64_t count, const Input* inputs) {
+  const bool coded = !coded_by_unit && takes_coded(dtype, m, count, inputs);
+  const Way way = coded ? CODED : way_of<E>(dtype, bfloat16, least_integers, m, by_unit, count, inputs);
+  const int64_t few = coded_by_unit ? CODED_UNIT_ROWS : by_unit ? MOST_UNIT_ROWS : 0;
+  const int64_t unit_rows = few > 0 ? rows_by_unit(way.rounded, few, m, n, count, inputs) : 0;
+  if (unit_rows > 0 && coded_by_unit)
+    return units_sums<Coded>(threads, m, unit_rows, skip, {n, scale, bias, residual, false, y}, count, inputs);
+  if (unit_rows > 0)
     return with_weight_dtype(dtype, [&]<typename T>(T*) {
-      return units_sums<T>(threads, m, rows, skip, {n, scale, bias, residual, false, y}, count, inputs);
+      return units_sums<T>(threads, m, unit_rows, skip, {n, scale, bias, residual, false, y}, count, inputs);
     });
   return each_block(m, rows_of(m), [&](int64_t first, int64_t rows) {
     Job* job;
@@ -135,6 +159,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
     for (int64_t i = 0; i < count; i++) {
       copied[i] = inputs[i];
       copied[i].x += first * inputs[i].k;
+      if (coded) use_coded(inputs[i].k, inputs[i].coded, &copied[i]);
     }
     *call = {rows, 1, product, nullptr, nullptr, nullptr};
     make_factors(way, dtype, by_unit, n, count, copied, vectors_from(copied + count), call);

@@ -17,6 +17,7 @@
 #include <unistd.h>
 #endif
 
+#include "coded_format.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -124,14 +125,14 @@ struct Arguments {
     return reinterpret_cast<const T*>(words + at);
   }
 };
-static_assert(sizeof(Output) == 6 * sizeof(int64_t) && sizeof(Input) == 4 * sizeof(int64_t));
+static_assert(sizeof(Output) == 7 * sizeof(int64_t) && sizeof(Input) == 5 * sizeof(int64_t));
 static_assert(sizeof(Copy) == 4 * sizeof(int64_t));
 
 // Computes a call, without Python, unless an argument is wrong; see `Kernels` for what it returns.
 using Call = uint64_t (*)(Arguments&);
 
 // variant, threads, dtype, bfloat16, least integers, m, k, x, relu, normed, norm weight, norm bias, eps,
-// (w, n, ldw, scale, bias, y)…
+// (w, n, ldw, scale, bias, y, coded)…
 uint64_t linears(Arguments& given) {
   const Kernels* kernels = given.kernels();
   const int threads = static_cast<int>(given.integer());
@@ -150,7 +151,7 @@ uint64_t linears(Arguments& given) {
 }
 
 // variant, threads, dtype, bfloat16, least integers, m, k, x, normed, norm weight, norm bias, eps, without, how many
-// outputs, (w, n, ldw, 0, bias, y)…, (copy, ldw, scale, error)…
+// outputs, (w, n, ldw, 0, bias, y, coded)…, (copy, ldw, scale, error)…
 uint64_t screened(Arguments& given) {
   const Kernels* kernels = given.kernels();
   const int threads = static_cast<int>(given.integer());
@@ -170,7 +171,8 @@ uint64_t screened(Arguments& given) {
                            outputs, reinterpret_cast<const Copy*>(outputs + count));
 }
 
-// variant, threads, dtype, bfloat16, least integers, m, n, by unit, skip, scale, bias, residual, y, (x, w, k, ldw)…
+// variant, threads, dtype, bfloat16, least integers, m, n, by unit, coded by unit, skip, scale, bias, residual, y,
+// (x, w, k, ldw, coded)…
 uint64_t linear_sum(Arguments& given) {
   const Kernels* kernels = given.kernels();
   const int threads = static_cast<int>(given.integer());
@@ -178,7 +180,7 @@ uint64_t linear_sum(Arguments& given) {
   const bool bfloat16 = given.integer();
   const int64_t least_integers = given.integer();
   const int64_t m = given.integer(), n = given.integer();
-  const bool by_unit = given.integer(), skip = given.integer();
+  const bool by_unit = given.integer(), coded_by_unit = given.integer(), skip = given.integer();
   const float* scale = given.address<const float>();
   const void* bias = given.address<const void>();
   const float* residual = given.address<const float>();
@@ -186,8 +188,8 @@ uint64_t linear_sum(Arguments& given) {
   int64_t count;
   const Input* inputs = given.rest<Input>(&count);
   if (given.wrong) return 0;
-  return kernels->linear_sum(threads, dtype, bfloat16, least_integers, m, n, by_unit, skip, scale, bias, residual, y,
-                             count, inputs);
+  return kernels->linear_sum(threads, dtype, bfloat16, least_integers, m, n, by_unit, coded_by_unit, skip, scale, bias,
+                             residual, y, count, inputs);
 }
 
 // variant, threads, dtype, tokens, heads, d, query, key, value, keys, values, slots, positions, y, scale, slots and
@@ -341,6 +343,20 @@ PyObject* replay(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return handles;
 }
 
+// (threads, n, k, ldw, w, coded): see `encode` in coded_format.h; how many rows do not fit.
+PyObject* encode_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 6) return PyErr_Format(PyExc_TypeError, "encode takes 6 arguments");
+  int64_t words[6], failed;
+  for (int i = 0; i < 6; i++) words[i] = PyLong_AsLongLong(args[i]);
+  if (PyErr_Occurred()) return nullptr;
+  pool_prepare();
+  PyThreadState* state = PyEval_SaveThread();
+  failed = encode(static_cast<int>(words[0]), words[1], words[2], words[3], reinterpret_cast<const uint16_t*>(words[4]),
+                  reinterpret_cast<uint8_t*>(words[5]));
+  PyEval_RestoreThread(state);
+  return failed < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(failed);
+}
+
 PyObject* left(PyObject*, PyObject* handle) {
   const uint64_t number = PyLong_AsUnsignedLongLong(handle);
   return PyErr_Occurred() ? nullptr : PyBool_FromLong(pool_left(number));
@@ -358,6 +374,7 @@ PyMethodDef methods[] = {
     {"layer_norm", fast(compute<layer_norm>), METH_FASTCALL, nullptr},
     {"best", fast(compute<best>), METH_FASTCALL, nullptr},
     {"candidates", fast(compute<candidates>), METH_FASTCALL, nullptr},
+    {"encode", fast(encode_rows), METH_FASTCALL, nullptr},
     {"replay", fast(replay), METH_FASTCALL, nullptr},
     {"left", left, METH_O, "Whether all threads have left the call with this handle."},
     {nullptr, nullptr, 0, nullptr},
@@ -381,6 +398,9 @@ PyMODINIT_FUNC PyInit__kernels() {
       PyModule_AddIntConstant(module, "LEAST_INTEGER_ROWS", least_integer_rows()) < 0 ||
       PyModule_AddIntConstant(module, "MOST_NORMED_ROWS", MOST_NORMED_ROWS) < 0 ||
       PyModule_AddIntConstant(module, "MOST_SCREENED_ROWS", MOST_SCREENED_ROWS) < 0 ||
+      PyModule_AddIntConstant(module, "CODED_BLOCK", CODED_BLOCK) < 0 ||
+      PyModule_AddIntConstant(module, "BLOCK_BYTES", BLOCK_BYTES) < 0 ||
+      PyModule_AddIntConstant(module, "BLOCKS_BEGIN", BLOCKS_BEGIN) < 0 ||
       PyModule_AddIntConstant(module, "SCRATCH", SCRATCH) < 0)
     return nullptr;
   return module;

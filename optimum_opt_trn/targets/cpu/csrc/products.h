@@ -2,6 +2,7 @@
 // one is a view of it. 16-bit weights are converted in registers, and sums are float32.
 #pragma once
 
+#include "coded.h"
 #include "common.h"
 #include "results.h"
 
@@ -119,9 +120,17 @@ struct Totals {
   }
 
   // Adds products of k inputs, along which the lanes run; `row(r)` is a weight row, `ask(r, i)` is called where its
-  // inputs from i on are read.
+  // inputs from i on are read, or its bytes from i on if they are coded.
   template <typename T, typename Row, typename Ask>
   void add(int64_t k, const float* x, const Row& row, const Ask& ask) {
+    if constexpr (is_coded<T>)
+      add_coded(k, x, row, ask);
+    else
+      add_plain(k, x, row, ask);
+  }
+
+  template <typename Row, typename Ask>
+  void add_plain(int64_t k, const float* x, const Row& row, const Ask& ask) {
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES) {
       Vec weights[R];
@@ -142,6 +151,29 @@ struct Totals {
         for (int m = 0; m < M; m++) rests[r][m] = fmaf(scalar(row(r)[i]), x[m * k + i], rests[r][m]);
   }
 
+  template <typename Row, typename Ask>
+  void add_coded(int64_t k, const float* x, const Row& row, const Ask& ask) {
+    Bytes tables[R];
+    for (int r = 0; r < R; r++) tables[r] = repeated(row(r));
+    for (int64_t i = 0; i < k; i += CODED_BLOCK)
+      each_part([&]<int H, int PART>() {
+        const float* from = x + i + H * HALF + PART * LANES;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          ask_lines<H, PART>([&](int64_t byte) __attribute__((always_inline)) {
+            ask(r, BLOCKS_BEGIN + i / CODED_BLOCK * BLOCK_BYTES + byte);
+          });
+          Vec weights[4];
+          decode<H, PART>(row(r), i, tables[r], weights);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; v++)
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++)
+              lanes[r][m] = multiply_add(weights[v], load(from + m * k + v * HALF / 4), lanes[r][m]);
+        }
+      });
+  }
+
   // To sums (m, OUTPUTS).
   void store(float* sums) const {
     store_totals(lanes, sums);
@@ -150,10 +182,18 @@ struct Totals {
   }
 };
 
+// How many rows of x are multiplied with weights of type T at a time, and how many rows of weights with m of them.
+template <typename T>
+constexpr int few_rows = is_coded<T> ? MOST_CODED_ROWS : FEW_ROWS;
+template <typename T>
+constexpr int streams_of(int m) {
+  return is_coded<T> ? coded_streams(m) : streams(m);
+}
+
 // With M rows of x, whether weights of type T are asked for where the inputs from i on are read.
 template <int M, typename T>
 constexpr bool asks(int64_t i) {
-  return M > MOST_ASKING_ONCE || i % (LINE / static_cast<int64_t>(sizeof(T))) == 0;
+  return is_coded<T> || M > MOST_ASKING_ONCE || i % (LINE / static_cast<int64_t>(sizeof(T))) == 0;
 }
 
 // The products of R weight rows with M rows of x, to sums (m, OUTPUTS). Hardware does not follow a stream into the next
@@ -166,7 +206,7 @@ inline void dot(const Product& p, int64_t row, int64_t column, int64_t first, fl
     const T* w = static_cast<const T*>(p.inputs[part].w) + column * ldw;
     totals.template add<T>(
         k, p.inputs[part].x + row * k, [&](int r) { return w + r * ldw; },
-        [&](int r, int64_t i) {
+        [&](int r, int64_t i) __attribute__((always_inline)) {
           if constexpr (AHEAD > 0)
             if (r < AHEAD && asks<M, T>(i)) __builtin_prefetch(w + ((AHEAD == R ? R : first) + r) * ldw + i, 0, 1);
         });
@@ -181,7 +221,7 @@ inline void dots(int64_t rows, const Product& p, int64_t row, int64_t begin, int
     if (rows < M) return dots<M - 1, T>(rows, p, row, begin, end, block, blocks, sums);
   }
   // With several blocks, some ask for a part of the next piece's weights each, so that memory works meanwhile.
-  constexpr int R = streams(M), PART = R > 2 ? 2 : 1;
+  constexpr int R = streams_of<T>(M), PART = R > 2 ? 2 : 1;
   int64_t column = begin;
   for (; column + R <= end; column += R) {
     float* to = sums + column - begin;
@@ -201,9 +241,9 @@ void few_rows_piece(const void* given, int64_t piece, float* scratch) {
   const Product& p = product_of(call, piece);
   const int64_t begin = (piece - p.first_piece) * OUTPUTS, end = lesser(p.results.n, begin + OUTPUTS);
   // Rows in blocks of equal size: a last block of one row would convert all weights for that row.
-  const int64_t blocks = pieces_of(call.m, FEW_ROWS), rows = pieces_of(call.m, blocks);
+  const int64_t blocks = pieces_of(call.m, few_rows<T>), rows = pieces_of(call.m, blocks);
   for (int64_t row = 0; row < call.m; row += rows)
-    dots<FEW_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks, scratch + row * OUTPUTS);
+    dots<few_rows<T>, T>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks, scratch + row * OUTPUTS);
 }
 
 template <typename T>

@@ -42,7 +42,7 @@ inline float length_of(const float* x, int64_t k) {
 template <typename T>
 inline int64_t find_left(const ScreenedCall& call, const Product& p, const Copy& copy, int64_t begin, int64_t count,
                          const float* sums, int32_t* found) {
-  const T* bias = static_cast<const T*>(p.results.bias);
+  const auto* bias = static_cast<const typename BiasOf<T>::Type*>(p.results.bias);
   uint32_t left[pieces_of(OUTPUTS, LANES)] = {};
   for (int64_t row = 0; row < call.products.m; row++)
     for (int64_t i = 0; i < count; i += LANES) {
@@ -66,7 +66,7 @@ inline void sum_left(const Product& p, int64_t m, int64_t begin, int64_t count, 
   if constexpr (M > 1) {
     if (m < M) return sum_left<M - 1, T>(p, m, begin, count, found, sums);
   }
-  constexpr int R = streams(M);
+  constexpr int R = streams_of<T>(M);
   const Input& input = p.inputs[0];
   for (int64_t first = 0; first < count; first += R) {
     const T *rows[R], *next[R];
@@ -101,7 +101,7 @@ void screened_piece(const void* given, int64_t piece, float* scratch) {
   const int64_t left = find_left<T>(call, p, call.made[&p - call.products.products], begin,
                                     lesser(OUTPUTS, p.results.n - begin), scratch, found);
   for (int64_t i = 0; i < m * OUTPUTS; i++) scratch[i] = -INFINITY;  // becomes 0
-  sum_left<MOST_SCREENED_ROWS, T>(p, m, begin, left, found, scratch);
+  sum_left<lesser<int>(MOST_SCREENED_ROWS, few_rows<T>), T>(p, m, begin, left, found, scratch);
   scratch[m * OUTPUTS] = static_cast<float>(left);
 }
 
@@ -117,7 +117,7 @@ void screened_finish(const void* given) {
   const ScreenedCall& call = *static_cast<const ScreenedCall*>(given);
   int64_t outputs = 0;
   for (int64_t i = 0; i < call.products.count; i++) outputs += call.products.products[i].results.n;
-  const double copied = 1.0 / sizeof(T), read = static_cast<double>(*call.left) / outputs;
+  const double copied = 1.0 / bytes_of<T>, read = static_cast<double>(*call.left) / outputs;
   if (copied + read > 1.0 - LEAST_SAVED) *call.without = CALLS_WITHOUT;
 }
 
@@ -126,19 +126,21 @@ template <Extra E>
 inline uint64_t screened(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
                          const float* x, const Norm* norm, int64_t* without, int64_t count, const Output* outputs,
                          const Copy* copies) {
-  const Input given = {x, nullptr, k, k};
+  const Input given = {x, nullptr, k, k, nullptr};
+  const bool coded = takes_coded(dtype, m, count, outputs);
   const bool few = m <= (k < LEAST_INPUTS ? MOST_SHORT_ROWS : MOST_SCREENED_ROWS);
-  if (*without > 0 || !few || way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given).factors != Factors::FLOAT32) {
+  const Way way = coded ? CODED : way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given);
+  if (*without > 0 || !few || way.factors != Factors::FLOAT32) {
     if (*without > 0) --*without;
     return linears<E>(threads, dtype, bfloat16, least_integers, m, k, x, norm, true, count, outputs);
   }
   const bool integers = E >= Extra::VNNI && m >= least_integers && integer_bytes(m, 1, &given) > 0;
-  const Way way = {integers ? Factors::INTEGERS : Factors::FLOAT32, false};
+  const Way copied = {integers ? Factors::INTEGERS : Factors::FLOAT32, false};
   const int64_t normed = norm != nullptr ? m * k * sizeof(float) : 0;
   Job* job;
   ScreenedCall* call = begin<ScreenedCall>(
       &job, count * (2 * sizeof(Product) + 2 * sizeof(Input) + sizeof(Copy)) + sizeof(int64_t) + m * sizeof(float) +
-                2 * LINE + normed + factor_bytes(way, false, m, 0, 1, &given));
+                2 * LINE + normed + factor_bytes(copied, false, m, 0, 1, &given));
   if (call == nullptr) return NO_MEMORY;
   Product* products = reinterpret_cast<Product*>(call + 1);
   Input* inputs = reinterpret_cast<Input*>(products + 2 * count);
@@ -156,20 +158,22 @@ inline uint64_t screened(int threads, Dtype dtype, bool bfloat16, int64_t least_
   *left = 0;
   *call = {{m, count, products, nullptr, nullptr, nullptr}, {m, count, products + count, nullptr, nullptr, nullptr},
            made, lengths, left, without};
-  make_factors(way, INT8, false, 0, 1, &shared, more, &call->copies);
+  make_factors(copied, INT8, false, 0, 1, &shared, more, &call->copies);
   for (int64_t i = 0; i < count; i++) {
     const Output& output = outputs[i];
-    inputs[i] = {shared.x, output.w, k, output.ldw};
+    inputs[i] = {shared.x, output.w, k, output.ldw, nullptr};
+    if (coded) use_coded(k, output.coded, &inputs[i]);
     products[i] = {0, 0, 0, 0, 1, inputs + i, false, {output.n, nullptr, output.bias, nullptr, true, output.y}};
     made[i] = copies[i];
-    inputs[count + i] = {shared.x, copies[i].w, k, copies[i].ldw};
+    inputs[count + i] = {shared.x, copies[i].w, k, copies[i].ldw, nullptr};
     products[count + i] = {0, 0, 0, 0, 1, inputs + count + i, false, {output.n, nullptr, nullptr, nullptr, false, nullptr}};
   }
   divide(&call->copies, threads);
   const int64_t pieces = divide(&call->products, threads);
-  return with_dtype(dtype, [&]<typename T>(T*) {
+  const auto run = [&]<typename T>(T*) {
     return pool_run(job, threads, pieces, screened_piece<T>, screened_commit<T>, screened_finish<T>);
-  });
+  };
+  return coded ? run(static_cast<Coded*>(nullptr)) : with_dtype(dtype, run);
 }
 
 }  // namespace

@@ -14,6 +14,9 @@ constexpr int streams(int m) { return m <= 2 ? 4 : m <= 4 ? 3 : 2; }
 constexpr int MOST_ASKING_ONCE = 2;
 constexpr int UNIT_ROWS = 6;
 constexpr int tile(int m) { return m == 1 ? 8 : m == 2 ? 4 : m <= 4 ? 3 : 2; }
+constexpr int64_t MOST_CODED_ROWS = 1;
+constexpr int coded_streams(int) { return 2; }
+constexpr int CODED_UNIT_ROWS = 2;
 constexpr int64_t MOST_FEW_ROWS = 48;
 constexpr int GEMM_ROWS = 6, GEMM_VECTORS = 2;
 
@@ -66,6 +69,27 @@ inline void store_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
 }
 inline uint32_t nonzero(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, zeros(), _CMP_NEQ_UQ)); }
 inline uint32_t above(Vec v, Vec limit) { return _mm256_movemask_ps(_mm256_cmp_ps(v, limit, _CMP_NLE_UQ)); }
+
+using Bytes = __m256i;
+inline Bytes load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void store_bytes(void* to, Bytes v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
+inline Bytes repeated(const void* from) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+inline Bytes lower_codes(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline Bytes upper_codes(Bytes v) { return lower_codes(_mm256_srli_epi16(v, 4)); }
+inline Bytes look_up(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
+inline bool any(Bytes v, char value) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(value))) != 0;
+}
+inline void join(Bytes low, Bytes high, Vec (&to)[4]) {
+  const Bytes first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+  const Bytes upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  to[0] = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
+  to[1] = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
+  to[2] = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
+  to[3] = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
+}
 
 inline float scalar(Half value) { return _cvtsh_ss(value.bits); }
 inline Half to_half(float value) { return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))}; }

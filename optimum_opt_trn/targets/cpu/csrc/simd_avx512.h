@@ -19,6 +19,10 @@ constexpr int MOST_ASKING_ONCE = 1;
 // By unit (units.h): so many rows at a time, and vectors of outputs with m of them.
 constexpr int UNIT_ROWS = 8;
 constexpr int tile(int m) { return m <= 4 ? 4 : 3; }
+// Of coded weights (coded.h): so many rows at most, and weight rows with M of them; by unit, so many rows at a time.
+constexpr int64_t MOST_CODED_ROWS = 4;
+constexpr int coded_streams(int m) { return m <= 2 ? 2 : 3; }
+constexpr int CODED_UNIT_ROWS = 4;
 // With more rows, panels of weights (panels.h).
 constexpr int64_t MOST_FEW_ROWS = 20;
 constexpr int GEMM_ROWS = 8, GEMM_VECTORS = 3;
@@ -80,6 +84,27 @@ inline void store_sums(Vec a, Vec b, Vec c, Vec d, float* to) {
 inline uint32_t nonzero(Vec v) { return _mm512_cmp_ps_mask(v, zeros(), _CMP_NEQ_UQ); }
 // A bit for each lane that is not at most `limit`.
 inline uint32_t above(Vec v, Vec limit) { return _mm512_cmp_ps_mask(v, limit, _CMP_NLE_UQ); }
+
+// Coded weights (coded.h): bytes, codes in the lower and the upper four bits of each, and what a table of 16 has for
+// them; whether any is `value`; and the numbers of bfloat16 whose low and high bytes they are.
+using Bytes = __m512i;
+inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_bytes(void* to, Bytes v) { _mm512_storeu_si512(to, v); }
+inline Bytes repeated(const void* from) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+inline Bytes lower_codes(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Bytes upper_codes(Bytes v) { return lower_codes(_mm512_srli_epi16(v, 4)); }
+inline Bytes look_up(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
+inline bool any(Bytes v, char value) { return _mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(value)) != 0; }
+inline void join(Bytes low, Bytes high, Vec (&to)[4]) {
+  const Bytes first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+  const Bytes upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
+  to[1] = _mm512_castsi512_ps(_mm512_and_si512(first, upper));
+  to[2] = _mm512_castsi512_ps(_mm512_slli_epi32(second, 16));
+  to[3] = _mm512_castsi512_ps(_mm512_and_si512(second, upper));
+}
 
 inline float scalar(Half value) { return _cvtsh_ss(value.bits); }
 inline Half to_half(float value) { return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))}; }

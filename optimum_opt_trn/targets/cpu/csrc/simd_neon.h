@@ -13,6 +13,9 @@ constexpr int streams(int m) { return m <= 2 ? 8 : m <= 4 ? 4 : m <= 6 ? 4 : 3; 
 constexpr int MOST_ASKING_ONCE = 2;
 constexpr int UNIT_ROWS = 8;
 constexpr int tile(int m) { return m <= 2 ? 8 : m <= 4 ? 5 : 3; }
+constexpr int64_t MOST_CODED_ROWS = 4;
+constexpr int coded_streams(int m) { return m <= 2 ? 2 : 3; }
+constexpr int CODED_UNIT_ROWS = 4;
 constexpr int64_t MOST_FEW_ROWS = 48;
 constexpr int GEMM_ROWS = 8, GEMM_VECTORS = 3;
 
@@ -62,6 +65,23 @@ inline uint32_t above(Vec v, Vec limit) { return bits_of(vmvnq_u32(vcleq_f32(v, 
 inline float scalar(Half value) {
   return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value.bits))), 0);
 }
+using Bytes = uint8x16_t;
+inline Bytes load_bytes(const void* from) { return vld1q_u8(static_cast<const uint8_t*>(from)); }
+inline void store_bytes(void* to, Bytes v) { vst1q_u8(static_cast<uint8_t*>(to), v); }
+inline Bytes repeated(const void* from) { return load_bytes(from); }
+inline Bytes lower_codes(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
+inline Bytes upper_codes(Bytes v) { return vshrq_n_u8(v, 4); }
+inline Bytes look_up(Bytes table, Bytes codes) { return vqtbl1q_u8(table, codes); }
+inline bool any(Bytes v, char value) { return vmaxvq_u8(vceqq_u8(v, vdupq_n_u8(value))) != 0; }
+inline void join(Bytes low, Bytes high, Vec (&to)[4]) {
+  const uint32x4_t first = vreinterpretq_u32_u8(vzip1q_u8(low, high)), upper = vdupq_n_u32(0xffff0000);
+  const uint32x4_t second = vreinterpretq_u32_u8(vzip2q_u8(low, high));
+  to[0] = vreinterpretq_f32_u32(vshlq_n_u32(first, 16));
+  to[1] = vreinterpretq_f32_u32(vandq_u32(first, upper));
+  to[2] = vreinterpretq_f32_u32(vshlq_n_u32(second, 16));
+  to[3] = vreinterpretq_f32_u32(vandq_u32(second, upper));
+}
+
 inline Half to_half(float value) {
   return {vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0)};
 }

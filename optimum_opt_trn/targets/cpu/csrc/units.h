@@ -7,6 +7,7 @@
 
 #include <sched.h>
 
+#include "coded.h"
 #include "common.h"
 #include "results.h"
 
@@ -18,7 +19,6 @@ constexpr int64_t GROUP = 512;
 constexpr int64_t LEAST_WIDTH = 256, PIECES_OF_A_THREAD = 3;
 // Units whose weights are added at a time, a row of each; they and the next ones fit the second-level cache.
 constexpr int64_t BLOCK = 8;
-static_assert(MOST_UNIT_ROWS <= 2 * UNIT_ROWS);
 // More rows than MOST_UNIT_ROWS, up to so many, go in blocks, if that reads a part of the units only: then it is faster
 // than panels, to which zeros are as good as other inputs. Panels of rounded factors are faster than others.
 constexpr int64_t MOST_SPARSE_ROWS = 32;
@@ -38,10 +38,11 @@ struct UnitsCall {
   Group* all;
 };
 
-// sums (M, n) += x (M, count) times the weights of `count` units, at most BLOCK; the weights in `next` are asked for.
+// sums (M, n) += x (M, count) times the weights of `count` units, at most BLOCK, for the outputs from `begin` on; the
+// weights in `next` are asked for.
 template <int M, int V, typename T>
-inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, const T* const* w, const T* const* next, const float* x,
-                         int64_t ldx, float* sums) {
+inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, int64_t begin, const T* const* w, const T* const* next,
+                         const float* x, int64_t ldx, float* sums) {
   constexpr int64_t WIDTH = V * LANES, OF_A_LINE = LINE / sizeof(T);
   for (; c + WIDTH <= n; c += WIDTH) {
     Vec totals[M][V];
@@ -52,9 +53,9 @@ inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, const T* const* w,
     for (int64_t u = 0; u < count; u++) {
       Vec weights[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) weights[v] = load(w[u] + c + v * LANES);
+      for (int v = 0; v < V; v++) weights[v] = load(w[u] + begin + c + v * LANES);
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < WIDTH; i += OF_A_LINE) __builtin_prefetch(next[u] + c + i, 0, 2);
+      for (int64_t i = 0; i < WIDTH; i += OF_A_LINE) __builtin_prefetch(next[u] + begin + c + i, 0, 2);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         const Vec xs = all(x[m * ldx + u]);
@@ -70,14 +71,62 @@ inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, const T* const* w,
   return c;
 }
 
+// The same with coded weights; n and `begin` are multiples of CODED_BLOCK.
+template <int M>
+inline void add_coded(int64_t n, int64_t count, int64_t begin, const Coded* const* w, const Coded* const* next,
+                      const float* x, int64_t ldx, float* sums) {
+  Bytes tables[BLOCK];
+  for (int64_t u = 0; u < count; u++) tables[u] = repeated(w[u]);
+  for (int64_t c = 0; c < n; c += CODED_BLOCK)
+    each_part([&]<int H, int PART>() {
+      float* part = sums + c + H * HALF + PART * LANES;
+      Vec totals[M][4];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) totals[m][v] = load(part + m * n + v * HALF / 4);
+      for (int64_t u = 0; u < count; u++) {
+        Vec weights[4];
+        decode<H, PART>(w[u], begin + c, tables[u], weights);
+        const Coded* block = next[u] + BLOCKS_BEGIN + (begin + c) / CODED_BLOCK * BLOCK_BYTES;
+        ask_lines<H, PART>([&](int64_t byte) __attribute__((always_inline)) { __builtin_prefetch(block + byte, 0, 2); });
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          const Vec xs = all(x[m * ldx + u]);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; v++) totals[m][v] = multiply_add(weights[v], xs, totals[m][v]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) store(part + m * n + v * HALF / 4, totals[m][v]);
+    });
+}
+
 template <int M, typename T>
-inline void add_units(int64_t n, int64_t count, const T* const* w, const T* const* next, const float* x, int64_t ldx,
-                      float* sums) {
-  int64_t c = add_tiles<M, tile(M), T>(0, n, count, w, next, x, ldx, sums);
-  c = add_tiles<M, 1, T>(c, n, count, w, next, x, ldx, sums);
-  for (; c < n; c++)
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t u = 0; u < count; u++) sums[m * n + c] = fmaf(scalar(w[u][c]), x[m * ldx + u], sums[m * n + c]);
+inline void add_units(int64_t n, int64_t count, int64_t begin, const T* const* w, const T* const* next, const float* x,
+                      int64_t ldx, float* sums) {
+  if constexpr (is_coded<T>) {
+    add_coded<M>(n, count, begin, w, next, x, ldx, sums);
+  } else {
+    int64_t c = add_tiles<M, tile(M), T>(0, n, count, begin, w, next, x, ldx, sums);
+    c = add_tiles<M, 1, T>(c, n, count, begin, w, next, x, ldx, sums);
+    for (; c < n; c++)
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t u = 0; u < count; u++)
+          sums[m * n + c] = fmaf(scalar(w[u][begin + c]), x[m * ldx + u], sums[m * n + c]);
+  }
+}
+
+// Of M rows, SOME at a time; the others follow while the weights are in the cache.
+template <int M, int SOME, typename T>
+inline void add_rows(int64_t n, int64_t count, int64_t begin, const T* const* w, const T* const* next, const float* x,
+                     int64_t ldx, float* sums) {
+  constexpr int NOW = lesser(M, SOME);
+  add_units<NOW, T>(n, count, begin, w, next, x, ldx, sums);
+  if constexpr (NOW < M)
+    add_rows<M - NOW, SOME, T>(n, count, begin, w, next, x + NOW * ldx, ldx, sums + NOW * n);
 }
 
 // The sums (M, outputs of the piece) of a piece.
@@ -86,7 +135,7 @@ inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
   if constexpr (M > 1) {
     if (call.m < M) return add_group<M - 1, T>(call, piece, sums);
   }
-  constexpr int SOME = M <= UNIT_ROWS ? M : (M + 1) / 2;  // the others follow while the weights are in the cache
+  constexpr int PASSES = pieces_of(M, is_coded<T> ? CODED_UNIT_ROWS : UNIT_ROWS), SOME = pieces_of(M, PASSES);
   const int64_t place = piece / call.parts, begin = piece % call.parts * call.width;
   const int64_t width = lesser(call.width, call.n - begin);
   const auto& group = call.all[place];
@@ -96,7 +145,7 @@ inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
   const auto unit = [&](int64_t j) {
     const auto& of = j < group.count ? group : after;
     j = lesser(j < group.count ? j : j - group.count, of.count - 1);
-    return of.w + (of.units != nullptr ? of.units[j] : j) * of.ldw + begin;
+    return of.w + (of.units != nullptr ? of.units[j] : j) * of.ldw;
   };
   for (int64_t j = 0; j < group.count; j += BLOCK) {
     const T *w[BLOCK], *next[BLOCK];
@@ -104,10 +153,7 @@ inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
       w[u] = unit(j + u);
       next[u] = unit(j + BLOCK + u);
     }
-    const int64_t count = lesser(BLOCK, group.count - j);
-    add_units<SOME, T>(width, count, w, next, group.x + j, group.ldx, sums);
-    if constexpr (SOME < M)
-      add_units<M - SOME, T>(width, count, w, next, group.x + j + SOME * group.ldx, group.ldx, sums + SOME * width);
+    add_rows<M, SOME, T>(width, lesser(BLOCK, group.count - j), begin, w, next, group.x + j, group.ldx, sums);
   }
 }
 
@@ -180,12 +226,12 @@ inline bool takes_units(int64_t m, int64_t n, int64_t count, const Input* inputs
          groups_of(count, inputs) * pieces_of(n, LEAST_WIDTH) <= MOST_PIECES;
 }
 
-// How many of the m rows are multiplied at a time, or 0 if panels are faster for them. That depends on the inputs alone,
-// and not on whether units are skipped, so that results do not either.
-inline int64_t rows_by_unit(bool rounded, int64_t m, int64_t n, int64_t count, const Input* inputs) {
-  const int64_t blocks = pieces_of(m, MOST_UNIT_ROWS), rows = pieces_of(m, blocks);
+// How many of the m rows are multiplied at a time, or 0 if another way is faster for them. Up to `few` rows none is. That
+// depends on the inputs alone, and not on whether units are skipped, so that results do not either.
+inline int64_t rows_by_unit(bool rounded, int64_t few, int64_t m, int64_t n, int64_t count, const Input* inputs) {
+  const int64_t rows = pieces_of(m, pieces_of(m, MOST_UNIT_ROWS));
   if (m > MOST_SPARSE_ROWS || !takes_units(rows, n, count, inputs)) return 0;
-  if (blocks == 1) return rows;
+  if (m <= few) return rows;
   int64_t all = 0, found = 0;
   for (int64_t i = 0; i < count; i++)
     for (int64_t row = 0; row < m; row += rows, all += inputs[i].k)
@@ -215,22 +261,24 @@ uint64_t units_sum(int threads, int64_t row, int64_t m, bool skip, Results resul
   int32_t* units = reinterpret_cast<int32_t*>(values + groups * GROUP * m);
   int64_t parts = 1;
   while (groups * parts < PIECES_OF_A_THREAD * threads && n >= 2 * parts * LEAST_WIDTH) parts *= 2;
-  const int64_t width = pieces_of(pieces_of(n, parts), LANES) * LANES;
+  constexpr int64_t MULTIPLE = is_coded<T> ? CODED_BLOCK : LANES;
+  const int64_t width = pieces_of(pieces_of(n, parts), MULTIPLE) * MULTIPLE;
   *call = {m, n, groups, pieces_of(n, width), width, results, sums, group};
   for (int64_t i = 0; i < count; i++) {
     const Input& input = inputs[i];
     for (int64_t first = 0; first < input.k; first += GROUP, group++) {
       const int64_t size = lesser(GROUP, input.k - first);
-      const T* w = static_cast<const T*>(input.w) + first * input.ldw;
+      const int64_t ldw = is_coded<T> ? coded_bytes(n) : input.ldw;
+      const T* w = static_cast<const T*>(is_coded<T> ? input.coded : input.w) + first * ldw;
       const float* x = input.x + row * input.k + first;
-      *group = {w, input.ldw, size, input.k, nullptr, x};
+      *group = {w, ldw, size, input.k, nullptr, x};
       if (skip) {
         int64_t found = 0;
         each_unit(x, m, input.k, size, [&](int64_t unit) { units[found++] = static_cast<int32_t>(unit); });
         if (found == size) continue;
         for (int64_t r = 0; r < m; r++)
           for (int64_t j = 0; j < found; j++) values[r * found + j] = x[r * input.k + units[j]];
-        *group = {w, input.ldw, found, found, units, values};
+        *group = {w, ldw, found, found, units, values};
         units += found;
         values += m * found;
       }

@@ -1,0 +1,12 @@
+"""The compiled kernels (`csrc/module.cpp`), or None if they were not built with the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+_kernels: Any
+try:
+    from . import _kernels
+except ImportError:
+    _kernels = None
