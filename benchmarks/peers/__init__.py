@@ -122,18 +122,21 @@ PEERS = {
 }
 
 
+def ours_beside(peer: Contender) -> str:
+    """Which of ours a peer is compared with: what has its class of precision."""
+    return "ours-bf16" if peer.compute == "bf16" and peer.weights != "int8" else "ours-f16"
+
+
 def groups() -> dict[str, list[Contender]]:
     """What is measured interleaved, by the name that selects it: ours and a peer, or ours in several variants.
 
-    Beside peers that compute in bfloat16 stands our bfloat16 export, too, and beside those with int8 weights ours.
+    Beside peers that compute in bfloat16 stands our bfloat16 export, beside those with int8 weights both of ours.
     """
     ours = OURS["ours-f16"]
-    found = {peer.name: [ours, peer] for peer in PEERS.values()}
+    found = {peer.name: [OURS[ours_beside(peer)], peer] for peer in PEERS.values()}
     for peer in PEERS.values():
         if peer.weights == "int8":
             found[peer.name].insert(1, OURS["ours-int8"])
-        elif peer.compute == "bf16":
-            found[peer.name].insert(1, OURS["ours-bf16"])
     found["int8"] = [ours, OURS["ours-int8"]]
     found["tensor-parallel"] = [ours, OURS["ours-f16-tp2"], OURS["ours-f16-tp4"]]
     found["torchrun"] = [ours, OURS["ours-f16-torchrun2"]]

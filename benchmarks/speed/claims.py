@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from peers import PEERS
+from peers import PEERS, ours_beside
 
 from .records import Record, Records
 
@@ -70,7 +70,8 @@ def _busy(records: Records, busy: int) -> Iterator[Claim]:
         for batch in (1, 4):
             beside = f"beside {busy} busy process{'es' if busy > 1 else ''}, batch {batch}"
             yield _against(f"{shape}: 1.2 times the fastest peer {beside}", records, shape, batch, 1.2, PEERS)
-            slowdowns = [record.slowdown for record in _shortest(records, shape, batch) if record.slowdown is not None]
+            ours = [record for one in (BASE, BASE_BF16) for record in _shortest(records, shape, batch, one)]
+            slowdowns = [record.slowdown for record in ours if record.slowdown is not None]
             worst = statistics.median(slowdowns) if slowdowns else None
             shown = f"{worst:.2f} times (median of {len(slowdowns)} groups)" if worst is not None else ""
             yield _judge(f"{shape}: at most 2.2 times its quiet time {beside}", worst, 2.2, shown, at_most=True)
@@ -131,18 +132,19 @@ def _shortest(records: Records, shape: str, batch: int, contender: str = BASE) -
 
 
 def _against(
-    text: str, records: Records, shape: str, batch: int, times: float, peers: Iterable[str], base: str = BASE
+    text: str, records: Records, shape: str, batch: int, times: float, peers: Iterable[str], base: str | None = None
 ) -> Claim:
-    lengths = [record.length for record in _shortest(records, shape, batch, base)]
+    bases = (BASE, BASE_BF16) if base is None else (base,)
+    lengths = [record.length for one in bases for record in _shortest(records, shape, batch, one)]
     if not lengths:
         return Claim(text, "", UNKNOWN)
     wanted = {"shape": shape, "figure": "decode", "batch": batch, "length": lengths[0]}
     return _fastest(text, records, base, list(peers), times, wanted)
 
 
-def _fastest(text: str, records: Records, base: str, peers: list[str], times: float, wanted: dict) -> Claim:
-    """Whether the nearest of `peers` takes so many times as long as `base` did beside it."""
-    ratios = {peer: records.ratio(base, peer, group=peer, **wanted) for peer in peers}
+def _fastest(text: str, records: Records, base: str | None, peers: list[str], times: float, wanted: dict) -> Claim:
+    """Whether the nearest of `peers` takes so many times as long as `base` did beside it, or ours of its precision."""
+    ratios = {peer: records.ratio(base or ours_beside(PEERS[peer]), peer, group=peer, **wanted) for peer in peers}
     known = {peer: ratio for peer, ratio in ratios.items() if ratio is not None}
     if not known:
         return Claim(text, "", UNKNOWN)
@@ -167,7 +169,7 @@ def _loading(records: Records) -> Claim:
             runs = [a + b for a, b in zip(load.runs, first.runs, strict=True)]
             summed.add(Record("1.3b", load.group, load.contender, "loaded", runs=runs))
     text = "1.3b: loaded to first token in a quarter of the fastest peer's time"
-    return _fastest(text, summed, BASE, list(PEERS), 4.0, {"shape": "1.3b", "figure": "loaded"})
+    return _fastest(text, summed, None, list(PEERS), 4.0, {"shape": "1.3b", "figure": "loaded"})
 
 
 def _exporting(records: Records) -> Claim:

@@ -22,7 +22,7 @@ from .checkpoints import cache_bytes, read_headers, unread_head_bytes, weight_by
 from .neighbours import Neighbours
 from .records import Record
 from .workers import Worker, Workplace
-from .zeros import Zeros, unread_mlp_bytes
+from .zeros import Zeros, unread_layer_bytes
 
 
 # Of the prompt that a process is started for: the first token after loading, and tokens to compare.
@@ -142,7 +142,7 @@ class Pairs:
             if contender.is_ours:
                 header = read_headers(folders[contender.name] / "checkpoint")
                 weights = weight_bytes(header) - unread_head_bytes(folders[contender.name])
-                unread = unread_mlp_bytes(folders[contender.name], plan.batch, self.zeros)
+                unread = unread_layer_bytes(folders[contender.name], plan.batch, self.zeros)
                 self.exported[contender.name] = weights - unread
         with ExitStack() as open_workers:
             workers, records = self._load(contenders, folders, plan, record, open_workers)
@@ -240,7 +240,7 @@ class Pairs:
     def step_bytes(self, contender: Contender, batch: int, context: float) -> float:
         """What a step reads, with matrices and cache in the contender's dtype of weights (int8: a 16-bit cache).
 
-        Ours does not read all of the MLP's weights (`unread_mlp_bytes`).
+        Ours does not read all of the layers' weights (`unread_layer_bytes`).
         """
         matrix = WEIGHT_BYTES[contender.weights]
         weights = self.exported.get(contender.name, weight_bytes(self.header, matrix))

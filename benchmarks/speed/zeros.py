@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import OPTForCausalLM
 
 from optimum_opt_trn.targets.cpu.int8_copy import int8_copy
+from optimum_opt_trn.targets.cpu.kernels import chosen_variant
 
 from .checkpoints import read_headers
 
@@ -27,6 +28,7 @@ from .checkpoints import read_headers
 FILE = "mlp_zeros.json"
 BATCHES = (1, 2, 4, 8)
 SEED, SEQUENCES, TOKENS = 20261126, 8, 48
+MATRICES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,35 @@ def _quantile(values: Tensor, share: float) -> float:
     return values.flatten().kthvalue(max(1, round(share * values.numel()))).values.item()
 
 
-def unread_mlp_bytes(export: Path, batch: int, zeros: Zeros) -> float:
-    """By how much fewer bytes of the MLPs our export's steps with so many rows read, of a model with these zeros.
+# Of coded weights (csrc/coded.h): rows that read them at most, by unit too; more do if they read so many of the units.
+MOST_CODED, MOST_CODED_AVX2, MOST_CODED_UNITS_AVX2, MOST_READ = 4, 1, 2, 0.6
 
-    Of fc2 they read what is not 0 in every row. Of fc1, with few rows, they read an int8 copy and what it leaves, if
-    that is less by a tenth of fc1 (csrc/screened.h).
+
+def unread_layer_bytes(export: Path, batch: int, zeros: Zeros) -> float:
+    """By how much fewer bytes of the layers our export's steps with so many rows read, of a model with these zeros.
+
+    Few rows read matrices coded, if they are. Of fc2 they read what is not 0 in every row. Of fc1 they read an int8
+    copy and what it leaves, if that is less by a tenth (csrc/screened.h).
     """
     header, copies = read_headers(export / "checkpoint"), read_headers(export / "compiled")
-    if "fc2.weight_by_unit" not in copies:
-        return 0.0
-    fc1, fc2 = (sum(size for n, (_, size) in header.items() if n.endswith(f"{m}.weight")) for m in ("fc1", "fc2"))
-    unread = fc2 * zeros.idle.get(batch, 0.0)
+    narrow, layers = chosen_variant() == "avx2", len([name for name in header if name.endswith("fc1.weight")])
+    plain = {m: sum(size for name, (_, size) in header.items() if name.endswith(f"{m}.weight")) for m in MATRICES}
+
+    def coded(name: str, most: int) -> float | None:
+        """Bytes of all layers, if so many rows read them coded."""
+        return layers * copies[f"{name}_coded"][1] if f"{name}_coded" in copies and batch <= most else None
+
+    most = MOST_CODED_AVX2 if narrow else MOST_CODED
+    named = {m: m if m.startswith("fc") else f"self_attn.{m}" for m in MATRICES}
+    read = {matrix: coded(f"{named[matrix]}.weight", most) or size for matrix, size in plain.items()}
     shape, size = copies.get("fc1.weight_int8", ((0, 0), 0))
-    saved = fc1 * (1 - zeros.left.get(batch, 1.0)) - len([n for n in header if n.endswith("fc1.weight")]) * size
-    if size and batch <= (2 if shape[1] < 1024 else 4) and saved >= 0.1 * fc1:
-        unread += saved
-    return unread
+    screened = layers * size + zeros.left.get(batch, 1.0) * read["fc1"]
+    if size and batch <= (2 if shape[1] < 1024 else 4) and screened <= 0.9 * read["fc1"]:
+        read["fc1"] = screened
+    active = 1 - zeros.idle.get(batch, 0.0)
+    if "fc2.weight_by_unit" in copies:
+        read["fc2"] *= active
+    most = MOST_CODED_UNITS_AVX2 if narrow else MOST_CODED
+    if by_unit := coded("fc2.weight_by_unit", most if active > MOST_READ else 32):
+        read["fc2"] = by_unit * active
+    return sum(plain.values()) - sum(read.values())
