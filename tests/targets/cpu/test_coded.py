@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from against_transformers import norms, random
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -194,6 +194,41 @@ def test_screened(variant, m, k, n, shards, shift, seed):
     for _ in range(3):  # with the int8 copies, and perhaps without
         found = arithmetic.screened(x, weights, biases, screen, None)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def medium():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif("avx512_bf16" not in variants(), reason="this processor has no AVX-512 BF16")
+@pytest.mark.usefixtures("medium")
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 9),
+    st.lists(st.sampled_from([128, 384, 768, 2048]), min_size=1, max_size=3),
+    st.sampled_from([1, 2, 5, 23, 24, 25, 50]),
+    st.booleans(),
+    st.integers(0, MOST_OTHERS),
+    st.integers(0, 9),
+)
+def test_medium(m, ks, n, biased, others, seed):
+    """From 5 rows on factors are rounded, and up to 8 the copies are read: NaN in the weights would show it."""
+    weights, xs = [matrix(seed + k, n, k, others) for k in ks], [random(seed + i, m, k) for i, k in enumerate(ks)]
+    bias = random(seed, n).bfloat16() if biased else None
+    factors = [x.bfloat16() if m > 4 else x for x in xs]
+    expected = sum(x.double() @ weight.double().T for x, weight in zip(factors, weights, strict=True))
+    arithmetic = arithmetic_with("avx512_bf16", weights)
+    if m <= 8:
+        for weight in weights:
+            weight.fill_(float("nan"))
+    found = arithmetic.linear_sum(xs, weights, bias)
+    torch.testing.assert_close(found.double(), expected + (bias.double() if biased else 0), rtol=1e-4, atol=1e-4)
+    if len(ks) == 1:
+        assert torch.equal(arithmetic.linears(xs[0], weights, [bias] if biased else None)[0], found)
 
 
 def test_where_not_all_weights_have_copies_none_is_read():

@@ -29,16 +29,24 @@ __attribute__((noinline, cold)) Bytes with_others(const Coded* row, int64_t begi
   return load_bytes(bytes);
 }
 
-// Weights of part PART of half H of the block from weight `begin` on, to the four vectors at PART * LANES and so many
-// times HALF / 4. `table` has the row's high bytes, repeated.
+// Weights of part PART of half H of the block from weight `begin` on, two to 32 bits. `table` has the row's high bytes,
+// repeated.
 template <int H, int PART>
-inline void decode(const Coded* row, int64_t begin, Bytes table, Vec (&to)[4]) {
+inline void decode(const Coded* row, int64_t begin, Bytes table, Bytes (&to)[2]) {
   const Coded* block = row + BLOCKS_BEGIN + begin / CODED_BLOCK * BLOCK_BYTES;
   const Bytes both = load_bytes(block + CODED_BLOCK + PART * DECODED);
   const Bytes codes = H == 0 ? lower_codes(both) : upper_codes(both);
   Bytes high = look_up(table, codes);
   if (__builtin_expect(any(codes, OTHER), 0)) high = with_others(row, begin + H * HALF, PART * DECODED, codes, high);
   join(load_bytes(block + H * HALF + PART * DECODED), high, to);
+}
+
+// The same as floats, to the four vectors at PART * LANES and so many times HALF / 4.
+template <int H, int PART>
+inline void decode(const Coded* row, int64_t begin, Bytes table, Vec (&to)[4]) {
+  Bytes pairs[2];
+  decode<H, PART>(row, begin, table, pairs);
+  widen(pairs, to);
 }
 
 // Calls `use.template operator()<H, PART>()` for each half and part of a block.

@@ -19,12 +19,22 @@ struct Way {
   bool rounded;        // to bfloat16
   bool coded = false;  // the weights are
 };
-constexpr Way CODED = {Factors::FLOAT32, false, true};
 
-// How m rows of the inputs are multiplied. By unit, these are the rows for which panels are faster.
+// Whether all weights have coded copies.
+template <typename Given>
+inline bool all_coded(Dtype dtype, int64_t count, const Given* all) {
+  bool coded = dtype == BFLOAT16;
+  for (int64_t i = 0; i < count; i++) coded = coded && all[i].coded != nullptr;
+  return coded;
+}
+
+// How m rows of the inputs are multiplied; `coded` says whether there are coded weights by output. By unit, these are the
+// rows for which panels are faster.
 template <Extra E>
-inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit, int64_t count,
+inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit, bool coded, int64_t count,
                   const Input* inputs) {
+  if (coded && m <= MOST_CODED_ROWS) return {Factors::FLOAT32, false, true};
+  if (E == Extra::BF16 && coded && bfloat16 && m <= ROUNDED_ROWS) return {Factors::PAIRS, true, true};
   const bool integers = E >= Extra::VNNI && dtype == INT8 && !by_unit && m >= least_integers &&
                         integer_bytes(m, count, inputs) > 0;
   if (E >= Extra::AMX && integers && takes_digit_tiles(m)) return {Factors::DIGIT_TILES, false};
@@ -62,18 +72,10 @@ inline void make_factors(Way way, Dtype dtype, bool by_unit, int64_t n, int64_t 
     call->integers = to_digit_tiles(call->m, count, inputs, memory);
   } else {
     const bool pairs = way.factors == Factors::PAIRS;
-    const int64_t depth = pairs ? rounded_depth(dtype, call->m, by_unit) : Float32Panels<float>::DEPTH;
+    const int64_t depth = pairs ? rounded_depth(way.coded, dtype, call->m, by_unit) : Float32Panels<float>::DEPTH;
     call->packing = plan_packing(depth, count, inputs, memory,
                                  [&](const Input& input) { return packed_floats(way, call->m, input); });
   }
-}
-
-// Whether m rows are multiplied with coded weights.
-template <typename Given>
-inline bool takes_coded(Dtype dtype, int64_t m, int64_t count, const Given* all) {
-  bool coded = dtype == BFLOAT16 && m <= MOST_CODED_ROWS;
-  for (int64_t i = 0; i < count; i++) coded = coded && all[i].coded != nullptr;
-  return coded;
 }
 
 // Makes the weights of an input the coded ones, rows of `length`.
@@ -85,7 +87,7 @@ inline void use_coded(int64_t length, const void* coded, Input* input) {
 // Computes the products of a call, whose factors were made of `inputs` inputs.
 inline uint64_t run_products(Way way, Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
   if (way.factors == Factors::TILES) return run_amx(job, threads, dtype, way.rounded, inputs, call);
-  if (way.factors == Factors::PAIRS) return run_rounded(job, threads, dtype, inputs, call);
+  if (way.factors == Factors::PAIRS) return run_rounded(way.coded, job, threads, dtype, inputs, call);
   if (way.factors == Factors::INTEGERS) return run_integers(job, threads, call, divide(call, threads));
   if (way.factors == Factors::DIGIT_TILES) return run_digit_tiles(job, threads, call);
   if (way.coded) return pool_run(job, threads, divide(call, threads), few_rows_piece<Coded>, few_rows_commit<Coded>);
@@ -104,8 +106,8 @@ template <Extra E>
 inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
                         const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs) {
   const Input given = {x, nullptr, k, k, nullptr};
-  const bool coded = takes_coded(dtype, m, count, outputs);
-  const Way way = coded ? CODED : way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given);
+  const bool coded = all_coded(dtype, count, outputs);
+  const Way way = way_of<E>(dtype, bfloat16, least_integers, m, false, coded, 1, &given);
   return each_block(m, rows_of(m), [&](int64_t first, int64_t rows) {
     // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
     const int64_t normed = norm != nullptr ? rows * k * sizeof(float) : 0;
@@ -128,7 +130,7 @@ inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_i
       const Output& output = outputs[i];
       const Results results = {output.n, output.scale, output.bias, nullptr, relu, output.y + first * output.n};
       inputs[i] = {shared.x, output.w, k, output.ldw, nullptr};
-      if (coded) use_coded(k, output.coded, &inputs[i]);
+      if (way.coded) use_coded(k, output.coded, &inputs[i]);
       products[i] = {0, 0, 0, 0, 1, inputs + i, false, results};
     }
     return run_products(way, job, threads, dtype, 1, call);
@@ -139,8 +141,8 @@ template <Extra E>
 inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
                            bool by_unit, bool coded_by_unit, bool skip, const float* scale, const void* bias,
                            const float* residual, float* y, int64_t count, const Input* inputs) {
-  const bool coded = !coded_by_unit && takes_coded(dtype, m, count, inputs);
-  const Way way = coded ? CODED : way_of<E>(dtype, bfloat16, least_integers, m, by_unit, count, inputs);
+  const bool coded = !coded_by_unit && all_coded(dtype, count, inputs);
+  const Way way = way_of<E>(dtype, bfloat16, least_integers, m, by_unit, coded, count, inputs);
   const int64_t few = coded_by_unit ? CODED_UNIT_ROWS : by_unit ? MOST_UNIT_ROWS : 0;
   const int64_t unit_rows = few > 0 ? rows_by_unit(way.rounded, few, m, n, count, inputs) : 0;
   if (unit_rows > 0 && coded_by_unit)
@@ -159,7 +161,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
     for (int64_t i = 0; i < count; i++) {
       copied[i] = inputs[i];
       copied[i].x += first * inputs[i].k;
-      if (coded) use_coded(inputs[i].k, inputs[i].coded, &copied[i]);
+      if (way.coded) use_coded(inputs[i].k, inputs[i].coded, &copied[i]);
     }
     *call = {rows, 1, product, nullptr, nullptr, nullptr};
     make_factors(way, dtype, by_unit, n, count, copied, vectors_from(copied + count), call);

@@ -14,6 +14,7 @@ constexpr int64_t PAIRED = 2 * LANES;
 // So many rows of x at a time, and so many weight rows with M of them: their sums leave registers for the factors.
 constexpr int ROUNDED_ROWS = 8;
 constexpr int rounded_streams(int m) { return m <= 6 ? 4 : 3; }
+constexpr int CODED_STREAMS = 3;
 // 6 times 4 is the fastest, but fewer blocks read the weights less often, which counts more where they are few.
 constexpr int64_t rounded_blocks(int64_t m) { return pieces_of(m, m <= 2 * ROUNDED_ROWS ? ROUNDED_ROWS : 6); }
 // Weights that are bfloat16 by output are multiplied as they lie with up to so many rows; all others in panels.
@@ -114,6 +115,68 @@ WITH_BF16 void rounded_piece(const void* given, int64_t piece, float* scratch) {
   for (int64_t row = 0; row < call.m; row += rows)
     rounded_dots<ROUNDED_ROWS>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks,
                                scratch + row * OUTPUTS);
+}
+
+// totals += the products of R rows of coded weights with M rows of x, of half H of the block from input i on. x has pairs
+// as `decode` makes them. The next R rows are asked for.
+template <int H, int R, int M>
+WITH_BF16 __attribute__((always_inline)) inline void add_coded(const Coded* w, int64_t ldw, const BFloat16* x,
+                                                               int64_t ldx, int64_t i, const Bytes (&tables)[R],
+                                                               Vec (&totals)[R][M]) {
+  const Coded* next = w + R * ldw + BLOCKS_BEGIN + i / CODED_BLOCK * BLOCK_BYTES;
+  Bytes weights[R][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    __builtin_prefetch(next + r * ldw + H * HALF, 0, 1);
+    if constexpr (H == 1) __builtin_prefetch(next + r * ldw + CODED_BLOCK, 0, 1);
+    decode<H, 0>(w + r * ldw, i, tables[r], weights[r]);
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; v++)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      __m512i xs = _mm512_loadu_si512(x + m * ldx + i + H * HALF + v * PAIRED);
+      asm("" : "+v"(xs));  // as in add_rounded
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+        totals[r][m] = _mm512_dpbf16_ps(totals[r][m], (__m512bh)xs, (__m512bh)weights[r][v]);
+    }
+}
+
+template <int R, int M>
+WITH_BF16 inline void rounded_coded_dot(const Product& p, int64_t column, float* sums) {
+  Vec totals[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) totals[r][m] = zeros();
+  for (int64_t part = 0; part < p.count; part++) {
+    const Input& input = p.inputs[part];
+    const Coded* w = static_cast<const Coded*>(input.w) + column * input.ldw;
+    Bytes tables[R];
+    for (int r = 0; r < R; r++) tables[r] = repeated(w + r * input.ldw);
+    for (int64_t i = 0; i < input.k; i += CODED_BLOCK) {
+      add_coded<0, R, M>(w, input.ldw, rounded_x(input), input.k, i, tables, totals);
+      add_coded<1, R, M>(w, input.ldw, rounded_x(input), input.k, i, tables, totals);
+    }
+  }
+  store_totals(totals, sums);
+}
+
+template <int M>
+WITH_BF16 inline void rounded_coded_dots(int64_t rows, const Product& p, int64_t begin, int64_t end, float* sums) {
+  if constexpr (M > 1) {
+    if (rows < M) return rounded_coded_dots<M - 1>(rows, p, begin, end, sums);
+  }
+  constexpr int R = CODED_STREAMS;
+  int64_t column = begin;
+  for (; column + R <= end; column += R) rounded_coded_dot<R, M>(p, column, sums + column - begin);
+  for (; column < end; column++) rounded_coded_dot<1, M>(p, column, sums + column - begin);
+}
+
+WITH_BF16 void rounded_coded_piece(const void* given, int64_t piece, float* scratch) {
+  const ProductsCall& call = *static_cast<const ProductsCall*>(given);
+  const Product& p = product_of(call, piece);
+  const int64_t begin = (piece - p.first_piece) * OUTPUTS;
+  rounded_coded_dots<ROUNDED_ROWS>(call.m, p, begin, lesser(p.results.n, begin + OUTPUTS), scratch);
 }
 
 // The weights of two units, rounded: those of the first in the even places, those of the second in the odd ones.
@@ -235,18 +298,33 @@ struct RoundedPanels {
   }
 };
 
+// x for coded weights.
+struct CodedX {
+  WITH_BF16 static void pack_x(const float* x, int64_t units, int64_t, int64_t, int64_t row, float* packed) {
+    BFloat16* to = reinterpret_cast<BFloat16*>(packed) + row * units;
+    const __m512i places = unit_places();
+    for (int64_t i = 0; i < units; i += PAIRED)
+      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(
+                                      places, (__m512i)_mm512_cvtne2ps_pbh(load(x + i + LANES), load(x + i))));
+  }
+};
+
 // Whether the factors of these products are to be rounded.
 inline bool rounds(Dtype dtype, int64_t m, bool by_unit) { return by_unit || m >= least_rounded_rows(dtype); }
 
 // Units of x that are packed together: those of a panel, or all.
-inline int64_t rounded_depth(Dtype dtype, int64_t m, bool by_unit) {
-  return rounded_panels(dtype, m, by_unit) ? ROUNDED_DEPTH : INT32_MAX;
+inline int64_t rounded_depth(bool coded, Dtype dtype, int64_t m, bool by_unit) {
+  return !coded && rounded_panels(dtype, m, by_unit) ? ROUNDED_DEPTH : INT32_MAX;
 }
 
 // Floats that m rounded rows of k take.
 inline int64_t rounded_floats(int64_t m, int64_t k) { return m * paired(k) / 2; }
 
-inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
+inline uint64_t run_rounded(bool coded, Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
+  if (coded) {
+    run_first(job, threads, inputs, *call, pack_x_piece<CodedX>);
+    return pool_run(job, threads, divide(call, threads), rounded_coded_piece, few_rows_commit<BFloat16>);
+  }
   if (!rounded_panels(dtype, call->m, call->products[0].by_unit)) {
     run_first(job, threads, inputs, *call, pack_x_piece<RoundedPanels<BFloat16>>);
     return pool_run(job, threads, divide(call, threads), rounded_piece, few_rows_commit<BFloat16>);
@@ -263,9 +341,10 @@ inline uint64_t run_rounded(Job* job, int threads, Dtype dtype, int64_t inputs, 
 namespace {
 
 inline bool rounds(Dtype, int64_t, bool) { return false; }
-inline int64_t rounded_depth(Dtype, int64_t, bool) { return 0; }
+constexpr int ROUNDED_ROWS = 0;
+inline int64_t rounded_depth(bool, Dtype, int64_t, bool) { return 0; }
 inline int64_t rounded_floats(int64_t, int64_t) { return 0; }
-inline uint64_t run_rounded(Job*, int, Dtype, int64_t, ProductsCall*) { return 0; }
+inline uint64_t run_rounded(bool, Job*, int, Dtype, int64_t, ProductsCall*) { return 0; }
 
 }  // namespace
 

@@ -127,9 +127,9 @@ inline uint64_t screened(int threads, Dtype dtype, bool bfloat16, int64_t least_
                          const float* x, const Norm* norm, int64_t* without, int64_t count, const Output* outputs,
                          const Copy* copies) {
   const Input given = {x, nullptr, k, k, nullptr};
-  const bool coded = takes_coded(dtype, m, count, outputs);
   const bool few = m <= (k < LEAST_INPUTS ? MOST_SHORT_ROWS : MOST_SCREENED_ROWS);
-  const Way way = coded ? CODED : way_of<E>(dtype, bfloat16, least_integers, m, false, 1, &given);
+  const bool coded = all_coded(dtype, count, outputs);
+  const Way way = way_of<E>(dtype, bfloat16, least_integers, m, false, coded, 1, &given);
   if (*without > 0 || !few || way.factors != Factors::FLOAT32) {
     if (*without > 0) --*without;
     return linears<E>(threads, dtype, bfloat16, least_integers, m, k, x, norm, true, count, outputs);
@@ -162,7 +162,7 @@ inline uint64_t screened(int threads, Dtype dtype, bool bfloat16, int64_t least_
   for (int64_t i = 0; i < count; i++) {
     const Output& output = outputs[i];
     inputs[i] = {shared.x, output.w, k, output.ldw, nullptr};
-    if (coded) use_coded(k, output.coded, &inputs[i]);
+    if (way.coded) use_coded(k, output.coded, &inputs[i]);
     products[i] = {0, 0, 0, 0, 1, inputs + i, false, {output.n, nullptr, output.bias, nullptr, true, output.y}};
     made[i] = copies[i];
     inputs[count + i] = {shared.x, copies[i].w, k, copies[i].ldw, nullptr};
@@ -173,7 +173,7 @@ inline uint64_t screened(int threads, Dtype dtype, bool bfloat16, int64_t least_
   const auto run = [&]<typename T>(T*) {
     return pool_run(job, threads, pieces, screened_piece<T>, screened_commit<T>, screened_finish<T>);
   };
-  return coded ? run(static_cast<Coded*>(nullptr)) : with_dtype(dtype, run);
+  return way.coded ? run(static_cast<Coded*>(nullptr)) : with_dtype(dtype, run);
 }
 
 }  // namespace

@@ -82,13 +82,16 @@ inline Bytes look_up(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(tabl
 inline bool any(Bytes v, char value) {
   return _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(value))) != 0;
 }
-inline void join(Bytes low, Bytes high, Vec (&to)[4]) {
-  const Bytes first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+inline void join(Bytes low, Bytes high, Bytes (&to)[2]) {
+  to[0] = _mm256_unpacklo_epi8(low, high);
+  to[1] = _mm256_unpackhi_epi8(low, high);
+}
+inline void widen(const Bytes (&pairs)[2], Vec (&to)[4]) {
   const Bytes upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-  to[0] = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
-  to[1] = _mm256_castsi256_ps(_mm256_and_si256(first, upper));
-  to[2] = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
-  to[3] = _mm256_castsi256_ps(_mm256_and_si256(second, upper));
+  for (int i = 0; i < 2; i++) {
+    to[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[i], 16));
+    to[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(pairs[i], upper));
+  }
 }
 
 inline float scalar(Half value) { return _cvtsh_ss(value.bits); }

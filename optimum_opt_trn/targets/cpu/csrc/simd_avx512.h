@@ -86,7 +86,8 @@ inline uint32_t nonzero(Vec v) { return _mm512_cmp_ps_mask(v, zeros(), _CMP_NEQ_
 inline uint32_t above(Vec v, Vec limit) { return _mm512_cmp_ps_mask(v, limit, _CMP_NLE_UQ); }
 
 // Coded weights (coded.h): bytes, codes in the lower and the upper four bits of each, and what a table of 16 has for
-// them; whether any is `value`; and the numbers of bfloat16 whose low and high bytes they are.
+// them; whether any is `value`; the numbers of bfloat16 whose low and high bytes they are, two to 32 bits; and these as
+// floats, of each vector the lower ones and then the upper ones.
 using Bytes = __m512i;
 inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_bytes(void* to, Bytes v) { _mm512_storeu_si512(to, v); }
@@ -97,13 +98,16 @@ inline Bytes lower_codes(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(
 inline Bytes upper_codes(Bytes v) { return lower_codes(_mm512_srli_epi16(v, 4)); }
 inline Bytes look_up(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
 inline bool any(Bytes v, char value) { return _mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(value)) != 0; }
-inline void join(Bytes low, Bytes high, Vec (&to)[4]) {
-  const Bytes first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+inline void join(Bytes low, Bytes high, Bytes (&to)[2]) {
+  to[0] = _mm512_unpacklo_epi8(low, high);
+  to[1] = _mm512_unpackhi_epi8(low, high);
+}
+inline void widen(const Bytes (&pairs)[2], Vec (&to)[4]) {
   const Bytes upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
-  to[1] = _mm512_castsi512_ps(_mm512_and_si512(first, upper));
-  to[2] = _mm512_castsi512_ps(_mm512_slli_epi32(second, 16));
-  to[3] = _mm512_castsi512_ps(_mm512_and_si512(second, upper));
+  for (int i = 0; i < 2; i++) {
+    to[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16));
+    to[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs[i], upper));
+  }
 }
 
 inline float scalar(Half value) { return _cvtsh_ss(value.bits); }

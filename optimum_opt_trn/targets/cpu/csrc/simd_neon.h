@@ -73,13 +73,16 @@ inline Bytes lower_codes(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
 inline Bytes upper_codes(Bytes v) { return vshrq_n_u8(v, 4); }
 inline Bytes look_up(Bytes table, Bytes codes) { return vqtbl1q_u8(table, codes); }
 inline bool any(Bytes v, char value) { return vmaxvq_u8(vceqq_u8(v, vdupq_n_u8(value))) != 0; }
-inline void join(Bytes low, Bytes high, Vec (&to)[4]) {
-  const uint32x4_t first = vreinterpretq_u32_u8(vzip1q_u8(low, high)), upper = vdupq_n_u32(0xffff0000);
-  const uint32x4_t second = vreinterpretq_u32_u8(vzip2q_u8(low, high));
-  to[0] = vreinterpretq_f32_u32(vshlq_n_u32(first, 16));
-  to[1] = vreinterpretq_f32_u32(vandq_u32(first, upper));
-  to[2] = vreinterpretq_f32_u32(vshlq_n_u32(second, 16));
-  to[3] = vreinterpretq_f32_u32(vandq_u32(second, upper));
+inline void join(Bytes low, Bytes high, Bytes (&to)[2]) {
+  to[0] = vzip1q_u8(low, high);
+  to[1] = vzip2q_u8(low, high);
+}
+inline void widen(const Bytes (&pairs)[2], Vec (&to)[4]) {
+  for (int i = 0; i < 2; i++) {
+    const uint32x4_t words = vreinterpretq_u32_u8(pairs[i]);
+    to[2 * i] = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
+    to[2 * i + 1] = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000)));
+  }
 }
 
 inline Half to_half(float value) {
