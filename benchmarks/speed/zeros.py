@@ -138,8 +138,10 @@ def _quantile(values: Tensor, share: float) -> float:
     return values.flatten().kthvalue(max(1, round(share * values.numel()))).values.item()
 
 
-# Of coded weights (csrc/coded.h): rows that read them at most, by unit too; more do if they read so many of the units.
-MOST_CODED, MOST_CODED_AVX2, MOST_CODED_UNITS_AVX2, MOST_READ = 4, 1, 2, 0.6
+# Rows that read coded weights at most (csrc/coded.h): with AVX-512, and where bfloat16 exports' factors are rounded.
+MOST_CODED, MOST_CODED_ROUNDED = 4, 8
+# By unit more do, if they read so many of the units.
+MOST_READ = 0.6
 
 
 def unread_layer_bytes(export: Path, batch: int, zeros: Zeros) -> float:
@@ -149,14 +151,14 @@ def unread_layer_bytes(export: Path, batch: int, zeros: Zeros) -> float:
     copy and what it leaves, if that is less by a tenth (csrc/screened.h).
     """
     header, copies = read_headers(export / "checkpoint"), read_headers(export / "compiled")
-    narrow, layers = chosen_variant() == "avx2", len([name for name in header if name.endswith("fc1.weight")])
+    variant, layers = chosen_variant(), len([name for name in header if name.endswith("fc1.weight")])
     plain = {m: sum(size for name, (_, size) in header.items() if name.endswith(f"{m}.weight")) for m in MATRICES}
 
     def coded(name: str, most: int) -> float | None:
         """Bytes of all layers, if so many rows read them coded."""
         return layers * copies[f"{name}_coded"][1] if f"{name}_coded" in copies and batch <= most else None
 
-    most = MOST_CODED_AVX2 if narrow else MOST_CODED
+    most = {"avx2": 1, "avx512_bf16": MOST_CODED_ROUNDED}.get(variant or "", MOST_CODED)
     named = {m: m if m.startswith("fc") else f"self_attn.{m}" for m in MATRICES}
     read = {matrix: coded(f"{named[matrix]}.weight", most) or size for matrix, size in plain.items()}
     shape, size = copies.get("fc1.weight_int8", ((0, 0), 0))
@@ -166,7 +168,7 @@ def unread_layer_bytes(export: Path, batch: int, zeros: Zeros) -> float:
     active = 1 - zeros.idle.get(batch, 0.0)
     if "fc2.weight_by_unit" in copies:
         read["fc2"] *= active
-    most = MOST_CODED_UNITS_AVX2 if narrow else MOST_CODED
+    most = 2 if variant == "avx2" else MOST_CODED
     if by_unit := coded("fc2.weight_by_unit", most if active > MOST_READ else 32):
         read["fc2"] = by_unit * active
     return sum(plain.values()) - sum(read.values())

@@ -72,7 +72,8 @@ inline void make_factors(Way way, Dtype dtype, bool by_unit, int64_t n, int64_t 
     call->integers = to_digit_tiles(call->m, count, inputs, memory);
   } else {
     const bool pairs = way.factors == Factors::PAIRS;
-    const int64_t depth = pairs ? rounded_depth(way.coded, dtype, call->m, by_unit) : Float32Panels<float>::DEPTH;
+    const int64_t depth = pairs ? rounded_depth(way.coded, dtype, call->m, by_unit, count, inputs)
+                                : Float32Panels<float>::DEPTH;
     call->packing = plan_packing(depth, count, inputs, memory,
                                  [&](const Input& input) { return packed_floats(way, call->m, input); });
   }

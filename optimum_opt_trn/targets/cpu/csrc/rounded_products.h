@@ -17,10 +17,13 @@ constexpr int rounded_streams(int m) { return m <= 6 ? 4 : 3; }
 constexpr int CODED_STREAMS = 3;
 // 6 times 4 is the fastest, but fewer blocks read the weights less often, which counts more where they are few.
 constexpr int64_t rounded_blocks(int64_t m) { return pieces_of(m, m <= 2 * ROUNDED_ROWS ? ROUNDED_ROWS : 6); }
-// Weights that are bfloat16 by output are multiplied as they lie with up to so many rows; all others in panels.
-constexpr int64_t MOST_ROUNDED_DOTS = 24;
-inline bool rounded_panels(Dtype dtype, int64_t m, bool by_unit) {
-  return by_unit || dtype != BFLOAT16 || m > MOST_ROUNDED_DOTS;
+// Weights that are bfloat16 by output are multiplied as they lie with up to so many rows, and factors in them; all others
+// in panels.
+constexpr int64_t MOST_ROUNDED_DOTS = 24, MOST_DOT_FACTORS = MOST_ROUNDED_DOTS * 4096;
+inline bool rounded_panels(Dtype dtype, int64_t m, bool by_unit, int64_t count, const Input* inputs) {
+  bool many = m > MOST_ROUNDED_DOTS;
+  for (int64_t i = 0; i < count; i++) many = many || m * inputs[i].k > MOST_DOT_FACTORS;
+  return by_unit || dtype != BFLOAT16 || many;
 }
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
 constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
@@ -313,8 +316,8 @@ struct CodedX {
 inline bool rounds(Dtype dtype, int64_t m, bool by_unit) { return by_unit || m >= least_rounded_rows(dtype); }
 
 // Units of x that are packed together: those of a panel, or all.
-inline int64_t rounded_depth(bool coded, Dtype dtype, int64_t m, bool by_unit) {
-  return !coded && rounded_panels(dtype, m, by_unit) ? ROUNDED_DEPTH : INT32_MAX;
+inline int64_t rounded_depth(bool coded, Dtype dtype, int64_t m, bool by_unit, int64_t count, const Input* inputs) {
+  return !coded && rounded_panels(dtype, m, by_unit, count, inputs) ? ROUNDED_DEPTH : INT32_MAX;
 }
 
 // Floats that m rounded rows of k take.
@@ -325,7 +328,8 @@ inline uint64_t run_rounded(bool coded, Job* job, int threads, Dtype dtype, int6
     run_first(job, threads, inputs, *call, pack_x_piece<CodedX>);
     return pool_run(job, threads, divide(call, threads), rounded_coded_piece, few_rows_commit<BFloat16>);
   }
-  if (!rounded_panels(dtype, call->m, call->products[0].by_unit)) {
+  const Product& first = call->products[0];  // others have inputs of the same k
+  if (!rounded_panels(dtype, call->m, first.by_unit, first.count, first.inputs)) {
     run_first(job, threads, inputs, *call, pack_x_piece<RoundedPanels<BFloat16>>);
     return pool_run(job, threads, divide(call, threads), rounded_piece, few_rows_commit<BFloat16>);
   }
@@ -342,7 +346,7 @@ namespace {
 
 inline bool rounds(Dtype, int64_t, bool) { return false; }
 constexpr int ROUNDED_ROWS = 0;
-inline int64_t rounded_depth(bool, Dtype, int64_t, bool) { return 0; }
+inline int64_t rounded_depth(bool, Dtype, int64_t, bool, int64_t, const Input*) { return 0; }
 inline int64_t rounded_floats(int64_t, int64_t) { return 0; }
 inline uint64_t run_rounded(bool, Job*, int, Dtype, int64_t, ProductsCall*) { return 0; }
 
