@@ -38,11 +38,10 @@ struct UnitsCall {
   Group* all;
 };
 
-// sums (M, n) += x (M, count) times the weights of `count` units, at most BLOCK, for the outputs from `begin` on; the
-// weights in `next` are asked for.
+// sums (M, n) += x (M, count) times the weights of `count` units, at most BLOCK; the weights in `next` are asked for.
 template <int M, int V, typename T>
-inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, int64_t begin, const T* const* w, const T* const* next,
-                         const float* x, int64_t ldx, float* sums) {
+inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, const T* const* w, const T* const* next, const float* x,
+                         int64_t ldx, float* sums) {
   constexpr int64_t WIDTH = V * LANES, OF_A_LINE = LINE / sizeof(T);
   for (; c + WIDTH <= n; c += WIDTH) {
     Vec totals[M][V];
@@ -53,9 +52,9 @@ inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, int64_t begin, con
     for (int64_t u = 0; u < count; u++) {
       Vec weights[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) weights[v] = load(w[u] + begin + c + v * LANES);
+      for (int v = 0; v < V; v++) weights[v] = load(w[u] + c + v * LANES);
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < WIDTH; i += OF_A_LINE) __builtin_prefetch(next[u] + begin + c + i, 0, 2);
+      for (int64_t i = 0; i < WIDTH; i += OF_A_LINE) __builtin_prefetch(next[u] + c + i, 0, 2);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         const Vec xs = all(x[m * ldx + u]);
@@ -71,7 +70,7 @@ inline int64_t add_tiles(int64_t c, int64_t n, int64_t count, int64_t begin, con
   return c;
 }
 
-// The same with coded weights; n and `begin` are multiples of CODED_BLOCK.
+// The same with coded weights, whose rows begin `begin` outputs before; n and `begin` are multiples of CODED_BLOCK.
 template <int M>
 inline void add_coded(int64_t n, int64_t count, int64_t begin, const Coded* const* w, const Coded* const* next,
                       const float* x, int64_t ldx, float* sums) {
@@ -110,12 +109,12 @@ inline void add_units(int64_t n, int64_t count, int64_t begin, const T* const* w
   if constexpr (is_coded<T>) {
     add_coded<M>(n, count, begin, w, next, x, ldx, sums);
   } else {
-    int64_t c = add_tiles<M, tile(M), T>(0, n, count, begin, w, next, x, ldx, sums);
-    c = add_tiles<M, 1, T>(c, n, count, begin, w, next, x, ldx, sums);
+    int64_t c = add_tiles<M, tile(M), T>(0, n, count, w, next, x, ldx, sums);
+    c = add_tiles<M, 1, T>(c, n, count, w, next, x, ldx, sums);
     for (; c < n; c++)
       for (int64_t m = 0; m < M; m++)
         for (int64_t u = 0; u < count; u++)
-          sums[m * n + c] = fmaf(scalar(w[u][begin + c]), x[m * ldx + u], sums[m * n + c]);
+          sums[m * n + c] = fmaf(scalar(w[u][c]), x[m * ldx + u], sums[m * n + c]);
   }
 }
 
@@ -145,7 +144,7 @@ inline void add_group(const UnitsCall<T>& call, int64_t piece, float* sums) {
   const auto unit = [&](int64_t j) {
     const auto& of = j < group.count ? group : after;
     j = lesser(j < group.count ? j : j - group.count, of.count - 1);
-    return of.w + (of.units != nullptr ? of.units[j] : j) * of.ldw;
+    return of.w + (of.units != nullptr ? of.units[j] : j) * of.ldw + (is_coded<T> ? 0 : begin);
   };
   for (int64_t j = 0; j < group.count; j += BLOCK) {
     const T *w[BLOCK], *next[BLOCK];
