@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +36,12 @@ def load_opt(save_opt: Callable[..., Path]) -> Callable[..., NeuronOPTForCausalL
         return NeuronOPTForCausalLM.from_pretrained(save_opt(model), **{"eager": True, **options})
 
     return load
+
+
+@pytest.fixture
+def medium() -> Iterator[None]:
+    """Products on `cpu` may round their factors to bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)

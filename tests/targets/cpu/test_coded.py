@@ -196,14 +196,6 @@ def test_screened(variant, m, k, n, shards, shift, seed):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.fixture
-def medium():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.skipif("avx512_bf16" not in variants(), reason="this processor has no AVX-512 BF16")
 @pytest.mark.usefixtures("medium")
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

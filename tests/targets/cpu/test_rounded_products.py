@@ -24,14 +24,6 @@ needs_units = pytest.mark.skipif(not ROUNDING, reason="this processor has no AVX
 every_rounding = pytest.mark.parametrize("variant", ROUNDING)
 
 
-@pytest.fixture
-def medium():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 pytestmark = pytest.mark.usefixtures("medium")
 
 
