@@ -66,7 +66,7 @@ def markdown(about: dict[str, Any], records: Records, failures: list[dict[str, s
         agreement = about.get("agreement", {}).get(shape, {})
         if agreement:
             shown = "; ".join(f"{name} {same} of {total}" for name, (same, total) in agreement.items())
-            lines += [f"First greedy tokens that agree with ours-f16: {shown}.", ""]
+            lines += [f"First greedy tokens that agree with those of ours beside it: {shown}.", ""]
     if failures:
         lines += ["## Did not run", ""]
         lines += [f"- {f['shape']}, {f['group']}: {f['error']}" for f in failures]

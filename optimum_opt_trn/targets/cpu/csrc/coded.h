@@ -14,7 +14,7 @@ static_assert(sizeof(Bytes) == DECODED);
 // The high bytes of a vector of weights, whose first is `byte` of the half that begins at weight `begin`, where some have
 // the code OTHER.
 __attribute__((noinline, cold)) Bytes with_others(const Coded* row, int64_t begin, int64_t byte, Bytes codes,
-                                                         Bytes high) {
+                                                  Bytes high) {
   uint8_t code[sizeof(Bytes)], bytes[sizeof(Bytes)];
   store_bytes(code, codes);
   store_bytes(bytes, high);

@@ -1,3 +1,4 @@
+// Codes weights, once for all instruction sets: an export does it, and models read them.
 #include <cstring>
 
 #include "coded_format.h"

@@ -14,7 +14,7 @@ constexpr int64_t PAIRED = 2 * LANES;
 // So many rows of x at a time, and so many weight rows with M of them: their sums leave registers for the factors.
 constexpr int ROUNDED_ROWS = 8;
 constexpr int rounded_streams(int m) { return m <= 6 ? 4 : 3; }
-constexpr int CODED_STREAMS = 3;
+constexpr int CODED_STREAMS = 3;  // if they are coded
 // 6 times 4 is the fastest, but fewer blocks read the weights less often, which counts more where they are few.
 constexpr int64_t rounded_blocks(int64_t m) { return pieces_of(m, m <= 2 * ROUNDED_ROWS ? ROUNDED_ROWS : 6); }
 // Weights that are bfloat16 by output are multiplied as they lie with up to so many rows, and factors in them; all others
