@@ -36,6 +36,10 @@ class CodedCopies:
     def __init__(self) -> None:
         self._all: dict[int, tuple[Tensor, CodedCopy]] = {}
 
+    def __setstate__(self, state: dict[str, dict[int, tuple[Tensor, CodedCopy]]]) -> None:
+        # The matrices of a copied model lie elsewhere.
+        self._all = {known[0].data_ptr(): known for known in state["_all"].values()}
+
     def add(self, matrix: Tensor, copy: CodedCopy) -> None:
         """From now on, `matrix`, bfloat16 `(out, in)`, has this copy."""
         rows, columns = matrix.T.shape if copy.by_unit else matrix.shape
@@ -52,10 +56,8 @@ class CodedCopies:
 
     def _of(self, matrix: Tensor) -> CodedCopy | None:
         known, copy = self._all.get(matrix.data_ptr(), (None, None))
-        # After a copy of this object what is known lies elsewhere, and another matrix may be where it was.
-        if known is None or known.data_ptr() != matrix.data_ptr() or known.shape != matrix.shape:
-            return None
-        return copy
+        # A part of a matrix can begin where all of it does.
+        return copy if known is not None and known.shape == matrix.shape else None
 
 
 def coded_bytes(columns: int) -> int:

@@ -230,13 +230,14 @@ def test_where_not_all_weights_have_copies_none_is_read():
     assert arithmetic.linears(random(0, 1, 256), weights)[0].isnan().all()
 
 
-def test_a_copied_models_matrices_do_not_find_anothers_copies():
+def test_a_copied_models_matrices_find_their_copies():
     weight = matrix(0, 30, 256)
     copies = CodedCopies()
     copies.add(weight, CodedCopy(encode(weight), False))
     assert copies.find([weight])[0].rows.shape == (30, 448) and not copies.find([weight[:20]])
-    for moved in (copy.deepcopy(copies), pickle.loads(pickle.dumps(copies))):
-        assert not moved.find([weight])  # the address is known, but it is another matrix's
+    for moved, found in (copy.deepcopy((weight, copies)), pickle.loads(pickle.dumps((weight, copies)))):
+        assert not found.find([weight]) and not copies.find([moved])
+        assert torch.equal(found.find([moved])[0].rows, encode(weight))
 
 
 def test_refused():
