@@ -140,8 +140,8 @@ def _quantile(values: Tensor, share: float) -> float:
 
 # Rows that read coded weights at most (csrc/coded.h): with AVX-512, and where bfloat16 exports' factors are rounded.
 MOST_CODED, MOST_CODED_ROUNDED = 4, 8
-# By unit more do, if they read so many of the units.
-MOST_READ = 0.6
+# By unit up to so many do, if they read such a share of the units at most.
+MOST_SPARSE, MOST_READ = 8, 0.6
 
 
 def unread_layer_bytes(export: Path, batch: int, zeros: Zeros) -> float:
@@ -169,6 +169,6 @@ def unread_layer_bytes(export: Path, batch: int, zeros: Zeros) -> float:
     if "fc2.weight_by_unit" in copies:
         read["fc2"] *= active
     most = 2 if variant == "avx2" else MOST_CODED
-    if by_unit := coded("fc2.weight_by_unit", most if active > MOST_READ else 32):
+    if by_unit := coded("fc2.weight_by_unit", most if active > MOST_READ else MOST_SPARSE):
         read["fc2"] = by_unit * active
     return sum(plain.values()) - sum(read.values())

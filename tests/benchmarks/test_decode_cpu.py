@@ -128,7 +128,7 @@ def test_what_is_0_is_not_read(batch, idle, left, fc1_read, checkpoint, tmp_path
         (4, 0.5, 0.1, "coded", "coded"),
         (8, 0.5, 0.1, "coded", "coded"),
         (8, 0.3, 0.1, "coded", "plain"),
-        (16, 0.5, 0.1, "plain", "coded"),
+        (16, 0.0, 0.1, "plain", "plain"),
     ],
 )
 def test_coded_weights_are_read_instead(batch, idle, left, fc1, fc2, save_opt, tmp_path, monkeypatch):

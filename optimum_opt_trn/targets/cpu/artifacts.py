@@ -202,7 +202,7 @@ def _layer_chunks(source: Path) -> Callable[[str], Iterator[Tensor]]:
 
 
 def _pieces(source: Path, name: str) -> Iterator[Tensor]:
-    """Pieces of the matrix of a layer that the copy `name` is of, as it lies there."""
+    """The matrix that the copy `name` is made from, in pieces, with the rows that the copy has."""
     if (matrix := name.removesuffix(_CODED)) != TENSOR_NAME:
         yield from _read(source, _prefix(source) + matrix).split(_AT_ONCE)
         return

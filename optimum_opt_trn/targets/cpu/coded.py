@@ -62,8 +62,7 @@ class CodedCopies:
 
 def coded_bytes(columns: int) -> int:
     """Bytes of a row of so many weights, a multiple of BLOCK."""
-    length: int = _kernels.BLOCKS_BEGIN + columns // BLOCK * _kernels.BLOCK_BYTES
-    return length
+    return _kernels.BLOCKS_BEGIN + columns // BLOCK * _kernels.BLOCK_BYTES
 
 
 def can_encode(matrix: Tensor) -> bool:
@@ -83,5 +82,4 @@ def _encode(matrix: Tensor, coded: Tensor | None) -> int:
     if matrix.dtype != torch.bfloat16 or matrix.stride(1) != 1:
         raise RuntimeError("a matrix to be coded is not bfloat16 with contiguous rows")
     (rows, columns), address = matrix.shape, 0 if coded is None else coded.data_ptr()
-    failed: int = _kernels.encode(torch.get_num_threads(), rows, columns, matrix.stride(0), matrix.data_ptr(), address)
-    return failed
+    return _kernels.encode(torch.get_num_threads(), rows, columns, matrix.stride(0), matrix.data_ptr(), address)

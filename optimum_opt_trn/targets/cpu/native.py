@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
 
-
-_kernels: Any
 try:
     from . import _kernels
 except ImportError:
-    _kernels = None
+    _kernels = None  # type: ignore[assignment]
+
+__all__ = ["_kernels"]

@@ -141,6 +141,22 @@ def test_few_rows_read_the_copies_alone(variant, by_unit):
         assert not arithmetic.linears(random(0, 1, 128), weights)[1].isnan().any()
 
 
+@every_variant
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.usefixtures("medium")
+def test_eight_rows_read_half_of_the_units_coded(variant, precision):
+    """NaN in the weights would show it; with more units those are read."""
+    torch.set_float32_matmul_precision(precision)
+    weight, x = matrix(0, 200, 256).T.contiguous(), random(1, 8, 200)
+    arithmetic = arithmetic_with(variant, [weight], by_unit=True)
+    exact = weight.double()
+    weight.fill_(float("nan"))
+    assert arithmetic.linear_sum([x], [weight]).isnan().all()
+    x[:, ::2] = 0.0
+    found = arithmetic.linear_sum([x], [weight])
+    torch.testing.assert_close(found.double(), x.double() @ exact.T, rtol=1e-4, atol=1e-4)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     some_variant,

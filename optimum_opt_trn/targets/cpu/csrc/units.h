@@ -236,7 +236,8 @@ inline int64_t rows_by_unit(bool rounded, int64_t few, int64_t m, int64_t n, int
     for (int64_t row = 0; row < m; row += rows, all += inputs[i].k)
       each_unit(inputs[i].x + row * inputs[i].k, lesser(rows, m - row), inputs[i].k, inputs[i].k,
                 [&](int64_t) { found++; });
-  return found <= (rounded ? MOST_READ_ROUNDED : MOST_READ) * all ? rows : 0;
+  // Other ways with so few rows wait for memory, too, whatever their factors are.
+  return found <= (rounded && m > MOST_UNIT_ROWS ? MOST_READ_ROUNDED : MOST_READ) * all ? rows : 0;
 }
 
 // Of the rows, m from `row` on.
