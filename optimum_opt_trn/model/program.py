@@ -34,7 +34,7 @@ class OPTRankProgram:
         self.group = group
         self.arithmetic = group.arithmetic
         self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.pre_layer_norm = config.do_layer_norm_before
         self.final_layer_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
         self.activation = None if config.activation_function == "relu" else ACT2FN[config.activation_function]

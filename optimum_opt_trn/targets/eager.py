@@ -47,7 +47,7 @@ class EagerRuntime(Runtime):
             hidden = self._layers(step, attention, hidden_states)
         attentions = None if recorded is None else recorded.of_all_heads(self.program.group)
         if len(step.wanted) < len(hidden):
-            hidden = hidden[step.wanted]
+            hidden = self._rows(hidden, step.wanted)
         tokens, logits = self._choose(step, hidden)
         return StepResult(tokens, logits, hidden_states, attentions)
 
@@ -92,6 +92,10 @@ class EagerRuntime(Runtime):
         words = self.program.group.embedding(step.tokens.clamp(min=0), weights["embed_tokens.weight"], ranks)
         words[given] = step.embeddings
         return self.program.place(weights, words, step.positions)
+
+    def _rows(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """float32 `(t, hidden)`, int64 `(w,)` → float32 `(w, hidden)`, of the tokens at these places."""
+        return hidden[places]
 
     def _attention(self, step: Step) -> PackedAttention:
         return PackedAttention(step, self.program.scale, self.program.arithmetic.compute_dtype)

@@ -133,18 +133,23 @@ class CapturedLayers:
         # A copy has other addresses.
         return {**self.__dict__, "_captures": {}, "_settings": None}
 
-    def run(self, hidden: Tensor, step: Step) -> Tensor:
-        """float32 `(t, hidden)` before the first layer → after the last, which the next call overwrites."""
-        tokens, settings = len(hidden), (torch.get_num_threads(), self._arithmetic.rounds_factors())
+    def hidden(self, tokens: int) -> Tensor:
+        """float32 `(tokens, hidden)`, from which `run` takes what is before the first layer."""
+        return self._hidden[:tokens]
+
+    def run(self, step: Step) -> Tensor:
+        """float32 `(t, hidden)`, after the last layer; the next call overwrites it."""
+        tokens, settings = len(step.tokens), (torch.get_num_threads(), self._arithmetic.rounds_factors())
         if settings != self._settings:
             self._forget()
             self._settings = settings
-        inputs = ((self._hidden, hidden), (self._slots, step.slots), (self._positions, step.positions))
+        inputs = ((self._slots, step.slots), (self._positions, step.positions))
         here = [buffer[:tokens].copy_(given) for buffer, given in inputs]
         if tokens in self._captures:
             replay(self._captures[tokens].words, self)
         else:
-            self._captures[tokens] = self._capture(here[0], replace(step, slots=here[1], positions=here[2]))
+            given = replace(step, slots=here[0], positions=here[1])
+            self._captures[tokens] = self._capture(self._hidden[:tokens], given)
         return self._captures[tokens].hidden
 
     def _capture(self, hidden: Tensor, step: Step) -> _Capture:

@@ -19,6 +19,7 @@ from .captured import MOST_TOKENS, CapturedLayers
 from .int8_copy import Int8Copy, Screen
 from .kernel_attention import KernelAttention
 from .kernels import KernelArithmetic
+from .one_thread import fill_rows, take_rows
 from .screened_head import ScreenedHead
 
 
@@ -54,7 +55,21 @@ class CPURuntime(EagerRuntime):
     def _layers(self, step: Step, attention: PackedAttention, hidden_states: list[Tensor] | None) -> Tensor:
         if self.captured is None or len(step.tokens) > MOST_TOKENS or any(step.inner):
             return super()._layers(step, attention, hidden_states)
-        return self.captured.run(self._embed(step), step)
+        self._embed_into(self.captured.hidden(len(step.tokens)), step)
+        return self.captured.run(step)
+
+    def _embed(self, step: Step) -> Tensor:
+        return self._embed_into(torch.empty(len(step.tokens), self.program.hidden_size), step)
+
+    def _embed_into(self, hidden: Tensor, step: Step) -> Tensor:
+        """`hidden`, float32 `(t, hidden)`, becomes what it is before the first layer."""
+        if step.embeddings is not None:
+            return hidden.copy_(super()._embed(step))
+        embed, weights, ranks = self.program.embed, self.weights.embed, self.weights.ranks
+        return fill_rows(hidden, lambda rows: embed(weights, step.tokens[rows], step.positions[rows], ranks))
+
+    def _rows(self, hidden: Tensor, places: Tensor) -> Tensor:
+        return take_rows(hidden, places)
 
     def _attention(self, step: Step) -> PackedAttention:
         arithmetic = self.program.arithmetic
@@ -64,7 +79,7 @@ class CPURuntime(EagerRuntime):
 
     def _choose(self, step: Step, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.screened_head is not None and not step.logits and len(step.sampled) and _takes_best(step.sampling):
-            last = hidden if len(step.sampled) == len(hidden) else hidden[step.sampled]
+            last = hidden if len(step.sampled) == len(hidden) else self._rows(hidden, step.sampled)
             if (tokens := self.screened_head.best(last)) is not None:
                 return tokens, torch.empty(0, self.program.vocab_size)
         return super()._choose(step, hidden)

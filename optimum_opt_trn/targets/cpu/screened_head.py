@@ -16,6 +16,7 @@ from ...model.parallel import Weights
 from ...model.program import OPTRankProgram
 from .int8_copy import Int8Copy
 from .kernels import KernelArithmetic
+from .one_thread import take_rows
 
 
 # With more rows, arithmetic takes longer than reading the head.
@@ -63,15 +64,8 @@ class ScreenedHead:
         """Rows of the head, `(n, dim)`, of int64 `(n,)`, ascending."""
         shards = self._weights["lm_head.weight"]
         if len(shards) == 1:
-            return _copied(shards[0], words)
+            return take_rows(shards[0], words)
         part = len(shards[0])
         return torch.cat(
-            [_copied(shard, words[words // part == rank] - rank * part) for rank, shard in enumerate(shards)]
+            [take_rows(shard, words[words // part == rank] - rank * part) for rank, shard in enumerate(shards)]
         )
-
-
-def _copied(matrix: Tensor, rows: Tensor) -> Tensor:
-    """`matrix[rows]`, by one thread: torch would start OpenMP's, which then spin on the kernels' processors."""
-    copied = torch.empty(len(rows), matrix.shape[1], dtype=matrix.dtype)
-    matrix.view(torch.uint8).numpy().take(rows.numpy(), 0, copied.view(torch.uint8).numpy(), "clip")
-    return copied

@@ -112,7 +112,8 @@ def test_captures_with_the_options_of_the_arithmetic(load):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KernelArithmetic, "_compute", noting)
-        ours.captured.run(torch.ones(2, 64), Steps(7).next([2, 0, 0]))
+        ours.captured.hidden(2).fill_(1.0)
+        ours.captured.run(Steps(7).next([2, 0, 0]))
     assert seen and all(one == options for one in seen)
 
 
