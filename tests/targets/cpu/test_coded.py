@@ -145,13 +145,14 @@ def test_few_rows_read_the_copies_alone(variant, by_unit):
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.usefixtures("medium")
 def test_eight_rows_read_half_of_the_units_coded(variant, precision):
-    """NaN in the weights would show it; with more units those are read."""
+    """NaN in the weights would show it; with more units those are read, unless coded units are multiplied in pairs."""
     torch.set_float32_matmul_precision(precision)
     weight, x = matrix(0, 200, 256).T.contiguous(), random(1, 8, 200)
     arithmetic = arithmetic_with(variant, [weight], by_unit=True)
     exact = weight.double()
     weight.fill_(float("nan"))
-    assert arithmetic.linear_sum([x], [weight]).isnan().all()
+    in_pairs = precision == "medium" and variant == "avx512_bf16"
+    assert arithmetic.linear_sum([x], [weight]).isnan().any() != in_pairs
     x[:, ::2] = 0.0
     found = arithmetic.linear_sum([x], [weight])
     torch.testing.assert_close(found.double(), x.double() @ exact.T, rtol=1e-4, atol=1e-4)
@@ -237,6 +238,47 @@ def test_medium(m, ks, n, biased, others, seed):
     torch.testing.assert_close(found.double(), expected + (bias.double() if biased else 0), rtol=1e-4, atol=1e-4)
     if len(ks) == 1:
         assert torch.equal(arithmetic.linears(xs[0], weights, [bias] if biased else None)[0], found)
+
+
+@pytest.mark.skipif("avx512_bf16" not in variants(), reason="this processor has no AVX-512 BF16")
+@pytest.mark.usefixtures("medium")
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(st.integers(5, 14), st.sampled_from([23, 24, 47, 48, 130, 513])),
+    st.lists(st.sampled_from([2, 126, 128, 130, 384, 1100]), min_size=1, max_size=3),
+    st.sampled_from([128, 384, 768, 2048]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, MOST_OTHERS),
+    st.integers(0, 9),
+)
+def test_medium_by_unit(m, ks, n, biased, residual, others, seed):
+    """More than 4 rows in which few units are 0, of any number: NaN in the weights would show that they are read."""
+    units, xs = [matrix(seed + k, k, n, others) for k in ks], [random(seed + i, m, k) for i, k in enumerate(ks)]
+    bias = random(seed, n).bfloat16() if biased else None
+    rest = random(seed + 1, m, n) if residual else None
+    expected = sum(x.bfloat16().double() @ unit.double() for x, unit in zip(xs, units, strict=True))
+    expected = expected + (bias.double() if biased else 0) + (rest.double() if residual else 0)
+    arithmetic, weights = KernelArithmetic(variant="avx512_bf16"), []
+    for unit in units:
+        weights.append(torch.full((n, len(unit)), float("nan"), dtype=torch.bfloat16))
+        arithmetic.coded.add(weights[-1], CodedCopy(encode(unit), True))
+    found = arithmetic.linear_sum(xs, weights, bias, rest)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    object.__setattr__(arithmetic, "skip_zeros", False)
+    assert torch.equal(arithmetic.linear_sum(xs, weights, bias, rest), found)
+
+
+@pytest.mark.skipif("avx512_bf16" not in variants(), reason="this processor has no AVX-512 BF16")
+@pytest.mark.usefixtures("medium")
+def test_medium_by_unit_of_an_odd_number():
+    """They make no pairs: the weights are read."""
+    weight, x = matrix(0, 201, 256).T.contiguous(), random(1, 8, 201)
+    arithmetic = arithmetic_with("avx512_bf16", [weight], by_unit=True)
+    exact = x.bfloat16().double() @ weight.double().T
+    torch.testing.assert_close(arithmetic.linear_sum([x], [weight]).double(), exact, rtol=1e-4, atol=1e-4)
+    weight.fill_(float("nan"))
+    assert arithmetic.linear_sum([x], [weight]).isnan().all()
 
 
 def test_where_not_all_weights_have_copies_none_is_read():

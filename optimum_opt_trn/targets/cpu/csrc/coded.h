@@ -33,7 +33,7 @@ __attribute__((noinline, cold)) Bytes with_others(const Coded* row, int64_t begi
 // repeated.
 template <int H, int PART>
 inline void decode(const Coded* row, int64_t begin, Bytes table, Bytes (&to)[2]) {
-  const Coded* block = row + BLOCKS_BEGIN + begin / CODED_BLOCK * BLOCK_BYTES;
+  const Coded* block = row + block_begin(begin);
   const Bytes both = load_bytes(block + CODED_BLOCK + PART * DECODED);
   const Bytes codes = H == 0 ? lower_codes(both) : upper_codes(both);
   Bytes high = look_up(table, codes);

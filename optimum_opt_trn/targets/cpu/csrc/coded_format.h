@@ -21,6 +21,9 @@ constexpr int64_t MOST_OTHERS = 12, OTHERS_BEGIN = 16, BLOCKS_BEGIN = OTHERS_BEG
 // Bytes of a row of k weights, a multiple of CODED_BLOCK.
 constexpr int64_t coded_bytes(int64_t k) { return BLOCKS_BEGIN + k / CODED_BLOCK * BLOCK_BYTES; }
 
+// Where in a row the block of a weight begins.
+constexpr int64_t block_begin(int64_t place) { return BLOCKS_BEGIN + place / CODED_BLOCK * BLOCK_BYTES; }
+
 // Of the weights of a half, which one a byte belongs to. Vectors of bytes interleave in parts of 16; two neighbours make
 // a word of 32 bits with two weights, of which one vector of floats gets the lower, another the upper ones.
 constexpr int64_t place_of(int64_t byte) {

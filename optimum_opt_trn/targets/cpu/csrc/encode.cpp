@@ -47,7 +47,7 @@ bool encode_row(const uint16_t* w, int64_t k, uint8_t* coded) {
   memcpy(coded, table, sizeof table);
   int64_t others = 0;
   for (int64_t begin = 0; begin < k; begin += CODED_BLOCK) {
-    uint8_t* block = coded + BLOCKS_BEGIN + begin / CODED_BLOCK * BLOCK_BYTES;
+    uint8_t* block = coded + block_begin(begin);
     for (int64_t byte = 0; byte < HALF; byte++) {
       uint8_t both = 0;
       for (int64_t half = 0; half < 2; half++) {

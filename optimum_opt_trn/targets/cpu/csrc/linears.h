@@ -3,6 +3,7 @@
 
 #include "amx_integers.h"
 #include "amx_products.h"
+#include "coded_panels.h"
 #include "int8_products.h"
 #include "panels.h"
 #include "products.h"
@@ -20,26 +21,30 @@ struct Way {
   bool coded = false;  // the weights are
 };
 
-// Whether all weights have coded copies.
+// Which coded weights all products or summands have.
+enum class CodedWeights { NONE, BY_OUTPUT, BY_UNIT };
 template <typename Given>
-inline bool all_coded(Dtype dtype, int64_t count, const Given* all) {
+inline CodedWeights coded_weights(Dtype dtype, bool by_unit, int64_t count, const Given* all) {
   bool coded = dtype == BFLOAT16;
   for (int64_t i = 0; i < count; i++) coded = coded && all[i].coded != nullptr;
-  return coded;
+  if (!coded) return CodedWeights::NONE;
+  return by_unit ? CodedWeights::BY_UNIT : CodedWeights::BY_OUTPUT;
 }
 
-// How m rows of the inputs are multiplied; `coded` says whether there are coded weights by output. By unit, these are the
-// rows for which panels are faster.
+// How m rows of the inputs are multiplied. By unit, these are the rows for which panels are faster.
 template <Extra E>
-inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit, bool coded, int64_t count,
-                  const Input* inputs) {
-  if (coded && m <= MOST_CODED_ROWS) return {Factors::FLOAT32, false, true};
-  if (E == Extra::BF16 && coded && bfloat16 && m <= ROUNDED_ROWS) return {Factors::PAIRS, true, true};
+inline Way way_of(Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, bool by_unit, CodedWeights coded,
+                  int64_t count, const Input* inputs) {
+  const bool pairs = E == Extra::BF16 && bfloat16;
+  if (coded == CodedWeights::BY_OUTPUT && m <= MOST_CODED_ROWS) return {Factors::FLOAT32, false, true};
+  if (pairs && coded == CodedWeights::BY_OUTPUT && m <= ROUNDED_ROWS) return {Factors::PAIRS, true, true};
+  if (pairs && coded == CodedWeights::BY_UNIT && m > CODED_UNIT_ROWS && takes_coded_panels(count, inputs))
+    return {Factors::PAIRS, true, true};
   const bool integers = E >= Extra::VNNI && dtype == INT8 && !by_unit && m >= least_integers &&
                         integer_bytes(m, count, inputs) > 0;
   if (E >= Extra::AMX && integers && takes_digit_tiles(m)) return {Factors::DIGIT_TILES, false};
   if (E >= Extra::AMX && (by_unit || m >= least_amx_rows(dtype, bfloat16))) return {Factors::TILES, bfloat16};
-  if (E == Extra::BF16 && bfloat16 && rounds(dtype, m, by_unit)) return {Factors::PAIRS, true};
+  if (pairs && rounds(dtype, m, by_unit)) return {Factors::PAIRS, true};
   if (integers) return {Factors::INTEGERS, false};
   return {m >= LEAST_PACKED_ROWS ? Factors::PACKED : Factors::FLOAT32, false};
 }
@@ -88,6 +93,7 @@ inline void use_coded(int64_t length, const void* coded, Input* input) {
 // Computes the products of a call, whose factors were made of `inputs` inputs.
 inline uint64_t run_products(Way way, Job* job, int threads, Dtype dtype, int64_t inputs, ProductsCall* call) {
   if (way.factors == Factors::TILES) return run_amx(job, threads, dtype, way.rounded, inputs, call);
+  if (way.coded && call->products[0].by_unit) return run_coded_panels(job, threads, inputs, call);
   if (way.factors == Factors::PAIRS) return run_rounded(way.coded, job, threads, dtype, inputs, call);
   if (way.factors == Factors::INTEGERS) return run_integers(job, threads, call, divide(call, threads));
   if (way.factors == Factors::DIGIT_TILES) return run_digit_tiles(job, threads, call);
@@ -107,7 +113,7 @@ template <Extra E>
 inline uint64_t linears(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t k,
                         const float* x, const Norm* norm, bool relu, int64_t count, const Output* outputs) {
   const Input given = {x, nullptr, k, k, nullptr};
-  const bool coded = all_coded(dtype, count, outputs);
+  const CodedWeights coded = coded_weights(dtype, false, count, outputs);
   const Way way = way_of<E>(dtype, bfloat16, least_integers, m, false, coded, 1, &given);
   return each_block(m, rows_of(m), [&](int64_t first, int64_t rows) {
     // Of few rows the normed ones are with the call; the caller gives many to layer_norm first.
@@ -142,7 +148,7 @@ template <Extra E>
 inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t least_integers, int64_t m, int64_t n,
                            bool by_unit, bool coded_by_unit, bool skip, const float* scale, const void* bias,
                            const float* residual, float* y, int64_t count, const Input* inputs) {
-  const bool coded = !coded_by_unit && all_coded(dtype, count, inputs);
+  const CodedWeights coded = coded_weights(dtype, coded_by_unit, count, inputs);
   const Way way = way_of<E>(dtype, bfloat16, least_integers, m, by_unit, coded, count, inputs);
   const int64_t few = coded_by_unit ? CODED_UNIT_ROWS : by_unit ? MOST_UNIT_ROWS : 0;
   const int64_t unit_rows = few > 0 ? rows_by_unit(way.rounded, few, m, n, count, inputs) : 0;
@@ -152,6 +158,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
     return with_weight_dtype(dtype, [&]<typename T>(T*) {
       return units_sums<T>(threads, m, unit_rows, skip, {n, scale, bias, residual, false, y}, count, inputs);
     });
+  if (way.coded) by_unit = coded_by_unit;
   return each_block(m, rows_of(m), [&](int64_t first, int64_t rows) {
     Job* job;
     ProductsCall* call = begin<ProductsCall>(
@@ -162,7 +169,7 @@ inline uint64_t linear_sum(int threads, Dtype dtype, bool bfloat16, int64_t leas
     for (int64_t i = 0; i < count; i++) {
       copied[i] = inputs[i];
       copied[i].x += first * inputs[i].k;
-      if (way.coded) use_coded(inputs[i].k, inputs[i].coded, &copied[i]);
+      if (way.coded) use_coded(by_unit ? n : inputs[i].k, inputs[i].coded, &copied[i]);
     }
     *call = {rows, 1, product, nullptr, nullptr, nullptr};
     make_factors(way, dtype, by_unit, n, count, copied, vectors_from(copied + count), call);

@@ -11,9 +11,11 @@
 namespace {
 
 // Lines of memory that are read next: `rows` rows, `stride` bytes apart, of `bytes` each; so many are asked for a step.
+// What is read of a row may be behind its `head`, a line that is read, too; null if there is none.
 struct Ahead {
   const char* row;
   int64_t rows, bytes, stride, at, lines;
+  const char* head;
 
   void ask() {
     for (int64_t line = 0; line < lines && rows > 0; line++) {
@@ -23,16 +25,20 @@ struct Ahead {
       at = 0;
       row += stride;
       rows--;
+      if (head != nullptr) __builtin_prefetch(head += stride, 0, 2);
     }
   }
 };
 
 template <typename T>
 struct Panel {
-  const T* w;  // of the first unit and output
+  const T* w;  // of the first unit and output; of the row of the unit, if it is coded
   int64_t ldw, units, columns;
   float* packed;
   bool by_unit, is_packed, starts;  // with `starts`, sums are 0 before
+  // By unit: the first output, and the same of the units that are read next, and the head of their row (Ahead).
+  int64_t column;
+  const char *next, *next_head;
 };
 
 // Packs a panel of weights that lie by unit: float32 (units, PANEL), zeros beyond the last column.
@@ -65,13 +71,12 @@ void pack_outputs(const Panel<T>& panel) {
 }
 
 // sums (M, PANEL), rows ldy apart, become the totals if `starts`, or are added to.
-template <int M>
-__attribute__((always_inline)) inline void add_totals(const Vec (&totals)[M][GEMM_VECTORS], bool starts, float* sums,
-                                                      int64_t ldy) {
+template <int M, int V>
+__attribute__((always_inline)) inline void add_totals(const Vec (&totals)[M][V], bool starts, float* sums, int64_t ldy) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int v = 0; v < GEMM_VECTORS; v++) {
+    for (int v = 0; v < V; v++) {
       float* sum = sums + m * ldy + v * LANES;
       store(sum, starts ? totals[m][v] : load(sum) + totals[m][v]);
     }
@@ -158,12 +163,16 @@ void pack_x_piece(const void* given, int64_t number, float*) {
 // How panels are packed and multiplied in float32.
 template <typename T>
 struct Float32Panels {
-  // Units of a step, and of a panel, which takes half of the first-level cache.
-  static constexpr int64_t STEP = 1, DEPTH = 128;
+  // Outputs of a panel, and its units; it takes half of the first-level cache.
+  static constexpr int64_t WIDTH = PANEL, DEPTH = 128;
+  // Units of a step, and how many times steps go through the panel with a block of rows.
+  static constexpr int64_t STEP = 1, PASSES = 1;
+  static constexpr int64_t FLOATS = DEPTH * WIDTH;  // that a packed panel takes at most
   // Packs `units` units from `begin` on of row `row` of m.
   static void pack_x(const float* x, int64_t units, int64_t m, int64_t begin, int64_t row, float* packed) {
     memcpy(packed + begin * m + row * units, x, units * sizeof(float));
   }
+  static int64_t blocks(int64_t m) { return pieces_of(m, GEMM_ROWS); }
   // Bytes that so many packed units of a row take.
   static int64_t x_bytes(int64_t units) { return units * sizeof(float); }
   // Whether it can be packed while the first rows are multiplied.
@@ -190,9 +199,17 @@ inline PanelsPiece panels_of(const Product& p, int64_t piece) {
   return {begin(place), begin(place + 1), p.panels * p.panel};
 }
 
+// Where a weight is, which is the first of a coded block.
 template <typename T>
 inline const T* weight_at(const Product& p, const Input& input, int64_t unit, int64_t output) {
-  return static_cast<const T*>(input.w) + (p.by_unit ? unit * input.ldw + output : output * input.ldw + unit);
+  const int64_t row = p.by_unit ? unit : output, place = p.by_unit ? output : unit;
+  return static_cast<const T*>(input.w) + row * input.ldw + (is_coded<T> ? block_begin(place) : place);
+}
+
+// Bytes of so many weights of a row.
+template <typename T>
+constexpr int64_t bytes_of_weights(int64_t count) {
+  return static_cast<int64_t>(count * bytes_of<T>);
 }
 
 // The weights of a piece that are read from `unit` of input `part` on, of `depth` units; after the last input come the
@@ -208,7 +225,8 @@ inline Ahead weights_from(const Product& p, const PanelsPiece& piece, int64_t pa
   const int64_t units = lesser(depth, input.k - unit), stride = input.ldw * static_cast<int64_t>(sizeof(T));
   const char* w = reinterpret_cast<const char*>(weight_at<T>(p, input, unit, from));
   const int64_t rows = p.by_unit ? units : width, values = p.by_unit ? width : units;
-  return {w, width > 0 ? rows : 0, values * static_cast<int64_t>(sizeof(T)), stride, 0, lines};
+  const char* head = is_coded<T> ? static_cast<const char*>(input.w) + (p.by_unit ? unit : from) * stride : nullptr;
+  return {w, width > 0 ? rows : 0, bytes_of_weights<T>(values), stride, 0, lines, head};
 }
 
 // The packed x that is read next: from `unit` of input `part` on, of `depth` units; after the last input come the first
@@ -220,7 +238,7 @@ inline Ahead packed_x_from(const ProductsCall& call, const Product& p, int64_t p
   const Input& input = p.inputs[part];
   const int64_t bytes = call.m * Panels::x_bytes(lesser(Panels::DEPTH, input.k - unit));
   return {reinterpret_cast<const char*>(input.x) + call.m * Panels::x_bytes(unit), 1, bytes, 0, 0,
-          pieces_of(bytes, LINE * passes)};
+          pieces_of(bytes, LINE * passes), nullptr};
 }
 
 // Writes the sums (m, width) of a piece.
@@ -232,25 +250,29 @@ void panels_write(const Product& p, const PanelsPiece& piece, int64_t m, const f
 
 template <typename T, typename Panels>
 void panels_piece(const void* given, int64_t number, float* scratch) {
-  static_assert(Panels::DEPTH * PANEL + MOST_ROWS * PANELS * PANEL <= SCRATCH);
+  constexpr int64_t WIDTH = Panels::WIDTH, STEP = Panels::STEP;
+  static_assert(Panels::FLOATS + MOST_ROWS * PANELS * WIDTH <= SCRATCH);
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, number);
   const PanelsPiece piece = panels_of(p, number);
-  const int64_t m = call.m, blocks = pieces_of(m, GEMM_ROWS), block = pieces_of(m, blocks);  // as in few_rows_piece
-  const int64_t lines = pieces_of(Panels::STEP * PANEL * static_cast<int64_t>(sizeof(T)), LINE * blocks);
-  float* sums = scratch + Panels::DEPTH * PANEL;
+  const int64_t m = call.m, blocks = Panels::blocks(m), block = pieces_of(m, blocks);  // as in few_rows_piece
+  const int64_t lines = pieces_of(bytes_of_weights<T>(STEP * WIDTH), LINE * blocks * Panels::PASSES);
+  float* sums = scratch + Panels::FLOATS;
   for (int64_t part = 0; part < p.count; part++) {
     const Input& input = p.inputs[part];
     for (int64_t begin = 0; begin < input.k; begin += Panels::DEPTH) {
       const int64_t units = lesser(Panels::DEPTH, input.k - begin);
       const bool starts = part == 0 && begin == 0;
-      Ahead next = weights_from<T>(p, piece, part, begin + units, Panels::DEPTH, lines);
+      const Ahead then = weights_from<T>(p, piece, part, begin + units, Panels::DEPTH, lines);
+      Ahead next = then;
       Ahead next_x = packed_x_from<Panels>(call, p, part, begin + units,
-                                           blocks * pieces_of(piece.end - piece.first, PANEL));
-      for (int64_t column = piece.first; column < piece.end; column += PANEL) {
-        const int64_t columns = lesser(PANEL, piece.end - column);
-        const T* w = weight_at<T>(p, input, begin, column);
-        Panel<T> panel = {w, input.ldw, units, columns, scratch, p.by_unit, false, starts};
+                                           blocks * pieces_of(piece.end - piece.first, WIDTH));
+      for (int64_t column = piece.first; column < piece.end; column += WIDTH) {
+        const int64_t columns = lesser(WIDTH, piece.end - column);
+        const T* w = is_coded<T> ? static_cast<const T*>(input.w) + begin * input.ldw
+                                 : weight_at<T>(p, input, begin, column);
+        Panel<T> panel = {w, input.ldw, units, columns, scratch, p.by_unit, false, starts, column,
+                          then.row + bytes_of_weights<T>(column - piece.first), then.head};
         if (!Panels::is_whole(panel)) {
           Panels::pack(panel);
           panel.is_packed = true;
@@ -269,14 +291,14 @@ template <typename T, typename Panels>
 void panels_commit(const void* given, int64_t number, const float* scratch) {
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, number);
-  panels_write<T>(p, panels_of(p, number), call.m, scratch + Panels::DEPTH * PANEL);
+  panels_write<T>(p, panels_of(p, number), call.m, scratch + Panels::FLOATS);
 }
 
 // Computes the products of a call, of `inputs` inputs.
 template <typename T, typename Panels>
 uint64_t run_panels(Job* job, int threads, int64_t inputs, ProductsCall* call) {
   if (call->packing != nullptr) run_first(job, threads, inputs, *call, pack_x_piece<Panels>);
-  const int64_t pieces = divide(call, threads, in_panels(call->m));
+  const int64_t pieces = divide(call, threads, in_panels(Panels::WIDTH, call->m));
   return pool_run(job, threads, pieces, panels_piece<T, Panels>, panels_commit<T, Panels>);
 }
 

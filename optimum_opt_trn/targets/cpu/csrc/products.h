@@ -70,7 +70,7 @@ struct Division {
   int64_t panel, panels, least;
 };
 // With few rows the time goes into reading weights, which wide pieces do faster.
-inline Division in_panels(int64_t m) { return {PANEL, PANELS, m <= 64 ? 2 : 8}; }
+inline Division in_panels(int64_t width, int64_t m) { return {width, PANELS, m <= 64 ? 2 : 8}; }
 
 // Divides the products into pieces; their number. Without panels, a piece has OUTPUTS outputs.
 inline int64_t divide(ProductsCall* call, int threads, const Division& division = {}) {
@@ -161,7 +161,7 @@ struct Totals {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           ask_lines<H, PART>([&](int64_t byte) __attribute__((always_inline)) {
-            ask(r, BLOCKS_BEGIN + i / CODED_BLOCK * BLOCK_BYTES + byte);
+            ask(r, block_begin(i) + byte);
           });
           Vec weights[4];
           decode<H, PART>(row(r), i, tables[r], weights);

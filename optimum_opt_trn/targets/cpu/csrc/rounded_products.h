@@ -28,8 +28,8 @@ inline bool rounded_panels(Dtype dtype, int64_t m, bool by_unit, int64_t count, 
 // With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
 constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
 
-// Units of a panel.
-constexpr int64_t ROUNDED_DEPTH = 256;
+// Units of a panel, and of one of coded weights (coded_panels.h).
+constexpr int64_t ROUNDED_DEPTH = 256, DECODED_DEPTH = 128;
 
 constexpr int64_t paired(int64_t k) { return pieces_of(k, PAIRED) * PAIRED; }
 
@@ -126,7 +126,7 @@ template <int H, int R, int M>
 WITH_BF16 __attribute__((always_inline)) inline void add_coded(const Coded* w, int64_t ldw, const BFloat16* x,
                                                                int64_t ldx, int64_t i, const Bytes (&tables)[R],
                                                                Vec (&totals)[R][M]) {
-  const Coded* next = w + R * ldw + BLOCKS_BEGIN + i / CODED_BLOCK * BLOCK_BYTES;
+  const Coded* next = w + R * ldw + block_begin(i);
   Bytes weights[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
@@ -284,7 +284,9 @@ WITH_BF16 void multiply_rounded(int64_t rows, const Panel<T>& panel, const BFloa
 // As Float32Panels.
 template <typename T>
 struct RoundedPanels {
-  static constexpr int64_t STEP = 2, DEPTH = ROUNDED_DEPTH;
+  static constexpr int64_t WIDTH = PANEL, DEPTH = ROUNDED_DEPTH;
+  static constexpr int64_t STEP = 2, PASSES = 1, FLOATS = DEPTH * WIDTH / 2;
+  static int64_t blocks(int64_t m) { return pieces_of(m, GEMM_ROWS); }
   WITH_BF16 static void pack_x(const float* x, int64_t units, int64_t m, int64_t begin, int64_t row, float* packed) {
     BFloat16* to = reinterpret_cast<BFloat16*>(packed) + begin * m + row * paired(units);
     for (int64_t i = 0; i < units; i += PAIRED) _mm512_storeu_si512(to + i, rounded(x + i, lesser(PAIRED, units - i)));
@@ -317,7 +319,8 @@ inline bool rounds(Dtype dtype, int64_t m, bool by_unit) { return by_unit || m >
 
 // Units of x that are packed together: those of a panel, or all.
 inline int64_t rounded_depth(bool coded, Dtype dtype, int64_t m, bool by_unit, int64_t count, const Input* inputs) {
-  return !coded && rounded_panels(dtype, m, by_unit, count, inputs) ? ROUNDED_DEPTH : INT32_MAX;
+  if (coded) return by_unit ? DECODED_DEPTH : INT32_MAX;
+  return rounded_panels(dtype, m, by_unit, count, inputs) ? ROUNDED_DEPTH : INT32_MAX;
 }
 
 // Floats that m rounded rows of k take.

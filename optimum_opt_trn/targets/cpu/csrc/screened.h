@@ -128,7 +128,7 @@ inline uint64_t screened(int threads, Dtype dtype, bool bfloat16, int64_t least_
                          const Copy* copies) {
   const Input given = {x, nullptr, k, k, nullptr};
   const bool few = m <= (k < LEAST_INPUTS ? MOST_SHORT_ROWS : MOST_SCREENED_ROWS);
-  const bool coded = all_coded(dtype, count, outputs);
+  const CodedWeights coded = coded_weights(dtype, false, count, outputs);
   const Way way = way_of<E>(dtype, bfloat16, least_integers, m, false, coded, 1, &given);
   if (*without > 0 || !few || way.factors != Factors::FLOAT32) {
     if (*without > 0) --*without;

@@ -98,6 +98,10 @@ inline Bytes lower_codes(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(
 inline Bytes upper_codes(Bytes v) { return lower_codes(_mm512_srli_epi16(v, 4)); }
 inline Bytes look_up(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
 inline bool any(Bytes v, char value) { return _mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(value)) != 0; }
+inline bool any(Bytes v, Bytes w, char value) {
+  const __m512i values = _mm512_set1_epi8(value);
+  return !_kortestz_mask64_u8(_mm512_cmpeq_epi8_mask(v, values), _mm512_cmpeq_epi8_mask(w, values));
+}
 inline void join(Bytes low, Bytes high, Bytes (&to)[2]) {
   to[0] = _mm512_unpacklo_epi8(low, high);
   to[1] = _mm512_unpackhi_epi8(low, high);

@@ -87,7 +87,7 @@ inline void add_coded(int64_t n, int64_t count, int64_t begin, const Coded* cons
       for (int64_t u = 0; u < count; u++) {
         Vec weights[4];
         decode<H, PART>(w[u], begin + c, tables[u], weights);
-        const Coded* block = next[u] + BLOCKS_BEGIN + (begin + c) / CODED_BLOCK * BLOCK_BYTES;
+        const Coded* block = next[u] + block_begin(begin + c);
         ask_lines<H, PART>([&](int64_t byte) __attribute__((always_inline)) { __builtin_prefetch(block + byte, 0, 2); });
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
