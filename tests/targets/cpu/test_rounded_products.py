@@ -16,7 +16,7 @@ from optimum_opt_trn.targets.cpu.kernels import KernelArithmetic, variants
 # Weights of these dtypes are rounded with so many rows; int8 ones with fewer rows are multiplied with exact integers.
 LEAST_ROWS = {
     "avx512_amx": {torch.bfloat16: 5, torch.float16: 8, torch.float32: 8, torch.int8: 22},
-    "avx512_bf16": {torch.bfloat16: 4, torch.float16: 12, torch.float32: 12, torch.int8: 12},
+    "avx512_bf16": {torch.bfloat16: 4, torch.float16: 12, torch.float32: 12, torch.int8: 5},
 }
 ROUNDING = [variant for variant in LEAST_ROWS if variant in variants()]
 

@@ -17,16 +17,16 @@ constexpr int rounded_streams(int m) { return m <= 6 ? 4 : 3; }
 constexpr int CODED_STREAMS = 3;  // if they are coded
 // 6 times 4 is the fastest, but fewer blocks read the weights less often, which counts more where they are few.
 constexpr int64_t rounded_blocks(int64_t m) { return pieces_of(m, m <= 2 * ROUNDED_ROWS ? ROUNDED_ROWS : 6); }
-// Weights that are bfloat16 by output are multiplied as they lie with up to so many rows, and factors in them; all others
-// in panels.
+// Weights by output that bfloat16 holds exactly are multiplied as they lie with up to so many rows, and factors in them;
+// all others in panels.
 constexpr int64_t MOST_ROUNDED_DOTS = 24, MOST_DOT_FACTORS = MOST_ROUNDED_DOTS * 4096;
 inline bool rounded_panels(Dtype dtype, int64_t m, bool by_unit, int64_t count, const Input* inputs) {
   bool many = m > MOST_ROUNDED_DOTS;
   for (int64_t i = 0; i < count; i++) many = many || m * inputs[i].k > MOST_DOT_FACTORS;
-  return by_unit || dtype != BFLOAT16 || many;
+  return by_unit || (dtype != BFLOAT16 && dtype != INT8) || many;
 }
-// With fewer rows, weights that are bfloat16 or not, float32 is as fast: memory or rounding the weights is the limit.
-constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : 12; }
+// With fewer rows float32 is as fast: memory or rounding the weights is the limit.
+constexpr int64_t least_rounded_rows(Dtype dtype) { return dtype == BFLOAT16 ? 4 : dtype == INT8 ? 5 : 12; }
 
 // Units of a panel, and of one of coded weights (coded_panels.h).
 constexpr int64_t ROUNDED_DEPTH = 256, DECODED_DEPTH = 128;
@@ -48,10 +48,10 @@ inline const BFloat16* rounded_x(const Input& input) { return reinterpret_cast<c
 
 // totals += the products of R weight rows with M rows of x, of `present` inputs from i on. Of AHEAD rows at `ahead` it
 // asks for the same inputs.
-template <int AHEAD, int R, int M>
-WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const BFloat16* w, int64_t ldw, const BFloat16* x,
-                                                                 int64_t ldx, int64_t i, int64_t present,
-                                                                 const BFloat16* ahead, Vec (&totals)[R][M]) {
+template <int AHEAD, int R, int M, typename T>
+WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const T* w, int64_t ldw, const BFloat16* x, int64_t ldx,
+                                                                 int64_t i, int64_t present, const T* ahead,
+                                                                 Vec (&totals)[R][M]) {
   __m512bh weights[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) weights[r] = (__m512bh)rounded(w + r * ldw + i, present);
@@ -67,7 +67,7 @@ WITH_BF16 __attribute__((always_inline)) inline void add_rounded(const BFloat16*
 }
 
 // As `dot`. AHEAD weight rows are asked for, which begin `first` rows further on.
-template <int AHEAD, int R, int M>
+template <int AHEAD, int R, int M, typename T>
 WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t column, int64_t first, float* sums) {
   Vec totals[R][M];
   for (int r = 0; r < R; r++)
@@ -76,22 +76,22 @@ WITH_BF16 inline void rounded_dot(const Product& p, int64_t row, int64_t column,
     const Input& input = p.inputs[part];
     const int64_t k = input.k, ldx = paired(k), ldw = input.ldw;
     const BFloat16* x = rounded_x(input) + row * ldx;
-    const BFloat16* w = static_cast<const BFloat16*>(input.w) + column * ldw;
-    const BFloat16* ahead = w + first * ldw;
+    const T* w = static_cast<const T*>(input.w) + column * ldw;
+    const T* ahead = w + first * ldw;
     int64_t i = 0;
-    for (; i + PAIRED <= k; i += PAIRED) add_rounded<AHEAD, R, M>(w, ldw, x, ldx, i, PAIRED, ahead, totals);
-    if (i < k) add_rounded<0, R, M>(w, ldw, x, ldx, i, k - i, ahead, totals);
+    for (; i + PAIRED <= k; i += PAIRED) add_rounded<AHEAD, R, M, T>(w, ldw, x, ldx, i, PAIRED, ahead, totals);
+    if (i < k) add_rounded<0, R, M, T>(w, ldw, x, ldx, i, k - i, ahead, totals);
   }
   store_totals(totals, sums);
 }
 
 // The products of outputs from `begin` to `end` with block `block` of the rows of x, of `blocks`. While one block after
 // the other is multiplied, memory is to work as well: each asks for its part of the next piece's weights.
-template <int M>
+template <int M, typename T>
 WITH_BF16 inline void rounded_dots(int64_t rows, const Product& p, int64_t row, int64_t begin, int64_t end,
                                    int64_t block, int64_t blocks, float* sums) {
   if constexpr (M > 1) {
-    if (rows < M) return rounded_dots<M - 1>(rows, p, row, begin, end, block, blocks, sums);
+    if (rows < M) return rounded_dots<M - 1, T>(rows, p, row, begin, end, block, blocks, sums);
   }
   constexpr int R = rounded_streams(M);
   const int64_t ahead = pieces_of(R, blocks), first = block * ahead;
@@ -99,24 +99,25 @@ WITH_BF16 inline void rounded_dots(int64_t rows, const Product& p, int64_t row, 
   for (; column + R <= end; column += R) {
     float* to = sums + column - begin;
     if (first >= R)
-      rounded_dot<0, R, M>(p, row, column, 0, to);
+      rounded_dot<0, R, M, T>(p, row, column, 0, to);
     else if (ahead == 1)
-      rounded_dot<1, R, M>(p, row, column, OUTPUTS + first, to);
+      rounded_dot<1, R, M, T>(p, row, column, OUTPUTS + first, to);
     else if (ahead == 2)
-      rounded_dot<2, R, M>(p, row, column, OUTPUTS + first, to);
+      rounded_dot<2, R, M, T>(p, row, column, OUTPUTS + first, to);
     else
-      rounded_dot<R, R, M>(p, row, column, R, to);
+      rounded_dot<R, R, M, T>(p, row, column, R, to);
   }
-  for (; column < end; column++) rounded_dot<0, 1, M>(p, row, column, 0, sums + column - begin);
+  for (; column < end; column++) rounded_dot<0, 1, M, T>(p, row, column, 0, sums + column - begin);
 }
 
+template <typename T>
 WITH_BF16 void rounded_piece(const void* given, int64_t piece, float* scratch) {
   const ProductsCall& call = *static_cast<const ProductsCall*>(given);
   const Product& p = product_of(call, piece);
   const int64_t begin = (piece - p.first_piece) * OUTPUTS, end = lesser(p.results.n, begin + OUTPUTS);
   const int64_t blocks = rounded_blocks(call.m), rows = pieces_of(call.m, blocks);  // as in few_rows_piece
   for (int64_t row = 0; row < call.m; row += rows)
-    rounded_dots<ROUNDED_ROWS>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks,
+    rounded_dots<ROUNDED_ROWS, T>(lesser(rows, call.m - row), p, row, begin, end, row / rows, blocks,
                                scratch + row * OUTPUTS);
 }
 
@@ -334,7 +335,9 @@ inline uint64_t run_rounded(bool coded, Job* job, int threads, Dtype dtype, int6
   const Product& first = call->products[0];  // others have inputs of the same k
   if (!rounded_panels(dtype, call->m, first.by_unit, first.count, first.inputs)) {
     run_first(job, threads, inputs, *call, pack_x_piece<RoundedPanels<BFloat16>>);
-    return pool_run(job, threads, divide(call, threads), rounded_piece, few_rows_commit<BFloat16>);
+    const int64_t pieces = divide(call, threads);
+    return dtype == INT8 ? pool_run(job, threads, pieces, rounded_piece<Int8>, few_rows_commit<Int8>)
+                         : pool_run(job, threads, pieces, rounded_piece<BFloat16>, few_rows_commit<BFloat16>);
   }
   return with_weight_dtype(dtype, [&]<typename T>(T*) {
     return run_panels<T, RoundedPanels<T>>(job, threads, inputs, call);
