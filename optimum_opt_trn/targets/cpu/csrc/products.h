@@ -196,6 +196,19 @@ constexpr bool asks(int64_t i) {
   return is_coded<T> || M > MOST_ASKING_ONCE || i % (LINE / static_cast<int64_t>(sizeof(T))) == 0;
 }
 
+// In which order lines of some rows are asked for: for row r at place i, that at `i * by_place + r * by_row`. Rows that
+// follow one another are asked for from the first one's beginning to the last one's end, since memory is read faster so
+// than in several places; others each from its own beginning.
+struct Order {
+  int64_t by_place, by_row;
+};
+template <int M, typename T>
+inline Order order_of(int64_t rows, int64_t k, int64_t ldw) {
+  constexpr int64_t OF_A_LINE = LINE / static_cast<int64_t>(sizeof(T));
+  if (is_coded<T>) return {rows, OF_A_LINE};
+  return ldw == k ? Order{rows, M > MOST_ASKING_ONCE ? LANES : OF_A_LINE} : Order{1, ldw};
+}
+
 // The products of R weight rows with M rows of x, to sums (m, OUTPUTS). Hardware does not follow a stream into the next
 // page, so AHEAD weight rows are asked for: the next R, or those that begin `first` rows behind.
 template <int AHEAD, int R, int M, typename T>
@@ -204,11 +217,15 @@ inline void dot(const Product& p, int64_t row, int64_t column, int64_t first, fl
   for (int64_t part = 0; part < p.count; part++) {
     const int64_t k = p.inputs[part].k, ldw = p.inputs[part].ldw;
     const T* w = static_cast<const T*>(p.inputs[part].w) + column * ldw;
+    const T* next = w + (AHEAD == R ? R : first) * ldw;
+    const Order order = order_of<M, T>(AHEAD, k, ldw);
+    if constexpr (is_coded<T>)  // blocks begin behind a line
+      for (int r = 0; r < AHEAD; r++) __builtin_prefetch(next + r * LINE);
     totals.template add<T>(
         k, p.inputs[part].x + row * k, [&](int r) { return w + r * ldw; },
         [&](int r, int64_t i) __attribute__((always_inline)) {
           if constexpr (AHEAD > 0)
-            if (r < AHEAD && asks<M, T>(i)) __builtin_prefetch(w + ((AHEAD == R ? R : first) + r) * ldw + i, 0, 1);
+            if (r < AHEAD && asks<M, T>(i)) __builtin_prefetch(next + i * order.by_place + r * order.by_row);
         });
   }
   totals.store(sums);
