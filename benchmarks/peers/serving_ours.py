@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import threading
 import time
@@ -67,7 +68,9 @@ class Peer(Server):
         """A step of decoding with every slot in use, at this context; the median."""
         rows = self.model.neuron_config.batch_size
         config = GenerationConfig(**GREEDY, max_new_tokens=steps)
-        prompts = [[5 + row + i % 400 for i in range(context)] for row in range(rows)]
+        # Unlike one another, as in the mix: rows that are alike have zeros in the same places, which are not read.
+        chance, words = random.Random(0), self.model.config.vocab_size
+        prompts = [[chance.randrange(5, words) for _ in range(context)] for _ in range(rows)]
         manager = self.model.init_continuous_batching(config)
         names = [manager.add_request(prompt, record_timestamps=True) for prompt in prompts]
         with manager:
