@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import statistics
@@ -66,8 +67,11 @@ class Peer(Server):
 
     def step_seconds(self, context: int, steps: int) -> float:
         """A step of decoding with every slot in use, at this context; the median."""
-        rows = self.model.neuron_config.batch_size
-        config = GenerationConfig(**GREEDY, max_new_tokens=steps)
+        rows, chunk = self.model.neuron_config.batch_size, self.model.runtime.prompt_chunk
+        # Answers are so long that the first row still decodes when the last one does.
+        longest = steps + rows * math.ceil(context / chunk)
+        context = max(1, min(context, self.model.neuron_config.sequence_length - longest))
+        config = GenerationConfig(**GREEDY, max_new_tokens=longest)
         # Unlike one another, as in the mix: rows that are alike have zeros in the same places, which are not read.
         chance, words = random.Random(0), self.model.config.vocab_size
         prompts = [[chance.randrange(5, words) for _ in range(context)] for _ in range(rows)]
@@ -76,7 +80,8 @@ class Peer(Server):
         with manager:
             results = [manager.get_result(name) for name in names]
         begun = max(result.timestamps[0] for result in results)
-        times = [at for at in results[-1].timestamps if at >= begun]
+        ended = min(result.timestamps[-1] for result in results)
+        times = [at for at in results[-1].timestamps if begun <= at <= ended]
         return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
 
     def prompt_seconds(self, prompts: list[list[int]]) -> float:

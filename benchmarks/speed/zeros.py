@@ -140,7 +140,8 @@ def _quantile(values: Tensor, share: float) -> float:
 
 # Rows that read coded weights at most (csrc/coded.h): with AVX-512, and where bfloat16 exports' factors are rounded.
 MOST_CODED, MOST_CODED_ROUNDED = 4, 8
-# By unit up to so many do, if they read such a share of the units at most.
+# By unit up to so many skip zeros, if they read such a share of the units at most. Where factors are rounded, more
+# rows read all units coded.
 MOST_SPARSE, MOST_READ = 8, 0.6
 
 
@@ -171,4 +172,6 @@ def unread_layer_bytes(export: Path, batch: int, zeros: Zeros) -> float:
     most = 2 if variant == "avx2" else MOST_CODED
     if by_unit := coded("fc2.weight_by_unit", most if active > MOST_READ else MOST_SPARSE):
         read["fc2"] = by_unit * active
+    elif variant == "avx512_bf16":
+        read["fc2"] = coded("fc2.weight_by_unit", batch) or read["fc2"]
     return sum(plain.values()) - sum(read.values())

@@ -127,8 +127,8 @@ def test_what_is_0_is_not_read(batch, idle, left, fc1_read, checkpoint, tmp_path
         (1, 0.9, 0.3, "coded", "coded"),  # the int8 copy would save less than a tenth
         (4, 0.5, 0.1, "coded", "coded"),
         (8, 0.5, 0.1, "coded", "coded"),
-        (8, 0.3, 0.1, "coded", "plain"),
-        (16, 0.0, 0.1, "plain", "plain"),
+        (8, 0.3, 0.1, "coded", "coded, with zeros"),
+        (16, 0.0, 0.1, "plain", "coded, with zeros"),
     ],
 )
 def test_coded_weights_are_read_instead(batch, idle, left, fc1, fc2, save_opt, tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_coded_weights_are_read_instead(batch, idle, left, fc1, fc2, save_opt, t
     plain, coded = torch.zeros(1, 768, dtype=torch.bfloat16).nbytes, coded_bytes(768)  # of a row
     read = 4 * 768 * (coded if batch <= 8 else plain)
     read += 1024 * {"screened": 768 + left * coded, "coded": coded, "plain": plain}[fc1]
-    read += 1024 * {"coded": (1 - idle) * coded, "plain": plain}[fc2]
+    read += 1024 * {"coded": (1 - idle) * coded, "coded, with zeros": coded}[fc2]
     unread = opt.config.num_hidden_layers * ((4 * 768 + 2 * 1024) * plain - read)
     zeros = Zeros([idle] * 2, {batch: idle}, {batch: left})
     assert unread_layer_bytes(tmp_path / "out", batch, zeros) == pytest.approx(unread)
