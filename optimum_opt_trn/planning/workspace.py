@@ -31,6 +31,8 @@ _F32 = DTYPES["f32"].bytes
 # Bytes that a thread of the kernels on `cpu` holds at most: its scratch memory (SCRATCH floats in csrc/pool.h), for a
 # panel of converted weights, or a block of attention.
 CPU_THREAD_BYTES = 270_336 * 4
+# Elements of hidden states that are embedded at a time there (MOST_ELEMENTS in targets/cpu/one_thread.py).
+CPU_EMBEDDED = 32_768
 
 
 def graph_workspace(config: ModelShape, setup: Setup, on_neuron: bool) -> dict[str, int]:
@@ -81,10 +83,12 @@ def _cpu_moments(config: ModelShape, setup: Setup, n: int) -> tuple[int, ...]:
     indices = tokens * (8 + 8 + 4) + setup.batch_size * 8
     held = indices + hidden
 
-    # Embedding, if each rank has a part of the vocabulary: the rows of all ranks, those of the last rank again, and
-    # two sums; or two more of the last rank, while zeros replace the words of other ranks. Also ids and a mask.
-    part = tokens * config.word_embed_proj_dim * _F32
-    embedded = indices + tokens * (4 + 4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
+    # Embedding, of some tokens at a time, if each rank has a part of the vocabulary: the rows of all ranks, those of
+    # the last rank again, and two sums; or two more of the last rank, while zeros replace the words of other ranks.
+    # Also ids and a mask.
+    some = min(tokens, max(1, CPU_EMBEDDED // config.hidden_size))
+    part = some * config.word_embed_proj_dim * _F32
+    embedded = held + some * (4 + 4 + 1) + (ranks + 1 + min(ranks - 1, 2)) * part if ranks > 1 else 0
 
     # Attention: query, key, value and the weighted sum of values; then their product, one tensor for all ranks. (The
     # result of the layernorm is free by then.)
