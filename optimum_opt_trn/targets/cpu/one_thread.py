@@ -1,7 +1,7 @@
-"""Operations of torch that the calling thread computes alone.
+"""Torch operations that run on the calling thread only.
 
-After an operation that torch shares among threads, those of libgomp stay awake for some milliseconds. Meanwhile the
-kernels' threads compute, and would have to share their processors with them. So the operations of a step are small.
+Torch splits larger operations over OpenMP threads. These spin for some milliseconds after each operation, and take
+processor time from the kernels' threads. So a step calls torch on a few rows at a time.
 """
 
 from __future__ import annotations

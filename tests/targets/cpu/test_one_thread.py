@@ -1,4 +1,4 @@
-"""What the calling thread computes alone, against torch; and that a step leaves torch's threads asleep."""
+"""Row operations on the calling thread give torch's results. A step leaves torch's OpenMP threads asleep."""
 
 from __future__ import annotations
 

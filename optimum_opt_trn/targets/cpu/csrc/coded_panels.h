@@ -46,7 +46,7 @@ WITH_BF16 void multiply_pairs(const Panel<Coded>& panel, const BFloat16* x, int6
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) totals[m][v] = zeros();
   Ahead ahead = next;
-  // What is asked for while pairs are decoded: each time another line of the next units, their heads the last time.
+  // Each call that decodes asks for another line of the next units; the last one asks for their heads.
   constexpr int64_t LINE_OF_BLOCK = Q == 0 ? H * HALF : CODED_BLOCK;
   const char* line = H == 1 && Q == 1 ? panel.next_head : panel.next + LINE_OF_BLOCK;
   float* kept = panel.packed + H * HALF;
@@ -76,14 +76,7 @@ WITH_BF16 void multiply_pairs(const Panel<Coded>& panel, const BFloat16* x, int6
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) store_bytes(kept + v * LANES, pairs[v]);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      int32_t pair;
-      memcpy(&pair, x + m * ldx + i, sizeof pair);
-      const __m512bh xs = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) totals[m][v] = _mm512_dpbf16_ps(totals[m][v], xs, (__m512bh)pairs[v]);
-    }
+    add_pairs(x + i, ldx, pairs, totals);
   }
   next = ahead;
   // Two neighbours have the sums of every other output of two vectors (place_of in coded_format.h).

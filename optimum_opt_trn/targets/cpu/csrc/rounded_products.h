@@ -235,6 +235,20 @@ WITH_BF16 void pack_rounded_outputs(const Panel<T>& panel) {
     }
 }
 
+// totals += the products of two units: of M rows of x, rows ldx apart, and V vectors of pairs of weights.
+template <int M, int V>
+WITH_BF16 __attribute__((always_inline)) inline void add_pairs(const BFloat16* x, int64_t ldx, const __m512i (&pairs)[V],
+                                                               Vec (&totals)[M][V]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    int32_t pair;
+    memcpy(&pair, x + m * ldx, sizeof pair);
+    const __m512bh xs = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) totals[m][v] = _mm512_dpbf16_ps(totals[m][v], xs, (__m512bh)pairs[v]);
+  }
+}
+
 // As multiply_panel.
 template <bool PACKED, int M, typename T>
 WITH_BF16 void multiply_rounded(const Panel<T>& panel, const BFloat16* x, int64_t ldx, Ahead& next, float* sums,
@@ -251,22 +265,14 @@ WITH_BF16 void multiply_rounded(const Panel<T>& panel, const BFloat16* x, int64_
   const __m512i places = unit_places();
   for (int64_t i = 0; i < units; i += 2, packed += PANEL, w += 2 * ldw) {
     ahead.ask();
-    __m512bh weights[GEMM_VECTORS];
+    __m512i weights[GEMM_VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < GEMM_VECTORS; v++) {
-      const __m512i pairs = PACKED ? _mm512_loadu_si512(packed + v * LANES)
-                                   : unit_pairs(w + v * LANES, w + ldw + v * LANES, places);
-      if (!PACKED) _mm512_storeu_si512(packed + v * LANES, pairs);
-      weights[v] = (__m512bh)pairs;
+      weights[v] = PACKED ? _mm512_loadu_si512(packed + v * LANES)
+                          : unit_pairs(w + v * LANES, w + ldw + v * LANES, places);
+      if (!PACKED) _mm512_storeu_si512(packed + v * LANES, weights[v]);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      int32_t pair;
-      memcpy(&pair, x + m * ldx + i, sizeof pair);
-      const __m512bh xs = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-      for (int v = 0; v < GEMM_VECTORS; v++) totals[m][v] = _mm512_dpbf16_ps(totals[m][v], xs, weights[v]);
-    }
+    add_pairs(x + i, ldx, weights, totals);
   }
   next = ahead;
   add_totals(totals, panel.starts, sums, ldy);
